@@ -74,8 +74,8 @@ async def test_a_new_connection_needs_no_name_server_once_the_name_was_resolved(
         names.hangs.clear()
         names.answers = ["127.0.0.1", "127.0.0.2"]
         assert await reached()
-        assert lookups.known == ("127.0.0.1", "127.0.0.2"), "what is answered anew counts"
+        assert lookups.last_addresses == ("127.0.0.1", "127.0.0.2"), "what is answered anew counts"
         names.answers = []
-        lookups.known = ("127.0.0.3", "127.0.0.1")  # The first takes nobody.
+        lookups.last_addresses = ("127.0.0.3", "127.0.0.1")  # The first takes nobody.
         assert await reached()
         nursery.cancel_scope.cancel()

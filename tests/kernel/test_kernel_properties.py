@@ -181,7 +181,7 @@ async def test_the_kernel_in_memory_is_one() -> None:
     assert (await kernel.apply(wanted)).changes == ()
     written = kernel.writes
     mesh = ip_network("10.4.0.0/16")
-    host.tamper([DeleteRoute(host.observed.routes[mesh])], what="route gone")
+    host.tamper([DeleteRoute(host.observed.routes[mesh])], reason="route gone")
     assert await kernel.wait_drift() == "route gone"
     assert [str(c) for c in (await kernel.apply(wanted)).changes] == [
         "ip route add 10.4.0.0/16 dev kilo0 proto 107 src 10.4.0.1"

@@ -282,7 +282,7 @@ def _may_change_the_network(options: Options) -> None:
 
 
 @contextmanager
-def _alone(options: Options, kind: str, what: str, called: str) -> Iterator[None]:
+def _alone(options: Options, kind: str, resource: str, called: str) -> Iterator[None]:
     """Hold something that two connects of one machine would fight over."""
     from kilo_etcd.runtime.lock_file import exclusive_lock
 
@@ -290,7 +290,7 @@ def _alone(options: Options, kind: str, what: str, called: str) -> Iterator[None
         yield
         return
     refusal = f"another kgctl connect of this machine has {called} already{{}}; end that one first"
-    name = f"connect-{kind}.{sha256(what.encode()).hexdigest()[:16]}"
+    name = f"connect-{kind}.{sha256(resource.encode()).hexdigest()[:16]}"
     with exclusive_lock(name, refusal):
         yield
 

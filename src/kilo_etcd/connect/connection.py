@@ -271,15 +271,15 @@ class PeerConnection:
     async def _write_names(self, topology: Topology, plan: HostPlan) -> None:
         if not self.settings.dns_hosts:
             return
-        known = known_names(topology, plan, self.prefix)
-        if known.left_out:
-            short = known.left_out_in_short()
+        names = known_names(topology, plan, self.prefix)
+        if names.left_out:
+            short = names.left_out_in_short()
             self.once.error("left out", "not all names of the mesh are written", level="info", names=short)
         else:
             self.once.clear("left out", "all names of the mesh are written")
         try:
-            if await self.edges.write_names(dict(known.addresses)):
-                self.log.info("names written", names=len(known.addresses))
+            if await self.edges.write_names(dict(names.addresses)):
+                self.log.info("names written", names=len(names.addresses))
         except OSError as error:
             self.once.warning("hosts", "the names cannot be written", error=str(error))
         else:
@@ -288,8 +288,8 @@ class PeerConnection:
     def _tell(self, plan: HostPlan) -> None:
         """One line, where what a person would want to know has changed."""
         leaders = tuple(sorted(peer.name for peer in plan.peers.values()))
-        told = (plan.addresses, leaders)
-        if told != self._told:
+        summary = (plan.addresses, leaders)
+        if summary != self._told:
             self.log.info(
                 "connected" if self._told is None else "following",
                 interface=self.settings.interface,
@@ -297,7 +297,7 @@ class PeerConnection:
                 leaders=leaders,
                 networks=len(plan.routes),
             )
-            self._told = told
+            self._told = summary
 
     # -- the end --------------------------------------------------------------------------------------------
 

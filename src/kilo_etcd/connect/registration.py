@@ -113,8 +113,8 @@ def _readable(held: KeyValue) -> PeerRecord | None:
 
 
 def _differs(desired: DesiredPeer, record: PeerRecord) -> bool:
-    asked = desired.allowed_ips is not None and set(desired.allowed_ips) != set(record.allowed_ips)
-    return asked or record.public_key != desired.public_key
+    differing_ips = desired.allowed_ips is not None and set(desired.allowed_ips) != set(record.allowed_ips)
+    return differing_ips or record.public_key != desired.public_key
 
 
 def _refuse(desired: DesiredPeer, held: KeyValue, record: PeerRecord | None) -> None:
@@ -122,9 +122,9 @@ def _refuse(desired: DesiredPeer, held: KeyValue, record: PeerRecord | None) -> 
     if record is None:
         raise Failure(f"there is a record of peer {desired.name} already, which cannot be read; {remedy}")
     if record.public_key != desired.public_key:
-        whose = ", of a kgctl connect elsewhere or of this machine's with another key" if held.lease else ""
+        holder = ", of a kgctl connect elsewhere or of this machine's with another key" if held.lease else ""
         raise Failure(
-            f"peer {desired.name} is registered with another public key ({record.public_key}){whose}; {remedy}"
+            f"peer {desired.name} is registered with another public key ({record.public_key}){holder}; {remedy}"
         )
     if not held.lease and _differs(desired, record):
         raise Failure(
@@ -231,18 +231,18 @@ class PeerRegistration:
                 await self._lease.grant()
             operations: list[Op] = [Put(key, value, lease=self._lease.id) for key, value in puts.items()]
             try:
-                done = await self._client.txn(compare, operations)
+                result = await self._client.txn(compare, operations)
             except LeaseNotFound:
                 self._lease.mark_unconfirmed()
                 continue
-            if not done.succeeded:
+            if not result.succeeded:
                 continue
             if decision.claims and not await self._has(decision.claims):
                 # Another claim came between look and write.
-                as_written = [Compare(key, CompareTarget.MOD, Is.EQUAL, done.header.revision) for key in new]
+                as_written = [Compare(key, CompareTarget.MOD, Is.EQUAL, result.header.revision) for key in new]
                 await self._client.txn(as_written, [Delete(key) for key in new])
                 continue
-            self.decision, self.revision = decision, done.header.revision
+            self.decision, self.revision = decision, result.header.revision
             return decision
         raise Failure(f"others change the record of peer {self._desired.name} again and again; nothing was written")
 

@@ -22,8 +22,8 @@ BACKOFF_MOST = 1.0
 
 def backoff(failures: int, jitter: float) -> float:
     """Seconds to rest after the nth failure in a row (n from 1); `jitter` is in 0..1."""
-    whole = min(BACKOFF_MOST, BACKOFF_FIRST * 2.0 ** (min(failures, 20) - 1))
-    return whole * (0.5 + jitter / 2)
+    pause = min(BACKOFF_MOST, BACKOFF_FIRST * 2.0 ** (min(failures, 20) - 1))
+    return pause * (0.5 + jitter / 2)
 
 
 @define

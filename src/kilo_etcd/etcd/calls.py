@@ -110,7 +110,7 @@ class Caller:
         last: Exception | None = None
         token_refused = False
         under_way: tuple[Connection, float] | None = None
-        with trio.move_on_after(self.config.call_timeout) as whole:
+        with trio.move_on_after(self.config.call_timeout) as overall:
             while True:
                 try:
                     connection = await self.channel.connection()
@@ -126,7 +126,7 @@ class Caller:
 
                         def more(scope: trio.CancelScope = attempt) -> None:
                             scope.deadline = trio.current_time() + timeout
-                            whole.deadline = max(whole.deadline, scope.deadline)
+                            overall.deadline = max(overall.deadline, scope.deadline)
 
                         raw = await self.attempt(connection, path, request, token, more if idempotent else None)
                         self.channel.succeeded(connection)

@@ -145,16 +145,16 @@ class Doing:
 def to_error(status: StatusError, doing: Doing, *, endpoint: str, user: str | None) -> EtcdError:
     """The exception for a status: one sentence for the operator, which ends with what to do where that is known."""
     code, result = status.code, status.message.removeprefix("etcdserver: ")
-    who = f"user {user!r}" if user else "this client"
+    subject = f"user {user!r}" if user else "this client"
     if "user name is empty" in result:
         return Unauthenticated(f"etcd at {endpoint} has authentication on: give a user and password (--user)")
     if "authentication failed" in result:
-        return Unauthenticated(f"etcd at {endpoint} refused {who}: wrong password or no such user; check --user")
+        return Unauthenticated(f"etcd at {endpoint} refused {subject}: wrong password or no such user; check --user")
     if status.token_refused:
-        return Unauthenticated(f"etcd at {endpoint} does not accept the token it gave {who} ({result})")
+        return Unauthenticated(f"etcd at {endpoint} does not accept the token it gave {subject} ({result})")
     if code == PERMISSION_DENIED or "permission denied" in result:
         return PermissionDenied(
-            f"{who} may not {doing} in etcd at {endpoint}: grant it with etcdctl role grant-permission"
+            f"{subject} may not {doing} in etcd at {endpoint}: grant it with etcdctl role grant-permission"
         )
     if "has been compacted" in result:
         return Compacted(0)

@@ -73,19 +73,19 @@ class Lookups:
     """
 
     limiter: trio.CapacityLimiter = field(factory=lambda: trio.CapacityLimiter(2))
-    known: tuple[str, ...] = ()
+    last_addresses: tuple[str, ...] = ()
 
     async def fresh(self, endpoint: EtcdEndpoint) -> bool:
-        """Look the name up; whether that has succeeded, else `known` is to be tried. OSError: it is empty."""
+        """Look the name up; whether that has succeeded, else `last_addresses` are to be tried. OSError: it is empty."""
         look_up = partial(socket.getaddrinfo, endpoint.host, endpoint.port, type=socket.SOCK_STREAM)
-        with trio.move_on_after(LOOKUP_PATIENCE if self.known else math.inf):
+        with trio.move_on_after(LOOKUP_PATIENCE if self.last_addresses else math.inf):
             try:
                 answers = await trio.to_thread.run_sync(look_up, abandon_on_cancel=True, limiter=self.limiter)
             except OSError:
-                if not self.known:
+                if not self.last_addresses:
                     raise
                 return False
-            self.known = tuple(dict.fromkeys(str(address[0]) for *_, address in answers))
+            self.last_addresses = tuple(dict.fromkeys(str(address[0]) for *_, address in answers))
             return True
         return False
 
@@ -97,7 +97,7 @@ async def connect(endpoint: EtcdEndpoint, tls: Tls | None, lookups: Lookups) -> 
         if _is_address(endpoint.host) or await lookups.fresh(endpoint):
             plain = await trio.open_tcp_stream(endpoint.host, endpoint.port)
         else:
-            plain = await _open_first(lookups.known, endpoint.port)
+            plain = await _open_first(lookups.last_addresses, endpoint.port)
     except OSError as error:
         raise TransportFailed(_explain_tcp(error), processed=False) from None
     except ValueError as error:

@@ -161,8 +161,12 @@ def txn_result(answer: pb.TxnResponse) -> TxnResult:
                 put = put_result(response.response_put)
                 responses.append(PutResult(header=overall, prev_kv=put.prev_kv))
             case "response_range":
-                got = range_result(response.response_range)
-                responses.append(RangeResult(kvs=got.kvs, header=overall, more=got.more, count=got.count))
+                range_response = range_result(response.response_range)
+                responses.append(
+                    RangeResult(
+                        kvs=range_response.kvs, header=overall, more=range_response.more, count=range_response.count
+                    )
+                )
             case "response_delete_range":
                 responses.append(DeleteResult(header=overall, deleted=response.response_delete_range.deleted))
     return TxnResult(succeeded=answer.succeeded, responses=tuple(responses), header=overall)

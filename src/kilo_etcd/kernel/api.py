@@ -69,7 +69,7 @@ class Kernel(Protocol):
         """The policy rules of other programs, and the kernel's own."""
 
     async def routes_taken(
-        self, wanted: Mapping[IPAddress, IPAddress | None], *, by_wireguard: bool = False
+        self, sources: Mapping[IPAddress, IPAddress | None], *, by_wireguard: bool = False
     ) -> Mapping[IPAddress, Route | str]:
         """The route that the kernel chooses for a packet to each address from the source address with it, with every
         rule and table of the host considered; or the kernel's own error if it refuses such a packet. None: the kernel

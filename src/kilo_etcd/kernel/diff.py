@@ -201,7 +201,9 @@ def remember(
     """
     created = {change.public_key for change in made if isinstance(change, SetPeer) and change.new}
     lost = {change.public_key for change in failed if isinstance(change, SetPeer)}
-    told = {change.public_key for change in made if isinstance(change, SetPeer) and change.endpoint is not None}
+    with_endpoint = {
+        change.public_key for change in made if isinstance(change, SetPeer) and change.endpoint is not None
+    }
     news: Iterable[str] = plan.peers
     endpoints: dict[str, Endpoint | None] = {}
     if settled is not None:
@@ -211,19 +213,23 @@ def remember(
         endpoints.update(memory.endpoints)
     for key in news:
         peer = plan.peers.get(key)
-        known: Endpoint | None = None
+        endpoint: Endpoint | None = None
         # An observed endpoint may never have been set, and may have been set over what was: nothing is known then.
         if peer is not None and not peer.observed and key not in lost:
-            known = _address(peer) or (None if key in created else memory.endpoints.get(key))
+            endpoint = _address(peer) or (None if key in created else memory.endpoints.get(key))
         # Where none was ever set, one may have been learnt: that is for `_endpoint` to find out.
-        if known is not None:
-            endpoints[key] = known
+        if endpoint is not None:
+            endpoints[key] = endpoint
         else:
             endpoints.pop(key, None)
     former = _former(memory, endpoints, made, now)
     if observed is None or settled is not None:
-        kept = {key for key in memory.unanswered if endpoints.get(key) == memory.endpoints.get(key)} - created - told
-        unanswered: Mapping[str, Unanswered] = {key: memory.unanswered[key] for key in kept}
+        unchanged = (
+            {key for key in memory.unanswered if endpoints.get(key) == memory.endpoints.get(key)}
+            - created
+            - with_endpoint
+        )
+        unanswered: Mapping[str, Unanswered] = {key: memory.unanswered[key] for key in unchanged}
     else:
         unanswered = accounts(plan, memory, observed, endpoints, made, now)
     return Memory(endpoints=endpoints, former=former, unanswered=unanswered)
@@ -241,8 +247,8 @@ def _former(
         if change.new or stated is None or before is None:
             continue
         if before != stated:
-            known = {before} if earlier is None else {before, *earlier.endpoints}
-            former[key] = Former(frozenset(known - {stated}), now, now + FORMER_SECONDS, SET_AGAIN)
+            endpoints_before = {before} if earlier is None else {before, *earlier.endpoints}
+            former[key] = Former(frozenset(endpoints_before - {stated}), now, now + FORMER_SECONDS, SET_AGAIN)
         elif earlier is not None and earlier.again > 1:
             former[key] = evolve(earlier, since=now, again=earlier.again - 1)
     return former
@@ -298,12 +304,12 @@ def _addresses(plan: HostPlan, observed: Observed, target: DeviceTarget) -> Iter
             yield AddAddress(target.interface, address)
 
 
-def _table(wanted: FirewallTable | None, table: FirewallTable | None) -> Iterator[Change]:
-    if wanted is None or wanted == table:
+def _table(planned: FirewallTable | None, table: FirewallTable | None) -> Iterator[Change]:
+    if planned is None or planned == table:
         return
-    moved = None if table is None else element_changes(table, wanted)
+    moved = None if table is None else element_changes(table, planned)
     if moved is None:
-        yield ReplaceTable(wanted)
+        yield ReplaceTable(planned)
     else:
         yield from moved
 
@@ -405,8 +411,8 @@ def _gained(peers: Collection[PeerPlan], observed: Observed) -> frozenset[IPNetw
     return frozenset(
         network
         for peer in peers
-        if peer.allowed_ips != (had := observed.peers.get(peer.public_key, _NO_PEER)).allowed_ips
-        for network in set(peer.allowed_ips) - set(had.allowed_ips)
+        if peer.allowed_ips != (present := observed.peers.get(peer.public_key, _NO_PEER)).allowed_ips
+        for network in set(peer.allowed_ips) - set(present.allowed_ips)
     )
 
 
@@ -426,10 +432,10 @@ def _peer(
     allowed: tuple[IPNetwork, ...] = ()
     replace = False
     if plan.allowed_ips != peer.allowed_ips:
-        had, wanted = set(peer.allowed_ips), set(plan.allowed_ips)
-        lost = had - wanted
+        present, planned = set(peer.allowed_ips), set(plan.allowed_ips)
+        lost = present - planned
         replace = bool(lost) and not lost <= gained()
-        allowed = plan.allowed_ips if replace else tuple(ip for ip in plan.allowed_ips if ip not in had)
+        allowed = plan.allowed_ips if replace else tuple(ip for ip in plan.allowed_ips if ip not in present)
     if endpoint is None and keepalive is None and preshared is None and not allowed and not replace:
         return None
     return SetPeer(
@@ -462,13 +468,13 @@ def _address(peer: PeerPlan) -> Endpoint | None:
     return None if peer.endpoint is None or peer.endpoint.address is None else peer.endpoint
 
 
-def _out_of_the_tunnel(plan: HostPlan, peer: ObservedPeer, wanted: Endpoint, target: DeviceTarget) -> SetPeer | None:
+def _out_of_the_tunnel(plan: HostPlan, peer: ObservedPeer, planned: Endpoint, target: DeviceTarget) -> SetPeer | None:
     """The planned endpoint in place of one that was learnt, if a route of the plan leads there into the tunnel: what
     WireGuard sends there would never leave the host, and the other end has no reason to send from elsewhere."""
     learnt = None if peer.endpoint is None else peer.endpoint.address
-    if learnt is None or peer.endpoint == wanted or not plan.leads_into_tunnel(learnt):
+    if learnt is None or peer.endpoint == planned or not plan.leads_into_tunnel(learnt):
         return None
-    return SetPeer(name=target.interface, public_key=peer.public_key, endpoint=wanted)
+    return SetPeer(name=target.interface, public_key=peer.public_key, endpoint=planned)
 
 
 def _went_back(peer: ObservedPeer, observed: Observed, memory: Memory) -> Former | None:
@@ -495,25 +501,25 @@ def _both_private(before: Endpoint | None, now: Endpoint | None) -> bool:
 
 def _endpoint(plan: PeerPlan, peer: ObservedPeer, observed: Observed, memory: Memory) -> Endpoint | None:
     """The endpoint to set on a peer that exists, or None for the one that it has."""
-    wanted = _address(plan)
-    if wanted is None or wanted.address is None:
+    planned = _address(plan)
+    if planned is None or planned.address is None:
         return None
     if peer.endpoint is None:
         # WireGuard never unsets one, so the peer that one was set on was another: somebody removed it, and whoever
         # named it next made this one. A kernel without the family takes no endpoint of it.
-        return None if wanted.address.version in observed.lacking else wanted
+        return None if planned.address.version in observed.lacking else planned
     in_use = peer.last_handshake and observed.time - peer.last_handshake < SESSION_SECONDS
     stated = memory.endpoints.get(plan.public_key)
     if stated is not None and not plan.observed:
-        if in_use and peer.endpoint.public and _both_private(stated, wanted):
+        if in_use and peer.endpoint.public and _both_private(stated, planned):
             return None  # It is behind NAT: what changed behind that is not where it is heard, and has its turn later.
-        if stated != wanted or _went_back(peer, observed, memory):
-            return wanted
-        return next_endpoint(memory.unanswered.get(plan.public_key), peer, wanted, observed.time)
+        if stated != planned or _went_back(peer, observed, memory):
+            return planned
+        return next_endpoint(memory.unanswered.get(plan.public_key), peer, planned, observed.time)
     # Adopted from a former run, or an observed endpoint: an endpoint in use may have been learnt, which is better.
-    if peer.endpoint == wanted or in_use:
+    if peer.endpoint == planned or in_use:
         return None
-    return wanted
+    return planned
 
 
 def _up(plan: HostPlan, observed: Observed, target: DeviceTarget) -> Iterator[Change]:
@@ -533,12 +539,12 @@ def route_for(plan: RoutePlan, target: DeviceTarget) -> Route:
     return route_of(plan, target.interface, target.protocol)
 
 
-def fulfils(route: Route, wanted: Route, target: DeviceTarget) -> bool:
+def fulfils(route: Route, planned: Route, target: DeviceTarget) -> bool:
     """Whether a route found is the one wanted. Which device leads to a gateway on the underlay is the kernel's."""
-    if (route.gateway, route.source, route.protocol) != (wanted.gateway, wanted.source, target.protocol):
+    if (route.gateway, route.source, route.protocol) != (planned.gateway, planned.source, target.protocol):
         return False
-    if wanted.device:
-        return route.device == wanted.device
+    if planned.device:
+        return route.device == planned.device
     return route.device not in (target.interface, target.ipip)
 
 
@@ -547,7 +553,7 @@ def _routes(
 ) -> tuple[list[Change], list[Change]]:
     made: list[Change] = []
     stale: list[Change] = [DeleteRoute(route) for route in observed.duplicate_routes]
-    kept: set[IPNetwork] = set()
+    kept_destinations: set[IPNetwork] = set()
     wanted_routes, found_routes = plan.routes, observed.routes
     if settled is not None:
         news = changed_keys(settled.routes, plan.routes)
@@ -562,25 +568,27 @@ def _routes(
                 FailedChange(subject=str(destination), text=collision(destination), destination=destination)
             )
             continue
-        kept.add(destination)
-        wanted = route_for(planned, target)
+        kept_destinations.add(destination)
+        planned_route = route_for(planned, target)
         present = found_routes.get(destination)
         if present is None:
-            made.append(AddRoute(wanted))
-        elif not fulfils(present, wanted, target):
-            made.append(ReplaceRoute(wanted))
-    stale.extend(DeleteRoute(route) for destination, route in found_routes.items() if destination not in kept)
+            made.append(AddRoute(planned_route))
+        elif not fulfils(present, planned_route, target):
+            made.append(ReplaceRoute(planned_route))
+    stale.extend(
+        DeleteRoute(route) for destination, route in found_routes.items() if destination not in kept_destinations
+    )
     return made, stale
 
 
 def superseded(failed: Iterable[Change], observed: Observed) -> tuple[Change, ...]:
     """What to do after changes have failed: a route that could not be replaced leads where no packet is to go now."""
     replaced = [change.route for change in failed if isinstance(change, ReplaceRoute)]
-    there = [
+    places = [
         (observed.routes if route.table == MAIN_TABLE else observed.policy.table(route.table).routes, route.destination)
         for route in replaced
     ]
-    return tuple(DeleteRoute(routes[destination]) for routes, destination in there if destination in routes)
+    return tuple(DeleteRoute(routes[destination]) for routes, destination in places if destination in routes)
 
 
 def shadows(plan: HostPlan, observed: Observed) -> dict[IPNetwork, IPNetwork]:
@@ -610,14 +618,16 @@ def shadows(plan: HostPlan, observed: Observed) -> dict[IPNetwork, IPNetwork]:
 def _forward_rules(
     plan: HostPlan, observed: Observed, target: DeviceTarget, failures: list[FailedChange]
 ) -> tuple[list[Change], list[Change]]:
-    wanted = rules_for(plan, target.interface, target.ipip, observed.forward_chains) if target.forward_rules else ()
+    planned_rules = (
+        rules_for(plan, target.interface, target.ipip, observed.forward_chains) if target.forward_rules else ()
+    )
     if target.forward_rules:
         for version in sorted(plan.forwarding - observed.forward_chains.keys()):
             program = "iptables" if version == 4 else "ip6tables"
             text = f"--forward-rules needs the program {program}, which is not installed or does not work: install it"
             failures.append(FailedChange(subject="--forward-rules", text=text, aside=True))
-    made: list[Change] = [AddForward(rule) for rule in wanted if rule not in observed.forward_rules]
-    stale: list[Change] = [DeleteForward(rule) for rule in observed.forward_rules.difference(wanted)]
+    made: list[Change] = [AddForward(rule) for rule in planned_rules if rule not in observed.forward_rules]
+    stale: list[Change] = [DeleteForward(rule) for rule in observed.forward_rules.difference(planned_rules)]
     openings = (
         openings_for(plan, target.interface, target.ipip, observed.dropping, comment_prefix(target.interface))
         if target.forward_rules
@@ -652,9 +662,9 @@ def _removals(plan: HostPlan, observed: Observed, target: DeviceTarget) -> Itera
     for public_key in observed.peers:
         if public_key not in plan.peers:
             yield RemovePeer(target.interface, public_key)
-    wanted = set(encrypted.addresses_of(plan))
+    planned_addresses = set(encrypted.addresses_of(plan))
     for address in sorted(observed.addresses, key=str):
-        if address not in wanted:
+        if address not in planned_addresses:
             yield DeleteAddress(target.interface, address)
     if observed.ipip is not None and observed.ipip_ours and not plan.ipip_remotes:
         yield DeleteLink(target.ipip)

@@ -78,11 +78,11 @@ class AddressEvents:
             route = replies.read_route(body)
             if route is None or route.destination.prefixlen or route.table != MAIN_TABLE:
                 return False
-            which, way = (route.destination.version, route.metric), route.next_hops
+            slot, way = (route.destination.version, route.metric), route.next_hops
             if kind == replies.DELROUTE:
-                self._defaults.pop(which, None)
+                self._defaults.pop(slot, None)
                 return True
-            former, self._defaults[which] = self._defaults.get(which), way
+            former, self._defaults[slot] = self._defaults.get(slot), way
             return former != way
         return False
 
@@ -214,8 +214,8 @@ class DriftWatch:
             return None
         destination = read.destination
         if read.unreachable:
-            wanted = destination in self.observed.unreachable_routes
-            if self.target.protocol != ROUTE_PROTOCOL or (kind == replies.NEWROUTE) is wanted:
+            planned = destination in self.observed.unreachable_routes
+            if self.target.protocol != ROUTE_PROTOCOL or (kind == replies.NEWROUTE) is planned:
                 return None
             return f"the unreachable route for {destination} was {'removed' if kind == replies.DELROUTE else 'added'}"
         expected = self.observed.routes.get(destination)

@@ -52,19 +52,23 @@ class Egress:
 
     def mtu(self, plan: HostPlan) -> int:
         """Bytes for the WireGuard interface: the smallest of all ways, less what encapsulation takes."""
-        known = self._known
+        known_ways = self._known
         unknown: dict[str, Endpoint] = {}
         for key, peer in plan.peers.items():
-            endpoint, way = peer.endpoint, known.get(key)
+            endpoint, way = peer.endpoint, known_ways.get(key)
             if endpoint is not None and (way is None or (way[0] is not endpoint and way[0] != endpoint)):
                 unknown[key] = endpoint
         if unknown:
             answers = self._ask({e.address for e in unknown.values() if e.address is not None})
-            if len(known) > 2 * len(plan.peers):
-                self._known = known = {key: way for key, way in known.items() if key in plan.peers}
-            known.update((key, (e, None if e.address is None else answers[e.address])) for key, e in unknown.items())
+            if len(known_ways) > 2 * len(plan.peers):
+                self._known = known_ways = {key: way for key, way in known_ways.items() if key in plan.peers}
+            known_ways.update(
+                (key, (e, None if e.address is None else answers[e.address])) for key, e in unknown.items()
+            )
         ways = [
-            mtu for key, peer in plan.peers.items() if peer.endpoint is not None and (mtu := known[key][1]) is not None
+            mtu
+            for key, peer in plan.peers.items()
+            if peer.endpoint is not None and (mtu := known_ways[key][1]) is not None
         ]
         overhead = WIREGUARD_OVERHEAD + (IPIP_OVERHEAD if plan.ipip_remotes else 0)
         families = {address.version for address in plan.addresses} or {4}

@@ -287,8 +287,10 @@ def shadow(destination: IPNetwork, subnet: IPNetwork) -> str:
 def taken(name: str, kind: str, public_key: str) -> str:
     """The sentence for an interface name that another program's device has. `kind` is the device's, empty for hardware;
     `public_key` is given if it is a WireGuard device."""
-    what = f"a WireGuard device of another program, with public key {public_key}" if public_key else kind or "hardware"
+    holder = (
+        f"a WireGuard device of another program, with public key {public_key}" if public_key else kind or "hardware"
+    )
     return (
-        f"the interface name {name} is taken by a device that is not ours ({what}): "
+        f"the interface name {name} is taken by a device that is not ours ({holder}): "
         f"choose another name with --interface, or remove it with `ip link del {name}`"
     )

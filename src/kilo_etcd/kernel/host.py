@@ -189,21 +189,21 @@ class Host:
         tables = [(rule, routing.routes_of(self._route, rule.version, rule.table, names)) for rule in rules]
         return tuple(bypasses(plan, tables, self.interface, (self.interface, self.ipip)))
 
-    def choose(self, wanted: str, command: str) -> Backend:
+    def choose(self, setting: str, command: str) -> Backend:
         """Where WireGuard runs here: what is there already counts, then what the kernel can do."""
         link = self._find(self.interface)
         if (
-            wanted != "kernel"
+            setting != "kernel"
             and link is not None
             and link.link.kind == "tun"
             and self.userspace.process(link.link.name)
         ):
             return "userspace"
-        if wanted == "userspace":
+        if setting == "userspace":
             return "userspace"
         if self._kernel_device() is not None:
             return "kernel"
-        if wanted == "kernel":
+        if setting == "kernel":
             raise KernelError(
                 "this kernel has no WireGuard, and --wireguard kernel asks for it: load the module wireguard, "
                 "or use --wireguard auto with wireguard-go installed"
@@ -379,24 +379,24 @@ class Host:
         self.ways = set()
 
         def keep(body: bytes) -> None:
-            found = replies.read_route(body)
-            if found is None or found.table != MAIN_TABLE:
+            read = replies.read_route(body)
+            if read is None or read.table != MAIN_TABLE:
                 return
-            if found.unreachable:
+            if read.unreachable:
                 # An agent's, which is in nobody's way.
                 if self.protocol == ROUTE_PROTOCOL:
-                    unreachable_routes.add(found.destination)
+                    unreachable_routes.add(read.destination)
                 return
-            route = found.route(names)
-            if not is_ours(found.protocol, route.device, own=self.protocol, interface=self.interface):
+            route = read.route(names)
+            if not is_ours(read.protocol, route.device, own=self.protocol, interface=self.interface):
                 # What the kernel adds for our own addresses is nobody else's.
-                if not (found.protocol == KERNEL_PROTOCOL and route.device in (self.interface, self.ipip)):
-                    foreign[found.destination] = route
-            elif found.destination in routes:
+                if not (read.protocol == KERNEL_PROTOCOL and route.device in (self.interface, self.ipip)):
+                    foreign[read.destination] = route
+            elif read.destination in routes:
                 duplicates.append(route)
             else:
-                routes[found.destination] = route
-                self.ways.add(found.index)
+                routes[read.destination] = route
+                self.ways.add(read.index)
 
         for version in (4, 6):
             try:
@@ -421,11 +421,11 @@ class Host:
 
         def keep(body: bytes) -> None:
             address = replies.read_neighbour(body)
-            if address is not None and address in wanted:
+            if address is not None and address in searched:
                 result.add(address)
 
-        wanted = frozenset(addresses)
-        for version in sorted({address.version for address in wanted}):
+        searched = frozenset(addresses)
+        for version in sorted({address.version for address in searched}):
             try:
                 self._route.dump(requests.get_neighbours(version), keep)
             except NetlinkError as error:
@@ -438,17 +438,17 @@ class Host:
         return tuple(routing.foreign_rules(self._route, self.protocol))
 
     def routes_taken(
-        self, wanted: Mapping[IPAddress, IPAddress | None], *, by_wireguard: bool = False
+        self, sources: Mapping[IPAddress, IPAddress | None], *, by_wireguard: bool = False
     ) -> dict[IPAddress, Route | str]:
         """See `kernel.api.Kernel.routes_taken`."""
         self._read_links()
         names = {index: link.name for index, link in self.links.items()}
         mark = MARK if by_wireguard else 0
-        asked = [requests.get_route_between(source, address, mark) for address, source in wanted.items()]
-        answers = self._route.ask(asked, replies.read_taken)
+        queries = [requests.get_route_between(source, address, mark) for address, source in sources.items()]
+        answers = self._route.ask(queries, replies.read_taken)
         return {
             address: str(answer.strerror) if isinstance(answer, NetlinkError) else answer.route(names)
-            for address, answer in zip(wanted, answers, strict=True)
+            for address, answer in zip(sources, answers, strict=True)
         }
 
     def addresses(self) -> HostAddresses:
@@ -458,21 +458,21 @@ class Host:
         static: list[StaticRoute] = []
 
         def keep(body: bytes) -> None:
-            found = replies.read_route(body)
-            if found is None or found.table != MAIN_TABLE or found.type != replies.UNICAST:
+            read = replies.read_route(body)
+            if read is None or read.table != MAIN_TABLE or read.type != replies.UNICAST:
                 return
-            for index, gateway in found.next_hops:
+            for index, gateway in read.next_hops:
                 link = self.links.get(index)
-                if link is not None and found.destination.prefixlen:
-                    if found.protocol in STATIC_PROTOCOLS and link.up:
-                        static.append(StaticRoute(found.destination, link.name, link.kind))
+                if link is not None and read.destination.prefixlen:
+                    if read.protocol in STATIC_PROTOCOLS and link.up:
+                        static.append(StaticRoute(read.destination, link.name, link.kind))
                 elif link is not None:
                     defaults.append(
                         DefaultRoute(
-                            family=found.destination.version,
+                            family=read.destination.version,
                             interface=link.name,
                             gateway=gateway,
-                            metric=found.metric,
+                            metric=read.metric,
                         )
                     )
 
@@ -661,8 +661,8 @@ class Host:
             changes.append(DeleteTable(observed.table.name))
         changes.extend(DeleteForward(rule) for rule in sorted(observed.forward_rules, key=str))
         changes.extend(DeleteOpening(opening) for opening in sorted(observed.openings, key=str))
-        gone = {reverse_path(change.name) for change in changes if isinstance(change, DeleteLink)}
-        changes.extend(change for change in sysctl.to_restore(self._record) if change.path not in gone)
+        deleted_links = {reverse_path(change.name) for change in changes if isinstance(change, DeleteLink)}
+        changes.extend(change for change in sysctl.to_restore(self._record) if change.path not in deleted_links)
         return tuple(changes)
 
     def forget_sysctls(self) -> None:

@@ -230,8 +230,8 @@ class LinuxKernel:
         """Whether the device is looked at; not while it cannot be read, which has been reported."""
 
     def __repr__(self) -> str:
-        known = "unread" if self._observed is None else f"{len(self._observed.peers)} peers"
-        return f"<LinuxKernel {self._setup.interface} {self._backend} {known} writes={self.writes}>"
+        peers = "unread" if self._observed is None else f"{len(self._observed.peers)} peers"
+        return f"<LinuxKernel {self._setup.interface} {self._backend} {peers} writes={self.writes}>"
 
     @property
     def backend(self) -> Backend:
@@ -307,11 +307,11 @@ class LinuxKernel:
             return await _told(self._host.foreign_rules)
 
     async def routes_taken(
-        self, wanted: Mapping[IPAddress, IPAddress | None], *, by_wireguard: bool = False
+        self, sources: Mapping[IPAddress, IPAddress | None], *, by_wireguard: bool = False
     ) -> Mapping[IPAddress, Route | str]:
         """Implements `kernel.api.Kernel.routes_taken`."""
         async with self._lock:
-            return await _told(lambda: self._host.routes_taken(wanted, by_wireguard=by_wireguard))
+            return await _told(lambda: self._host.routes_taken(sources, by_wireguard=by_wireguard))
 
     async def resolved(self, addresses: Collection[IPAddress]) -> frozenset[IPAddress]:
         """Implements `kernel.api.Kernel.resolved`."""
@@ -396,7 +396,7 @@ class LinuxKernel:
         else:
             if state is None:
                 return
-            seen = evolve(
+            present = evolve(
                 believed,
                 time=self._host.handshake_clock.now(),
                 public_key=state.public_key,
@@ -404,7 +404,7 @@ class LinuxKernel:
                 mark=state.mark,
                 peers=state.peers,
             )
-            if (change := self._undone(plan, seen)) is None:
+            if (change := self._undone(plan, present)) is None:
                 self._fingerprint = fingerprint
                 return
             self._drift = self._found(change)
@@ -518,9 +518,9 @@ class LinuxKernel:
             # What was believed may have been wrong, or one change in another's way: look again, once.
             observed = self._read()
             settled, target = None, self._target(plan)
-            gone, _ = self._make(superseded([change for change, _ in failed], observed))
-            all_made.extend(gone)
-            observed = apply_changes(observed, gone, target.interface)
+            removed, _ = self._make(superseded([change for change, _ in failed], observed))
+            all_made.extend(removed)
+            observed = apply_changes(observed, removed, target.interface)
             reset -= {change.public_key for change in made if isinstance(change, SetPeer)}
             again = difference(plan, observed, self._memory, target, reset=reset)
             if set(again.changes) - {change for change, _ in failed}:
@@ -565,8 +565,8 @@ class LinuxKernel:
         self._index = observed.link.index if observed.link is not None else 0
         self._looked_at = True
         # What goes takes other things along: that is looked at once more.
-        whole = not failed and not todo.failures and not any(isinstance(c, DeleteLink | DeleteAddress) for c in made)
-        self._allocated = plan if whole else None
+        complete = not failed and not todo.failures and not any(isinstance(c, DeleteLink | DeleteAddress) for c in made)
+        self._allocated = plan if complete else None
         self._failed = frozenset(change for change, _ in failed)
         self._watch = DriftWatch(
             observed,

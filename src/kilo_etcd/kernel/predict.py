@@ -126,9 +126,9 @@ class _Effect:
             case SetPeer():
                 self._set_peer(change)
             case RemovePeer(public_key=public_key):
-                gone = self._peers.pop(public_key, None)
-                if gone is not None and self._owner is not None:
-                    for network in gone.allowed_ips:
+                removed = self._peers.pop(public_key, None)
+                if removed is not None and self._owner is not None:
+                    for network in removed.allowed_ips:
                         self._owner.pop(network, None)
             case AddRoute(route=Route(unreachable=True, destination=destination)):
                 self._unreachable_routes.add(destination)
@@ -277,8 +277,8 @@ class _Effect:
             former = owner.setdefault(network, key)
             if former != key:
                 loser = self._peers[former]
-                rest = tuple(ip for ip in loser.allowed_ips if ip != network)
-                self._peers[former] = evolve(loser, allowed_ips=rest)
+                remaining = tuple(ip for ip in loser.allowed_ips if ip != network)
+                self._peers[former] = evolve(loser, allowed_ips=remaining)
                 owner[network] = key
         allowed = change.allowed_ips
         if not change.replace_allowed_ips and peer.allowed_ips:

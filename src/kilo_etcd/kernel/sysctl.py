@@ -69,8 +69,8 @@ def advertised(*ours: str) -> tuple[str, ...]:
         if descriptors.is_shortage(error):
             raise
         return ()
-    asked = [name for name in sorted(names) if name not in ("all", "lo", *ours)]
-    return tuple(name for name in asked if _read(KeepAdvertisements(name).path) == "1")
+    devices = [name for name in sorted(names) if name not in ("all", "lo", *ours)]
+    return tuple(name for name in devices if _read(KeepAdvertisements(name).path) == "1")
 
 
 def nobody_may_ping() -> bool:
@@ -82,9 +82,9 @@ def nobody_may_ping() -> bool:
 def strict(names: Iterable[str]) -> dict[str, str]:
     """Those devices whose rp_filter is strict, by their own value or by that of all devices -> their own value. The
     larger of the two counts (ip-sysctl.rst)."""
-    every = _read(reverse_path("all"))
+    all_devices = _read(reverse_path("all"))
     values = {name: value for name in names if (value := _read(reverse_path(name))) is not None}
-    return {name: value for name, value in values.items() if max(every or "0", value) == "1"}
+    return {name: value for name, value in values.items() if max(all_devices or "0", value) == "1"}
 
 
 def loosened(record: Path) -> dict[str, str]:

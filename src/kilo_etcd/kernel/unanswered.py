@@ -60,10 +60,10 @@ def accounts(
 
     `memory` is from before, `endpoints` are those that are stated now. `now`: Unix seconds.
     """
-    told = {change.public_key: change for change in made if isinstance(change, SetPeer)}
+    set_peers = {change.public_key: change for change in made if isinstance(change, SetPeer)}
     unanswereds: dict[str, Unanswered] = {}
     for key, stated in endpoints.items():
-        planned, peer, before, change = plan.peers.get(key), observed.peers.get(key), None, told.get(key)
+        planned, peer, before, change = plan.peers.get(key), observed.peers.get(key), None, set_peers.get(key)
         if planned is None or planned.observed or stated is None or peer is None or peer.endpoint is None:
             continue
         if change is not None and change.new:

@@ -314,7 +314,7 @@ def _launch(program: Sequence[str], name: str, errors: Path) -> int:
     In the foreground (`-f`), so that the process that opens the socket is the one that serves it: the socket's
     credentials then lead to it. The shell in between ends at once and leaves it to init.
     """
-    done = subprocess.run(
+    completed = subprocess.run(
         ["/bin/sh", "-c", '"$@" </dev/null >/dev/null 2>"$0" & echo $!', str(errors), *program, "-f", name],
         stdin=subprocess.DEVNULL,
         capture_output=True,
@@ -323,7 +323,7 @@ def _launch(program: Sequence[str], name: str, errors: Path) -> int:
         env={"LOG_LEVEL": "error", "PATH": os.environ.get("PATH", os.defpath)},
         check=True,
     )
-    return int(done.stdout)
+    return int(completed.stdout)
 
 
 def _alive(process: int) -> bool:

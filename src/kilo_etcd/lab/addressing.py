@@ -195,15 +195,15 @@ def _host(
     first = 11 if all(network.num_addresses > 64 for network in networks) else 2
     if any(first + used >= network.num_addresses - 1 for network in networks):
         raise SpecError(f"site {site.name}: {networks[0]} has no address left for host {host.name}")
-    has = {4 if family == "ipv4" else 6 for family in host.families} or set(versions)
+    own_versions = {4 if family == "ipv4" else 6 for family in host.families} or set(versions)
     public = 1 + sum(bool(other.public) for other in others.values())
     return LabAddresses(
         name=host.name,
         site=site.name,
         bridge=f"lan{host.subnet}",
-        private=tuple(_interface(network, first + used) for network in networks if network.version in has),
-        public=tuple(_PUBLIC[v][public] for v in versions if v in has) if host.public else (),
-        gateways=tuple(network[1] for network in networks if network.version in has),
+        private=tuple(_interface(network, first + used) for network in networks if network.version in own_versions),
+        public=tuple(_PUBLIC[v][public] for v in versions if v in own_versions) if host.public else (),
+        gateways=tuple(network[1] for network in networks if network.version in own_versions),
         wire=Wire(
             machine=host.name,
             interface="eth0",
@@ -368,7 +368,7 @@ def router_firewall(layout: Layout, site: str, cuts: Iterable[str] = ()) -> str:
     translate, answer = _nat(layout, site)
     masquerade = [f"oifname wan {'ip' if n.version == 4 else 'ip6'} saddr {n} masquerade" for n in networks]
     inside = ["iifname != wan oifname != wan accept"]
-    if any(each.name == site and each.strict for each in layout.spec.sites):
+    if any(site_spec.name == site and site_spec.strict for site_spec in layout.spec.sites):
         inside = [*_between_hosts(layout, site), f"iifname != wan oifname != wan counter name stray {rest}"]
     return f"""\
 table inet lab {{
@@ -406,7 +406,7 @@ def _nat(layout: Layout, site: str) -> tuple[list[str], str]:
     Each host's WireGuard has an outer port of its own, 40000 and the host's number, which a cone NAT shows to all (the
     kernel by itself takes the inner port where it is free towards that partner) and a symmetric one to nobody.
     """
-    kind = next(each.nat for each in layout.spec.sites if each.name == site)
+    kind = next(site_spec.nat for site_spec in layout.spec.sites if site_spec.name == site)
     if not kind:
         return [], ""
     out, back = [], []
@@ -442,16 +442,16 @@ def _between_hosts(layout: Layout, site: str) -> list[str]:
     # A bridge may show its own traffic to these rules as well (net.bridge.bridge-nf-call-iptables).
     rules = [f"iifname lan{lan} oifname lan{lan} accept" for lan in range(len(layout.sites[site].subnets))]
     for version, family in ((4, "ip"), (6, "ip6")):
-        known = ", ".join(
+        names = ", ".join(
             str(ip)
             for host in layout.hosts.values()
             if host.site == site
             for ip in (*(interface.ip for interface in host.private), *host.public)
             if ip.version == version
         )
-        if known:
+        if names:
             way = "iifname != wan oifname != wan"
-            rules.append(f"{way} {family} saddr {{ {known} }} {family} daddr {{ {known} }} accept")
+            rules.append(f"{way} {family} saddr {{ {names} }} {family} daddr {{ {names} }} accept")
     return rules
 
 

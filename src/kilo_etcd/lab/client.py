@@ -95,9 +95,9 @@ class RunningProbe:
         """Wait until what was sent later than `after` seconds from the probe's start is answered."""
         with trio.move_on_after(deadline):
             while True:
-                seen = await self.peek()
-                if seen.flowing and seen.duration - 0.5 > after:
-                    return seen
+                status = await self.peek()
+                if status.flowing and status.duration - 0.5 > after:
+                    return status
                 await trio.sleep(_SETTLE)
         raise LabError(f"no packet reached {self.target} again within {deadline} s")
 
@@ -206,8 +206,8 @@ class Lab:
                 fds = (stdin_fd, writers[0].fileno(), writers[1].fileno())
                 connection = await self._start(machine, argv, fds, env=env)
             finally:
-                for each in writers:
-                    each.close()
+                for pipe in writers:
+                    pipe.close()
             # What was printed before a refusal is of no interest, so the pipes are read to their end in any case.
             try:
                 async with trio.open_nursery() as nursery:
@@ -216,10 +216,12 @@ class Lab:
                 status = int(await connection.result())
             finally:
                 connection.close()
-        done = Completed(outputs[0].decode(errors="replace"), outputs[1].decode(errors="replace"), status)
+        completed = Completed(outputs[0].decode(errors="replace"), outputs[1].decode(errors="replace"), status)
         if check and status:
-            raise LabError(f"{' '.join(argv)} in {machine} ended with {status}: {(done.stderr or done.stdout).strip()}")
-        return done
+            raise LabError(
+                f"{' '.join(argv)} in {machine} ended with {status}: {(completed.stderr or completed.stdout).strip()}"
+            )
+        return completed
 
     async def _start(
         self,
@@ -266,8 +268,8 @@ class Lab:
         """The real etcdctl, at the operator's."""
         # etcdctl refuses to be told a thing twice.
         flags = (arg[2:].partition("=")[0] for arg in argv if arg.startswith("--"))
-        given = ("ETCDCTL_" + flag.replace("-", "_").upper() for flag in flags)
-        return await self.exec("operator", "etcdctl", *argv, check=check, env={**PATIENT, **dict.fromkeys(given)})
+        variables = ("ETCDCTL_" + flag.replace("-", "_").upper() for flag in flags)
+        return await self.exec("operator", "etcdctl", *argv, check=check, env={**PATIENT, **dict.fromkeys(variables)})
 
     async def key_values(self, prefix: str) -> tuple[KeyValue, ...]:
         """What etcd holds below a prefix, sorted by key, as the operator's etcdctl reads it."""

@@ -41,7 +41,7 @@ async def show(lab: Lab, console: Console, picture: Path, *, deadline: float = 4
             leaders,
             lab,
             led_locations(lab.spec) if lab.spec else 1,
-            lambda found: say(f"[bold]{found[1]}[/] leads {_called(found[0])}"),
+            lambda entry: say(f"[bold]{entry[1]}[/] leads {_called(entry[0])}"),
         )
     if limit.cancelled_caught:
         raise LabError(f"the hosts did not register and elect leaders within {deadline:g} s; see kgctl lab logs HOST")
@@ -85,15 +85,15 @@ def _called(location: str) -> str:
 
 
 async def _follow(
-    look: Callable[[Lab], Awaitable[Iterable[K]]], lab: Lab, wanted: int, seen: Callable[[K], None]
+    look: Callable[[Lab], Awaitable[Iterable[K]]], lab: Lab, number: int, on_found: Callable[[K], None]
 ) -> None:
-    """Wait until `look` finds `wanted` things; tell of each when it is first seen."""
-    known: set[K] = set()
-    while len(known) < wanted:
-        for found in await look(lab):
-            if found not in known:
-                known.add(found)
-                seen(found)
+    """Wait until `look` finds `number` things; tell of each when it is first seen."""
+    entries: set[K] = set()
+    while len(entries) < number:
+        for entry in await look(lab):
+            if entry not in entries:
+                entries.add(entry)
+                on_found(entry)
         await trio.sleep(_POLL)
 
 
@@ -159,7 +159,7 @@ def _hosts(
         table.add_column(heading, no_wrap=heading in ("host", *headings), overflow="fold")
     for row in rows:
         agent = row.agent if row.power else "powered off"
-        cells = ("\n".join(some) for some in addresses(row))
+        cells = ("\n".join(lines) for lines in addresses(row))
         table.add_row(row.host, row.site, *cells, agent, *([", ".join(row.cuts)] if cuts else []))
     return table
 

@@ -132,17 +132,17 @@ class Machine:
         nursery.start_soon(process.mind)
         return process
 
-    async def run(self, nursery: trio.Nursery, argv: Sequence[str], given: str = "", *, cwd: str | None = None) -> str:
-        """Run a program to its end with `given` on standard input; what it printed. NamespaceError if it failed."""
+    async def run(self, nursery: trio.Nursery, argv: Sequence[str], stdin: str = "", *, cwd: str | None = None) -> str:
+        """Run a program to its end with `stdin` on standard input; what it printed. NamespaceError if it failed."""
         return await run_program(
-            lambda stdio: self.spawn(nursery, argv, stdio, cwd=cwd), f"{argv[0]} in {self.name}", given
+            lambda stdio: self.spawn(nursery, argv, stdio, cwd=cwd), f"{argv[0]} in {self.name}", stdin
         )
 
     def socket(self, family: int, kind: int, protocol: int = 0) -> socket.socket:
         """A socket in the machine's network, closed when the machine is powered off."""
-        made = namespaces.open_socket(self.namespaces.net, family, kind, protocol)
-        self.closers.append(made)
-        return made
+        opened = namespaces.open_socket(self.namespaces.net, family, kind, protocol)
+        self.closers.append(opened)
+        return opened
 
     def interface_addresses(self, interface: str) -> tuple[IPAddress, ...]:
         """An interface's first IPv4 and first global IPv6 address; asks the kernel, spawns nothing."""
@@ -161,8 +161,8 @@ class Machine:
     async def power_off(self) -> None:
         """Kill everything inside, at once, and let go of the namespaces."""
         self.first.signal(signal.SIGKILL)
-        for each in self.closers:
-            each.close()
+        for closer in self.closers:
+            closer.close()
         self.closers.clear()
         await self.first.ended.wait()
         self.namespaces.close()
@@ -173,9 +173,9 @@ def home_of(name: str) -> Path:
     return Path(BASE, "machines", re.sub(r"[^a-z0-9-]", "-", name))
 
 
-async def run_program(start: Callable[[tuple[int, int, int]], Process], called: str, given: str = "") -> str:
-    """Run a program to its end with `given` on standard input; what it printed. NamespaceError if it failed."""
-    source, target = _scratch(given.encode()), _scratch(b"")
+async def run_program(start: Callable[[tuple[int, int, int]], Process], called: str, stdin: str = "") -> str:
+    """Run a program to its end with `stdin` on standard input; what it printed. NamespaceError if it failed."""
+    source, target = _scratch(stdin.encode()), _scratch(b"")
     try:
         process = start((source, target, target))
         await process.ended.wait()

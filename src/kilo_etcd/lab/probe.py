@@ -167,8 +167,8 @@ class Pinger:
                     # An ICMP error came back for something we sent; the loss shows by itself.
                     continue
                 reply = parse_reply(version, packet)
-                if reply and (told := self._waiting.get((machine, reply[0]))):
-                    told(reply[1])
+                if reply and (on_reply := self._waiting.get((machine, reply[0]))):
+                    on_reply(reply[1])
         finally:
             self._sockets.pop((machine, version), None)
 
@@ -179,14 +179,14 @@ class Pinger:
         by_machine: dict[Machine, list[tuple[str, IPAddress]]] = {}
         for machine, name, address in pairs:
             by_machine.setdefault(machine, []).append((name, address))
-        left = {(machine, i) for machine, targets in by_machine.items() for i in range(len(targets))}
+        unanswered = {(machine, i) for machine, targets in by_machine.items() for i in range(len(targets))}
         done = trio.Event()
         identifiers: dict[Machine, int] = {}
 
         def replies_of(machine: Machine) -> Callable[[int], None]:
             def replied(number: int) -> None:
-                left.discard((machine, number))
-                if not left:
+                unanswered.discard((machine, number))
+                if not unanswered:
                     done.set()
 
             return replied
@@ -198,14 +198,14 @@ class Pinger:
                 for machine, targets in by_machine.items():
                     for number, (_, address) in enumerate(targets):
                         await self.send(machine, address, identifiers[machine], number)
-                if left:
+                if unanswered:
                     await done.wait()
         finally:
             for machine, identifier in identifiers.items():
                 self.forget(machine, identifier)
         return [
             (machine, by_machine[machine][number][0])
-            for machine, number in sorted(left, key=lambda x: (x[0].name, x[1]))
+            for machine, number in sorted(unanswered, key=lambda x: (x[0].name, x[1]))
         ]
 
 
@@ -254,10 +254,10 @@ class LabProbe:
         now = trio.current_time()
         cut = math.inf if final else now - 0.5
         sent = [at for i, at in enumerate(self._sent) if at <= cut or i in self._answered]
-        known = [i for i, at in enumerate(self._sent) if at <= cut or i in self._answered]
+        decided = [i for i, at in enumerate(self._sent) if at <= cut or i in self._answered]
         gaps: list[Gap] = []
         first: int | None = None
-        for position, number in enumerate([*known, -1]):
+        for position, number in enumerate([*decided, -1]):
             if number >= 0 and number not in self._answered:
                 first = position if first is None else first
             elif first is not None:
@@ -270,6 +270,6 @@ class LabProbe:
             duplicates=self._duplicates,
             duration=now - self._begun,
             gaps=tuple(gaps),
-            flowing=bool(known) and known[-1] in self._answered,
+            flowing=bool(decided) and decided[-1] in self._answered,
             slowest=max((at - self._sent[i] for i, at in self._answered.items()), default=0.0),
         )

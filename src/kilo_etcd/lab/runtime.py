@@ -164,10 +164,10 @@ def _locked(base: Path) -> Iterator[int]:
             fcntl.flock(fd, fcntl.LOCK_EX)
             # A lab that ended meanwhile removes the directory when it was the last.
             try:
-                same = os.path.samestat(os.fstat(fd), os.stat(base))
+                same_directory = os.path.samestat(os.fstat(fd), os.stat(base))
             except FileNotFoundError:
-                same = False
-            if same:
+                same_directory = False
+            if same_directory:
                 yield fd
                 return
         finally:

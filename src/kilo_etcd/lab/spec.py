@@ -262,7 +262,7 @@ def _check(spec: Spec, source: str) -> None:
         raise refuse("wireguard", f"{spec.wireguard!r} is unknown; write {', '.join(WIREGUARD)}")
     if not spec.families or set(spec.families) - set(FAMILIES):
         raise refuse("families", 'write ["ipv4"], ["ipv6"] or both')
-    seen: dict[str, str] = dict.fromkeys(RESERVED, "the lab itself")
+    holders: dict[str, str] = dict.fromkeys(RESERVED, "the lab itself")
     site_names: set[str] = set()
     for site in spec.sites:
         if not _NAME.fullmatch(site.name):
@@ -270,28 +270,28 @@ def _check(spec: Spec, source: str) -> None:
         if site.name in site_names:
             raise refuse("site.name", f"two sites are called {site.name!r}")
         site_names.add(site.name)
-        here = f"site {site.name}"
+        place = f"site {site.name}"
         if not site.hosts:
-            raise refuse(here, "it has no hosts; write hosts = 3 or add [[site.host]] tables")
-        networks = [_network(text, here, refuse) for text in site.subnets]
+            raise refuse(place, "it has no hosts; write hosts = 3 or add [[site.host]] tables")
+        networks = [_network(text, place, refuse) for text in site.subnets]
         for i, network in enumerate(networks):
             if any(network.version == other.version and network.overlaps(other) for other in networks[:i]):
-                raise refuse(f"{here}.subnets", f"{network} overlaps another subnet of the site")
+                raise refuse(f"{place}.subnets", f"{network} overlaps another subnet of the site")
         if not 0 <= site.loss_percent <= 100:
-            raise refuse(f"{here}.loss_percent", f"{site.loss_percent} is not within 0 to 100")
+            raise refuse(f"{place}.loss_percent", f"{site.loss_percent} is not within 0 to 100")
         if not 1280 <= site.mtu <= 65535:
-            raise refuse(f"{here}.mtu", f"{site.mtu} is not within 1280 (the least that IPv6 needs) to 65535")
+            raise refuse(f"{place}.mtu", f"{site.mtu} is not within 1280 (the least that IPv6 needs) to 65535")
         if site.nat and site.nat not in NATS:
-            raise refuse(f"{here}.nat", f"{site.nat!r} is unknown; write {', '.join(NATS)}")
+            raise refuse(f"{place}.nat", f"{site.nat!r} is unknown; write {', '.join(NATS)}")
         if site.latency_ms < 0:
-            raise refuse(f"{here}.latency_ms", f"{site.latency_ms} is negative")
+            raise refuse(f"{place}.latency_ms", f"{site.latency_ms} is negative")
         for host in site.hosts:
-            where = f"{here}, host {host.name}"
+            where = f"{place}, host {host.name}"
             if not _NAME.fullmatch(host.name):
                 raise refuse(where, f"{host.name!r} is no host name: use a-z, 0-9 and - (at most 42 characters)")
-            if host.name in seen:
-                raise refuse(where, f"the name is taken already by {seen[host.name]}")
-            seen[host.name] = here
+            if host.name in holders:
+                raise refuse(where, f"the name is taken already by {holders[host.name]}")
+            holders[host.name] = place
             if set(host.families) - set(spec.families):
                 raise refuse(f"{where}.families", f"choose among the lab's, which are {', '.join(spec.families)}")
             if not 0 <= host.subnet < max(1, len(networks)):
@@ -300,13 +300,13 @@ def _check(spec: Spec, source: str) -> None:
         raise refuse("public", f"more than {MAX_PUBLIC} hosts are public")
 
 
-def _network(text: str, here: str, refuse: Any) -> IPNetwork:
+def _network(text: str, place: str, refuse: Any) -> IPNetwork:
     try:
         network = ip_network(text)
     except ValueError as error:
-        raise refuse(f"{here}.subnets", f"{text!r} is no network: {error}") from None
+        raise refuse(f"{place}.subnets", f"{text!r} is no network: {error}") from None
     if network.version != 4 or network.prefixlen > 28:
-        raise refuse(f"{here}.subnets", f"{text} must be an IPv4 network of /28 or larger")
+        raise refuse(f"{place}.subnets", f"{text} must be an IPv4 network of /28 or larger")
     return network
 
 
@@ -364,5 +364,5 @@ class _Table:
         """Refuse unknown keys."""
         for key in self._data:
             if key not in self._known:
-                known = ", ".join(sorted(self._known))
-                raise SpecError(f"{self._source}: {self._path}{key} is unknown; known here are {known}")
+                names = ", ".join(sorted(self._known))
+                raise SpecError(f"{self._source}: {self._path}{key} is unknown; known here are {names}")

@@ -117,9 +117,9 @@ class World:
             ) from None
 
     def _environment(self, machine: str) -> dict[str, str]:
-        kept = {key: os.environ[key] for key in _PASSED_ON if key in os.environ}
+        passed_on = {key: os.environ[key] for key in _PASSED_ON if key in os.environ}
         return {
-            **kept,
+            **passed_on,
             # kg and kgctl are installed beside the interpreter.
             "PATH": f"{Path(sys.executable).parent}:{os.environ.get('PATH', '')}:{_PATH}",
             "ETCDCTL_API": "3",
@@ -160,8 +160,8 @@ class World:
     async def _nft(self, machine: str, script: str) -> None:
         await self._run(machine, ["nft", "-f", "-"], script)
 
-    async def _run(self, machine: str, argv: Sequence[str], given: str = "") -> str:
-        return await self.machine(machine).run(self.nursery, argv, given)
+    async def _run(self, machine: str, argv: Sequence[str], stdin: str = "") -> str:
+        return await self.machine(machine).run(self.nursery, argv, stdin)
 
     # --- looking up ----------------------------------------------------------------------------------------
 
@@ -397,8 +397,8 @@ class World:
         counters = (item["counter"] for item in json.loads(printed)["nftables"] if "counter" in item)
         # `icmp` itself is a keyword of nftables'.
         return {
-            each["name"].removesuffix("errors"): {"packets": each["packets"], "bytes": each["bytes"]}
-            for each in counters
+            counter["name"].removesuffix("errors"): {"packets": counter["packets"], "bytes": counter["bytes"]}
+            for counter in counters
         }
 
     def captured_by_default(self, machine: str) -> list[str]:

@@ -183,10 +183,10 @@ class EtcdServer:
             environment |= {"ETCDCTL_KEY": config.tls.key or ""}
         if config.user:
             environment["ETCDCTL_USER"] = f"{config.user}:{config.password}"
-        done = await trio.run_process(
+        completed = await trio.run_process(
             ["etcdctl", *arguments], env=environment, capture_stdout=True, capture_stderr=True
         )
-        return done.stdout.decode()
+        return completed.stdout.decode()
 
     async def enable_auth(self, users: Mapping[str, tuple[str, Sequence[str]]] | None = None) -> None:
         """Turn authentication on, with root and `users`: name -> (password, prefixes it may read and write)."""

@@ -235,8 +235,8 @@ class FakeEtcd:
         """The keys now that begin with `prefix` and have `part` after it, sorted."""
         self._expire()
         raw, rest = _raw(prefix), _raw(part)
-        found = (key for key in self._sorted if key.startswith(raw) and rest in key[len(raw) :])
-        return [key.decode("utf-8", "backslashreplace") for key in found]
+        keys = (key for key in self._sorted if key.startswith(raw) and rest in key[len(raw) :])
+        return [key.decode("utf-8", "backslashreplace") for key in keys]
 
     def __contains__(self, key: Text) -> bool:
         return self.get(key) is not None
@@ -329,9 +329,9 @@ class FakeEtcd:
                 events.append(self._do_put(op, revision))
                 results.append(PutResult(header=Header()))
             elif isinstance(op, Delete):
-                gone = self._select(op.key, op.range_end)
-                events.extend(self._do_delete(kv, revision) for kv in gone)
-                results.append(DeleteResult(header=Header(), deleted=len(gone)))
+                removed = self._select(op.key, op.range_end)
+                events.extend(self._do_delete(kv, revision) for kv in removed)
+                results.append(DeleteResult(header=Header(), deleted=len(removed)))
             else:
                 kvs = tuple(self._select(op.key, op.range_end))
                 results.append(RangeResult(kvs=kvs, header=Header(), count=len(kvs)))
@@ -579,9 +579,9 @@ class FakeClient:
             lease = self.server._leases.get(lease_id)
             if lease is None:
                 return LeaseInfo(id=lease_id, ttl=-1, granted_ttl=0)
-            left = max(0, int(lease.expires_at - trio.current_time()))
+            remaining = max(0, int(lease.expires_at - trio.current_time()))
             return LeaseInfo(
-                id=lease_id, ttl=left, granted_ttl=lease.ttl, keys=tuple(sorted(lease.keys)) if keys else ()
+                id=lease_id, ttl=remaining, granted_ttl=lease.ttl, keys=tuple(sorted(lease.keys)) if keys else ()
             )
 
         return await self._call("lease_time_to_live", act)
@@ -604,11 +604,11 @@ class FakeClient:
 
     @asynccontextmanager
     async def _keep_alive(self, lease_id: int, ttl: int, interval: float) -> AsyncIterator[KeepAlive]:
-        kept = _FakeKeepAlive(lease_id, trio.current_time() + ttl)
+        keep_alive = _FakeKeepAlive(lease_id, trio.current_time() + ttl)
         async with trio.open_nursery() as nursery:
-            nursery.start_soon(kept.run, self, interval)
+            nursery.start_soon(keep_alive.run, self, interval)
             try:
-                yield kept
+                yield keep_alive
             finally:
                 nursery.cancel_scope.cancel()
 
@@ -787,14 +787,14 @@ def _at(versions: list[tuple[int, KeyValue | None]], revision: int) -> KeyValue 
     return next((kv for at, kv in reversed(versions) if at <= revision), None)
 
 
-def _relation(actual: int | bytes, wanted: int | bytes, result: Is) -> bool:
-    if isinstance(actual, int) != isinstance(wanted, int):
+def _relation(actual: int | bytes, expected: int | bytes, result: Is) -> bool:
+    if isinstance(actual, int) != isinstance(expected, int):
         raise BadRequest("the comparison's value does not fit its target")
     if result is Is.EQUAL:
-        return actual == wanted
+        return actual == expected
     if result is Is.NOT_EQUAL:
-        return actual != wanted
-    low, high = (wanted, actual) if result is Is.GREATER else (actual, wanted)
+        return actual != expected
+    low, high = (expected, actual) if result is Is.GREATER else (actual, expected)
     return low < high  # type: ignore[operator]
 
 

@@ -112,7 +112,7 @@ class FakeHost:
         self._listeners: list[FakeKernel] = []
 
     def tamper(
-        self, changes: Sequence[Change], interface: str = "kilo0", what: str = "another writer changed it"
+        self, changes: Sequence[Change], interface: str = "kilo0", reason: str = "another writer changed it"
     ) -> None:
         """Somebody else makes changes; the kernel reports them, except WireGuard's, which a look finds."""
         self.observed = apply_changes(self.observed, changes, interface)
@@ -121,7 +121,7 @@ class FakeHost:
             if silent:
                 listener.look_at(trio.current_time() + device_period(len(self.observed.peers)))
             else:
-                listener.drifted(what)
+                listener.drifted(reason)
 
     def receive_from(self, public_key: str, *, endpoint: Endpoint | None = None, when: float | None = None) -> None:
         """A handshake with a peer, perhaps from a new endpoint (roaming)."""
@@ -198,10 +198,10 @@ class FakeKernel:
         """Always `kernel`: nothing differs here between the kernel and a program."""
         return "kernel"
 
-    def drifted(self, what: str) -> None:
-        """Somebody else has changed something: `wait_drift` returns with `what`, once there is a plan."""
+    def drifted(self, reason: str) -> None:
+        """Somebody else has changed something: `wait_drift` returns with `reason`, once there is a plan."""
         if self.plan is not None:
-            self._drift = what
+            self._drift = reason
             self._event.set()
 
     def look_at(self, when: float) -> None:
@@ -315,14 +315,14 @@ class FakeKernel:
         return self.host.foreign_rules
 
     async def routes_taken(
-        self, wanted: Mapping[IPAddress, IPAddress | None], *, by_wireguard: bool = False
+        self, sources: Mapping[IPAddress, IPAddress | None], *, by_wireguard: bool = False
     ) -> Mapping[IPAddress, Route | str]:
         """Implements `kernel.api.Kernel.routes_taken`, by `FakeHost.taken`; WireGuard sends by
         `FakeHost.taken_by_wireguard`."""
         await trio.lowlevel.checkpoint()
         if by_wireguard:
-            return {address: self.host.taken_by_wireguard(address) for address in wanted}
-        return {address: self.host.taken(address, source) for address, source in wanted.items()}
+            return {address: self.host.taken_by_wireguard(address) for address in sources}
+        return {address: self.host.taken(address, source) for address, source in sources.items()}
 
     async def resolved(self, addresses: Collection[IPAddress]) -> frozenset[IPAddress]:
         """Implements `kernel.api.Kernel.resolved`, by `FakeHost.resolves`."""

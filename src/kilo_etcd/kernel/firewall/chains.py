@@ -59,9 +59,9 @@ class Condition:
         match self.kind:
             case "iif" | "oif":
                 name = packet.iif if self.kind == "iif" else packet.oif
-                wanted = self.value if isinstance(self.value, tuple) else (str(self.value),)
+                patterns = self.value if isinstance(self.value, tuple) else (str(self.value),)
                 fits = any(
-                    name.startswith(pattern[:-1]) if pattern.endswith("*") else name == pattern for pattern in wanted
+                    name.startswith(pattern[:-1]) if pattern.endswith("*") else name == pattern for pattern in patterns
                 )
             case "version":
                 fits = packet.version == self.value
@@ -271,10 +271,10 @@ def from_iptables(printed: str, version: int) -> BaseChain | None:
             chains.setdefault(words[1], []).append(_rule(words[2:]))
     if policy is None:
         return None
-    whole = {name: tuple(rules) for name, rules in chains.items()}
+    complete = {name: tuple(rules) for name, rules in chains.items()}
     return BaseChain(
         family="ip" if version == 4 else "ip6", table="filter", name="FORWARD", drops=policy == "DROP",
-        rules=whole.get("FORWARD", ()), chains=whole, legacy=True,
+        rules=complete.get("FORWARD", ()), chains=complete, legacy=True,
     )  # fmt: skip
 
 

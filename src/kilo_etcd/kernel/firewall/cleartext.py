@@ -54,21 +54,29 @@ class Parts:
 def refused_sources(table: FirewallTable | None) -> frozenset[IPAddress]:
     """The addresses whose packets in clear a kernel refuses that has this table of ours."""
     sets = () if table is None else table.sets
-    return frozenset(one for each in sets if each.name in ("refuse4", "refuse6") for one in each.addresses)
+    return frozenset(
+        address
+        for address_set in sets
+        if address_set.name in ("refuse4", "refuse6")
+        for address in address_set.addresses
+    )
 
 
 def parts(plan: HostPlan, interface: str, ipip: str, strict: Collection[str], forwarding: Collection[int]) -> Parts:
     """The chains, sets and rules that a plan asks for. `strict`: devices that were made loose and are to go on with the
     check; `forwarding`: the families that the host forwards."""
-    wanted = plan.encryption
-    if wanted is None:
+    encryption = plan.encryption
+    if encryption is None:
         return Parts()
     devices = (interface, ipip) if plan.ipip_remotes else (interface,)
     chains = [Chain(name=_FILTER, kind="filter", hook="prerouting", priority=NF_PRIORITIES["raw"])]
-    sets = [AddressSet(name=f"{name}{v}", version=v, addresses=_within(addresses, v))
-            for name, addresses in (("others", wanted.nodes), ("refuse", wanted.refuse)) for v in (4, 6)]  # fmt: skip
-    rules = list(_refusal(plan, wanted, devices, strict))
-    versions = [v for v in (4, 6) if v in forwarding and any(own.version == v for own in wanted.sources)]
+    sets = [
+        AddressSet(name=f"{name}{v}", version=v, addresses=_within(addresses, v))
+        for name, addresses in (("others", encryption.nodes), ("refuse", encryption.refuse))
+        for v in (4, 6)
+    ]
+    rules = list(_refusal(plan, encryption, devices, strict))
+    versions = [v for v in (4, 6) if v in forwarding and any(own.version == v for own in encryption.sources)]
     if versions:
         chains += [
             Chain(name=_NAT, kind="nat", hook="postrouting", priority=NF_PRIORITIES["srcnat"] - 1),
@@ -77,12 +85,12 @@ def parts(plan: HostPlan, interface: str, ipip: str, strict: Collection[str], fo
         for version in versions:
             hosts = (
                 network.network_address
-                for network in wanted.accepted_sources
+                for network in encryption.accepted_sources
                 if network.prefixlen == network.max_prefixlen
             )
-            known = (*wanted.sources, *hosts)
-            sets.append(AddressSet(name=f"known{version}", version=version, addresses=_of(known, version)))
-        rules += _outgoing(wanted, devices, versions)
+            sources = (*encryption.sources, *hosts)
+            sets.append(AddressSet(name=f"known{version}", version=version, addresses=_of(sources, version)))
+        rules += _outgoing(encryption, devices, versions)
         rules += _sizes(devices)
     return Parts(chains, sets, rules)
 
@@ -98,11 +106,11 @@ def _of(addresses: Collection[IPAddress], version: int) -> frozenset[IPAddress]:
 
 
 def _rule(chain: str, *matches: _Match, then: _Match) -> Rule:
-    whole = (*matches, then)
+    all_matches = (*matches, then)
     return Rule(
         chain=chain,
-        expressions=tuple(expression for expressions, _ in whole for expression in expressions),
-        text=" ".join(text for _, text in whole),
+        expressions=tuple(expression for expressions, _ in all_matches for expression in expressions),
+        text=" ".join(text for _, text in all_matches),
     )
 
 
@@ -119,8 +127,8 @@ def _in_set(name: str, version: int, side: str, *, within: bool = True) -> _Matc
     return nft.match_set(f"{name}{version}", version, side, within=within), text
 
 
-def _by(which: str, device: str) -> _Match:
-    return nft.match_interface(which, device), f'{which} "{device}"'
+def _by(direction: str, device: str) -> _Match:
+    return nft.match_interface(direction, device), f'{direction} "{device}"'
 
 
 def _port(protocol: int, side: str, port: int) -> _Match:
@@ -130,43 +138,45 @@ def _port(protocol: int, side: str, port: int) -> _Match:
 _NAMES = {6: "tcp", 17: "udp"}
 
 
-def _refusal(plan: HostPlan, wanted: Encryption, devices: Collection[str], strict: Collection[str]) -> Iterator[Rule]:
+def _refusal(
+    plan: HostPlan, encryption: Encryption, devices: Collection[str], strict: Collection[str]
+) -> Iterator[Rule]:
     for device in ("lo", *devices):
         yield _rule(_FILTER, _by("iifname", device), then=_ACCEPT)
-    some: _Match = (nft.match_some_source(), "ip saddr != 0.0.0.0")
+    some_source: _Match = (nft.match_some_source(), "ip saddr != 0.0.0.0")
     other_way: _Match = (nft.match_other_way_back(), "fib saddr . iif oif missing")
     for device in sorted(strict):
         no_node = _in_set("others", 4, "saddr", within=False)
-        yield _rule(_FILTER, _by("iifname", device), no_node, some, other_way, then=_dropped("spoofed"))
+        yield _rule(_FILTER, _by("iifname", device), no_node, some_source, other_way, then=_dropped("spoofed"))
     # All that the tunnels carry comes this way, and to compare an address costs less than to look up a route.
-    for own in wanted.sources:
+    for own in encryption.sources:
         to_own = (nft.match_address(own, "daddr"), f"{_FAMILY[own.version]} daddr {own}")
         yield _rule(_FILTER, _port(17, "dport", plan.listen_port), to_own, then=_ACCEPT)
     for version in (4, 6):
         yield _rule(_FILTER, _in_set("refuse", version, "saddr", within=False), then=_ACCEPT)
     to_us: _Match = (nft.match_to_us(), "fib daddr type local")
-    for port in (plan.listen_port, *wanted.talk):
+    for port in (plan.listen_port, *encryption.talk):
         yield _rule(_FILTER, _port(17, "dport", port), to_us, then=_ACCEPT)
-    for port in wanted.etcd_here:
+    for port in encryption.etcd_here:
         yield _rule(_FILTER, _port(6, "dport", port), to_us, then=_ACCEPT)
-    for address, port in wanted.etcd:
+    for address, port in encryption.etcd:
         source = (nft.match_address(address, "saddr"), f"{_FAMILY[address.version]} saddr {address}")
         yield _rule(_FILTER, source, _port(6, "sport", port), _OPENS_NOTHING, then=_ACCEPT)
     for version, ranges in _ERRORS.items():
         for first, last in ranges:
             types = f"{first}" if first == last else f"{first}-{last}"
-            what: _Match = (
+            icmp_types: _Match = (
                 nft.match_icmp(version, first, last),
                 f"{'icmp' if version == 4 else 'icmpv6'} type {types}",
             )
-            yield _rule(_FILTER, what, then=_ACCEPT)
+            yield _rule(_FILTER, icmp_types, then=_ACCEPT)
     for sport, dport in _DHCP:
         ports: _Match = (
             (*nft.match_protocol(17), *nft.match_ports(sport, dport)),
             f"udp sport {sport} udp dport {dport}",
         )
         yield _rule(_FILTER, ports, then=_ACCEPT)
-    for exemption in wanted.clear:
+    for exemption in encryption.clear:
         yield from _exempted(exemption)
     yield _rule(_FILTER, (nft.match_later_fragment(4), "ip frag-off & 0x1fff != 0"), then=_ACCEPT)
     yield _rule(_FILTER, (nft.match_later_fragment(6), "frag frag-off != 0"), then=_ACCEPT)
@@ -182,8 +192,8 @@ def _network(network: IPNetwork, side: str) -> _Match:
 def _exempted(exemption: Exemption) -> Iterator[Rule]:
     source, protocol = _network(exemption.network, "saddr"), protocol_of(exemption)
     if exemption.port is None:
-        what: _Match = (nft.match_protocol(protocol), f"meta l4proto {protocol}")
-        yield _rule(_FILTER, source, what, then=_ACCEPT)
+        whole_protocol: _Match = (nft.match_protocol(protocol), f"meta l4proto {protocol}")
+        yield _rule(_FILTER, source, whole_protocol, then=_ACCEPT)
         return
     yield _rule(_FILTER, source, _port(protocol, "dport", exemption.port), then=_ACCEPT)
     if exemption.protocol == "tcp":
@@ -192,14 +202,14 @@ def _exempted(exemption: Exemption) -> Iterator[Rule]:
         yield _rule(_FILTER, source, _port(protocol, "sport", exemption.port), then=_ACCEPT)
 
 
-def _outgoing(wanted: Encryption, devices: Collection[str], versions: Collection[int]) -> Iterator[Rule]:
+def _outgoing(encryption: Encryption, devices: Collection[str], versions: Collection[int]) -> Iterator[Rule]:
     for device in devices:
         yield _rule(_NAT, _by("iifname", device), then=_RETURN)
     for version in versions:
-        own = next(address for address in wanted.sources if address.version == version)
+        own = next(address for address in encryption.sources if address.version == version)
         to_node = _in_set("others", version, "daddr")
         yield _rule(_NAT, to_node, _in_set("known", version, "saddr"), then=_RETURN)
-        for network in wanted.accepted_sources:
+        for network in encryption.accepted_sources:
             if network.version == version and network.prefixlen < network.max_prefixlen:
                 yield _rule(_NAT, to_node, _network(network, "saddr"), then=_RETURN)
         nat: _Match = (
@@ -215,6 +225,6 @@ def _sizes(devices: Collection[str]) -> Iterator[Rule]:
         "tcp flags & (syn | rst) == syn",
     )
     clamp: _Match = (nft.clamp_segments(), "tcp option maxseg size set rt mtu")
-    for which in ("iifname", "oifname"):
+    for direction in ("iifname", "oifname"):
         for device in devices:
-            yield _rule(_SIZES, _by(which, device), opens, then=clamp)
+            yield _rule(_SIZES, _by(direction, device), opens, then=clamp)

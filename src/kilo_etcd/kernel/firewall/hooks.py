@@ -36,9 +36,9 @@ def _rules_from(device: sockets.Socket, family: int, table: str, base: str) -> d
     """The rules of a chain and of those that it leads to. Others are not read: Kubernetes has thousands in a table."""
 
     def members_of(name: str) -> tuple[Found, ...]:
-        known: list[Found] = []
-        device.dump(requests.get_elements(table, name, family), lambda body: known.extend(replies.read_members(body)))
-        return tuple(known)
+        members: list[Found] = []
+        device.dump(requests.get_elements(table, name, family), lambda body: members.extend(replies.read_members(body)))
+        return tuple(members)
 
     result: dict[str, tuple[FilterRule, ...]] = {}
     missing = [base]

@@ -48,15 +48,15 @@ class Iptables:
         self._events: bool | None = None
         self.writes = 0
 
-    def read(self, wanted: bool) -> tuple[dict[int, str], frozenset[ForwardRule]]:
+    def read(self, needed: bool) -> tuple[dict[int, str], frozenset[ForwardRule]]:
         """(family -> the chain for our rules, our rules); nothing where nobody wants any and none were made."""
-        if not wanted and not self._record.exists():
+        if not needed and not self._record.exists():
             return {}, frozenset()
         generation = self._generation()
         if self._known is not None and generation is not None and self._known[0] == generation:
             return self._known[1]
         current = self._read()
-        if not wanted and not current[1]:
+        if not needed and not current[1]:
             self._record.unlink(missing_ok=True)
         self._known = (generation, current) if generation is not None and self._reported() else None
         return current
@@ -87,10 +87,10 @@ class Iptables:
         if "filter" not in tables:
             self._legacy.pop(version, None)
             return None
-        known = self._legacy.get(version)
-        if known is None or time.monotonic() - known[0] > patience:
-            known = self._legacy[version] = time.monotonic(), self._read_legacy(version)
-        return known[1]
+        reading = self._legacy.get(version)
+        if reading is None or time.monotonic() - reading[0] > patience:
+            reading = self._legacy[version] = time.monotonic(), self._read_legacy(version)
+        return reading[1]
 
     def _read_legacy(self, version: int) -> BaseChain | None:
         with suppress(OSError):
@@ -121,12 +121,12 @@ class Iptables:
 
 def _run(*command: str) -> str:
     try:
-        done = subprocess.run(
+        completed = subprocess.run(
             command, capture_output=True, text=True, timeout=_DEADLINE, stdin=subprocess.DEVNULL,
             env={"PATH": _PATH, "LC_ALL": "C"},
         )  # fmt: skip
     except subprocess.TimeoutExpired:
         raise IptablesError(f"{command[0]} did not end within {_DEADLINE:g} s") from None
-    if done.returncode:
-        raise IptablesError(" ".join(done.stderr.split()) or f"exit status {done.returncode}")
-    return done.stdout
+    if completed.returncode:
+        raise IptablesError(" ".join(completed.stderr.split()) or f"exit status {completed.returncode}")
+    return completed.stdout

@@ -73,7 +73,7 @@ def be32(value: int) -> bytes:
 
 def number(names: Mapping[int, str], name: str) -> bytes:
     """What stands for a name in pyroute2's table of them."""
-    return be32(next(value for value, known in names.items() if known == name))
+    return be32(next(value for value, candidate in names.items() if candidate == name))
 
 
 _expressions = nft.nft_rule_msg.nft_expr
@@ -96,7 +96,9 @@ _INTERFACE = {"iifname": "NFT_META_IIFNAME", "oifname": "NFT_META_OIFNAME"}
 
 def _expression(name: str, *values: bytes | None) -> Expression:
     """`values`: of the attributes that are known, in their order; None: it has none of that name."""
-    return name, tuple((each, value) for each, value in zip(KNOWN[name], values, strict=True) if value is not None)
+    return name, tuple(
+        (attribute, value) for attribute, value in zip(KNOWN[name], values, strict=True) if value is not None
+    )
 
 
 def _verdict(name: str) -> Expression:
@@ -127,9 +129,9 @@ def _address(version: int, side: str) -> Iterator[Expression]:
     yield _expression("payload", _REGISTER, NETWORK_HEADER, be32(_OFFSET[version, side]), be32(length))
 
 
-def match_interface(which: str, name: str, *, equal: bool = True) -> tuple[Expression, ...]:
-    """`which`: `iifname` or `oifname`."""
-    return _meta(_INTERFACE[which]), _compare(name.encode().ljust(IFNAMSIZ, b"\0"), equal)
+def match_interface(direction: str, name: str, *, equal: bool = True) -> tuple[Expression, ...]:
+    """`direction`: `iifname` or `oifname`."""
+    return _meta(_INTERFACE[direction]), _compare(name.encode().ljust(IFNAMSIZ, b"\0"), equal)
 
 
 def match_protocol(number: int) -> tuple[Expression, ...]:

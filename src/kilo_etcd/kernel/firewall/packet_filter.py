@@ -218,7 +218,9 @@ def _answers(plan: HostPlan, interface: str, away: Mapping[IPAddress, IPAddress 
         )
     # Before answers are marked: with `encrypted` the mark would take them out of the tunnel. Without it the far end
     # takes packets of the host's internal IP only; another address is refused below.
-    for source in [None] if None in away.values() else sorted({one for one in away.values() if one is not None}):
+    for source in (
+        [None] if None in away.values() else sorted({address for address in away.values() if address is not None})
+    ):
         yield Rule(
             chain="output",
             expressions=(
@@ -252,5 +254,5 @@ def _answers(plan: HostPlan, interface: str, away: Mapping[IPAddress, IPAddress 
 
 
 def _counted(rules: Iterable[Rule], name: str) -> bool:
-    (wanted,) = nft.count(name)
-    return any(wanted in rule.expressions for rule in rules)
+    (counter,) = nft.count(name)
+    return any(counter in rule.expressions for rule in rules)

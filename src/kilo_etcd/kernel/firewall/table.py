@@ -118,18 +118,18 @@ def _listed(addresses: frozenset[IPAddress]) -> str:
     return ", ".join(map(str, sorted(addresses, key=int)))
 
 
-def element_changes(table: FirewallTable, wanted: FirewallTable) -> list[AddElements | DeleteElements] | None:
+def element_changes(table: FirewallTable, planned: FirewallTable) -> list[AddElements | DeleteElements] | None:
     """What makes one table of the other if they differ in nothing but the elements of their sets; else None."""
-    if evolve(table, sets=()) != evolve(wanted, sets=()) or [address_set.identity for address_set in table.sets] != [
-        address_set.identity for address_set in wanted.sets
+    if evolve(table, sets=()) != evolve(planned, sets=()) or [address_set.identity for address_set in table.sets] != [
+        address_set.identity for address_set in planned.sets
     ]:
         return None
     changes: list[AddElements | DeleteElements] = []
-    for before, after in zip(table.sets, wanted.sets, strict=True):
+    for before, after in zip(table.sets, planned.sets, strict=True):
         if new := after.addresses - before.addresses:
-            changes.append(AddElements(wanted.name, evolve(after, addresses=new)))
-        if gone := before.addresses - after.addresses:
-            changes.append(DeleteElements(wanted.name, evolve(after, addresses=gone)))
+            changes.append(AddElements(planned.name, evolve(after, addresses=new)))
+        if removed := before.addresses - after.addresses:
+            changes.append(DeleteElements(planned.name, evolve(after, addresses=removed)))
     return changes
 
 

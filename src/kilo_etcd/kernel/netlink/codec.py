@@ -49,8 +49,8 @@ class FormatError(OSError):
 
     def __init__(self, kind: Any = None) -> None:
         # Values may be keys: they are not named.
-        told = "the kernel's answer" if kind is None else f"pyroute2's {kind.__name__}"
-        self.detail = f"{told} has another format than expected"
+        subject = "the kernel's answer" if kind is None else f"pyroute2's {kind.__name__}"
+        self.detail = f"{subject} has another format than expected"
         super().__init__(errno.EPROTO, self.detail)
 
 
@@ -91,20 +91,20 @@ _NUMBERS: Mapping[str, str] = {
 @cache
 def _attributes(kind: Any) -> dict[int, tuple[str, str]]:
     """Type of an attribute -> its name in a class of pyroute2's, and its form if it is a number."""
-    numbered = (each if isinstance(each[0], int) else (number, *each) for number, each in enumerate(kind.nla_map))
+    numbered = (entry if isinstance(entry[0], int) else (number, *entry) for number, entry in enumerate(kind.nla_map))
     return {number: (name, _NUMBERS.get(of, "")) for number, name, of, *_ in numbered}
 
 
 def _slots(kind: Any, body: bytes) -> list[tuple[str, int, int]]:
     """Name, start and end of each attribute's value in a body; the last one may be cut short. A name that pyroute2 does
     not know is empty."""
-    known, slots = _attributes(kind), []
+    attributes, slots = _attributes(kind), []
     at, end = layout(kind).size, len(body)
     while at + _NLA.size <= end:
         length, number = _NLA.unpack_from(body, at)
         if length < _NLA.size:
             break
-        slots.append((known.get(number & ~_FLAGS, ("", ""))[0], at + _NLA.size, min(at + length, end)))
+        slots.append((attributes.get(number & ~_FLAGS, ("", ""))[0], at + _NLA.size, min(at + length, end)))
         at += length + -length % nla.align
     return slots
 

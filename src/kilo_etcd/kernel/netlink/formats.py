@@ -43,8 +43,8 @@ def _classes_alone() -> Iterator[None]:
     package.__path__ = list(spec.submodule_search_locations)
     standins = {name: ModuleType(name) for name in _STANDINS if name not in sys.modules}
     for name, module in standins.items():
-        for each in _STANDINS[name]:
-            setattr(module, each, type(each, (), {}))
+        for attribute in _STANDINS[name]:
+            setattr(module, attribute, type(attribute, (), {}))
     sys.modules.update({_PACKAGE: package, **standins})
     try:
         yield

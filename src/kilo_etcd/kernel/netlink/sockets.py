@@ -282,8 +282,8 @@ class Listener:
             (formats.BPF_RETURN, 0, 0, 0xFFFF_FFFF),
         )
         steps = create_string_buffer(b"".join(formats.SOCK_FILTER.pack(*step) for step in program))
-        told = formats.SOCK_FPROG.pack(len(program), addressof(steps))
-        self.socket.setsockopt(socket.SOL_SOCKET, formats.SO_ATTACH_FILTER, told)
+        program_struct = formats.SOCK_FPROG.pack(len(program), addressof(steps))
+        self.socket.setsockopt(socket.SOL_SOCKET, formats.SO_ATTACH_FILTER, program_struct)
 
     def read(self) -> list[tuple[int, bytes]] | None:
         """(type, body) of what is waiting; an empty list: nothing is; None: events were lost, or cannot be read."""

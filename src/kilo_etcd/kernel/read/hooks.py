@@ -42,8 +42,8 @@ _members = Reader(nft.nft_set_elem_list_msg.set_elem, "NFTA_SET_ELEM_KEY", "NFTA
 
 _keys, _ct_keys = _expr.nft_meta.meta_key.ops, _expr.nft_ct.keys.ops
 _META = {
-    number(_keys, name): what
-    for name, what in (
+    number(_keys, name): kind
+    for name, kind in (
         ("NFT_META_IIF", "iif index"), ("NFT_META_OIF", "oif index"),
         ("NFT_META_IIFNAME", "iif"), ("NFT_META_OIFNAME", "oif"), ("NFT_META_NFPROTO", "version"),
         ("NFT_META_L4PROTO", "protocol"),

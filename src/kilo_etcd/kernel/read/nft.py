@@ -120,7 +120,9 @@ def _expression(body: bytes) -> Expression:
     if name not in KNOWN or "NFTA_EXPR_DATA" not in attributes:
         return name, ()
     values = _known(name)(attributes["NFTA_EXPR_DATA"])
-    return name, tuple([(each, _value(each, values[each])) for each in KNOWN[name] if each in values])
+    return name, tuple(
+        [(attribute, _value(attribute, values[attribute])) for attribute in KNOWN[name] if attribute in values]
+    )
 
 
 @cache

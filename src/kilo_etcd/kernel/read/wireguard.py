@@ -78,10 +78,10 @@ class DeviceReader:
             peer = _peers.row(element)
             if len(key := peer[0] or b"") != wg.WG_KEY_LEN:
                 raise ValueError(f"a peer's key has {len(key)} bytes")
-            known = self._peers.setdefault(key, peer)
-            if known is not peer:
+            first = self._peers.setdefault(key, peer)
+            if first is not peer:
                 # A continuation carries the key and more allowed IPs only.
-                self._peers[key] = (*known[:-1], (known[-1] or b"") + (peer[-1] or b""))
+                self._peers[key] = (*first[:-1], (first[-1] or b"") + (peer[-1] or b""))
 
     def fingerprint(self) -> int:
         """See `Device.mark`."""

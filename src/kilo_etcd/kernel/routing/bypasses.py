@@ -21,11 +21,11 @@ from kilo_etcd.model.hostplan import HostPlan
 
 def suspects(plan: HostPlan, rules: Iterable[ForeignRule], interface: str) -> list[ForeignRule]:
     """The rules that may lead packets past the tunnel; what their tables hold decides."""
-    wanted = plan.encryption
-    if wanted is None:
+    encryption = plan.encryption
+    if encryption is None:
         return []
     _, ours = rule_priorities(interface)
-    versions = {network.version for network in (*wanted.send, *wanted.hold)}
+    versions = {network.version for network in (*encryption.send, *encryption.hold)}
     return [
         rule
         for rule in rules
@@ -33,7 +33,9 @@ def suspects(plan: HostPlan, rules: Iterable[ForeignRule], interface: str) -> li
         and rule.priority < ours
         and not rule.picks
         and (rule.goto > ours or rule.table not in (0, RT_TABLE_LOCAL))
-        and (rule.source is None or any(own.version == rule.version and own in rule.source for own in wanted.sources))
+        and (
+            rule.source is None or any(own.version == rule.version and own in rule.source for own in encryption.sources)
+        )
     ]
 
 
@@ -42,8 +44,8 @@ def bypasses(
 ) -> Iterator[str]:
     """A sentence for each rule, of `suspects`, by which packets leave in clear. With each, the routes that it leads to;
     `devices` are ours."""
-    wanted = plan.encryption
-    if wanted is None:
+    encryption = plan.encryption
+    if encryption is None:
         return
     _, ours = rule_priorities(interface)
     own = {"", "lo", *devices}
@@ -56,7 +58,7 @@ def bypasses(
         ]  # fmt: skip
         near = [
             network.network_address
-            for network in sorted({*wanted.send, *wanted.hold}, key=lambda each: (each.version, each))
+            for network in sorted({*encryption.send, *encryption.hold}, key=lambda network: (network.version, network))
             if network.version == rule.version
             and (rule.destination is None or network.network_address in rule.destination)
             and not _outside(rule, network.network_address, plan)
@@ -64,21 +66,21 @@ def bypasses(
         ]
         if near:
             more = f" and {len(near) - 1} more addresses of nodes" if len(near) > 1 else ", the address of a node,"
-            what = f"packets with {rule.limits}" if rule.limits else "packets"
+            packets = f"packets with {rule.limits}" if rule.limits else "packets"
             yield (
-                f"a rule precedes the one that encrypts (priority {ours}), so that {what} for {near[0]}{more} "
+                f"a rule precedes the one that encrypts (priority {ours}), so that {packets} for {near[0]}{more} "
                 f"leave in clear: {rule}; give it a priority of 10700 or above, or take these addresses out of it"
             )
 
 
 def _outside(rule: ForeignRule, address: IPAddress, plan: HostPlan) -> bool:
     """Whether all that a rule leads to an address is left outside of the tunnels anyway."""
-    wanted = plan.encryption
-    assert wanted is not None
-    udp = (plan.listen_port, *wanted.talk)
-    from_here = {(IPPROTO_TCP, port) for port in wanted.etcd_here} | {(IPPROTO_UDP, port) for port in udp}
-    to_there = {(IPPROTO_TCP, port) for where, port in wanted.etcd if where == address}
-    for exemption in wanted.clear:
+    encryption = plan.encryption
+    assert encryption is not None
+    udp = (plan.listen_port, *encryption.talk)
+    from_here = {(IPPROTO_TCP, port) for port in encryption.etcd_here} | {(IPPROTO_UDP, port) for port in udp}
+    to_there = {(IPPROTO_TCP, port) for where, port in encryption.etcd if where == address}
+    for exemption in encryption.clear:
         if address in exemption.network:
             protocol = protocol_of(exemption)
             if exemption.port is None:
@@ -90,5 +92,5 @@ def _outside(rule: ForeignRule, address: IPAddress, plan: HostPlan) -> bool:
     return _within(rule, rule.sports, from_here) or _within(rule, rule.dports, to_there)
 
 
-def _within(rule: ForeignRule, ports: tuple[int, int] | None, known: Collection[tuple[int, int]]) -> bool:
-    return ports is not None and all((rule.protocol, port) in known for port in range(ports[0], ports[1] + 1))
+def _within(rule: ForeignRule, ports: tuple[int, int] | None, exempted: Collection[tuple[int, int]]) -> bool:
+    return ports is not None and all((rule.protocol, port) in exempted for port in range(ports[0], ports[1] + 1))

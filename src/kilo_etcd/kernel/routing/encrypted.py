@@ -64,14 +64,14 @@ def is_table(number: int) -> bool:
 
 def policy_for(plan: HostPlan, interface: str, protocol: int) -> Policy:
     """The rules and the table that a plan asks for."""
-    wanted = plan.encryption
-    if wanted is None:
+    encryption = plan.encryption
+    if encryption is None:
         return Policy()
     table = table_of(interface)
-    routes = {network: route_of(planned, interface, protocol, table) for network, planned in wanted.send.items()}
-    last = {network: _last(network, table, protocol) for network in (*wanted.send, *wanted.hold)}
+    routes = {network: route_of(planned, interface, protocol, table) for network, planned in encryption.send.items()}
+    last = {network: _last(network, table, protocol) for network in (*encryption.send, *encryption.hold)}
     tables = {table: OwnTable(routes, last)} if last else {}
-    return Policy(tables, frozenset(_rules(wanted, plan.listen_port, interface)))
+    return Policy(tables, frozenset(_rules(encryption, plan.listen_port, interface)))
 
 
 def changed(old: HostPlan, new: HostPlan) -> list[IPNetwork] | None:
@@ -85,11 +85,11 @@ def changed(old: HostPlan, new: HostPlan) -> list[IPNetwork] | None:
 
 def narrowed(plan: HostPlan, networks: Collection[IPNetwork]) -> HostPlan:
     """The plan with no more destinations than `networks`."""
-    wanted = plan.encryption
-    assert wanted is not None
-    send = {network: wanted.send[network] for network in networks if network in wanted.send}
-    hold = frozenset(network for network in networks if network in wanted.hold)
-    return evolve(plan, encryption=evolve(wanted, send=send, hold=hold))
+    encryption = plan.encryption
+    assert encryption is not None
+    send = {network: encryption.send[network] for network in networks if network in encryption.send}
+    hold = frozenset(network for network in networks if network in encryption.hold)
+    return evolve(plan, encryption=evolve(encryption, send=send, hold=hold))
 
 
 def _last(network: IPNetwork, table: int, protocol: int) -> Route:
@@ -98,24 +98,24 @@ def _last(network: IPNetwork, table: int, protocol: int) -> Route:
     return Route(destination=network, device="lo", protocol=protocol, table=table, metric=UNREACHABLE_METRIC)
 
 
-def _rules(wanted: Encryption, listen_port: int, interface: str) -> Iterator[RoutingRule]:
+def _rules(encryption: Encryption, listen_port: int, interface: str) -> Iterator[RoutingRule]:
     past, ours = rule_priorities(interface)
 
     def clear(version: int, **match: Any) -> RoutingRule:
         return RoutingRule(version=version, priority=past, table=MAIN_TABLE, **match)
 
-    for address, port in wanted.etcd:
+    for address, port in encryption.etcd:
         yield clear(address.version, destination=ip_network(address), protocol=_TCP, dport=port)
     # From any address: the answers of an etcd in a container have the container's when they are routed.
-    for version in {own.version for own in wanted.sources}:
-        for port in wanted.etcd_here:
+    for version in {own.version for own in encryption.sources}:
+        for port in encryption.etcd_here:
             yield clear(version, protocol=_TCP, sport=port)
-    for own in wanted.sources:
-        for port in (listen_port, *wanted.talk):
+    for own in encryption.sources:
+        for port in (listen_port, *encryption.talk):
             yield clear(own.version, source=own, protocol=_UDP, sport=port)
-    for own in wanted.clear_sources:
+    for own in encryption.clear_sources:
         yield clear(own.version, source=own)
-    for exemption in wanted.clear:
+    for exemption in encryption.clear:
         version, protocol = exemption.network.version, protocol_of(exemption)
         # The kernel says nothing of a destination that is anywhere.
         to = exemption.network if exemption.network.prefixlen else None
@@ -135,10 +135,10 @@ def protocol_of(exemption: Exemption) -> int:
 
 def addresses_of(plan: HostPlan) -> tuple[IPInterface, ...]:
     """The addresses of the WireGuard device: the plan's, and one in IPv4 if the reverse-path check asks for one."""
-    wanted = plan.encryption
-    if wanted is None or any(address.version == 4 for address in plan.addresses):
+    encryption = plan.encryption
+    if encryption is None or any(address.version == 4 for address in plan.addresses):
         return plan.addresses
-    own = next((address for address in wanted.sources if address.version == 4), None)
+    own = next((address for address in encryption.sources if address.version == 4), None)
     return plan.addresses if own is None else (*plan.addresses, ip_interface(own))
 
 

@@ -78,21 +78,23 @@ def _routes(plan: HostPlan, interface: str, protocol: int) -> Iterator[Route]:
     """Those of the table, the default routes last."""
     assert plan.exit_route is not None
     table = exit_table(interface)
-    known = (peer.endpoint for peer in plan.peers.values() if peer.endpoint is not None and not peer.observed)
-    endpoints = (endpoint.address for endpoint in known)
+    stated_endpoints = (
+        peer.endpoint for peer in plan.peers.values() if peer.endpoint is not None and not peer.observed
+    )
+    endpoints = (endpoint.address for endpoint in stated_endpoints)
     aside = {*plan.exit_route.bypass, *(ip_network(address) for address in endpoints if address is not None)}
     for network in sorted(aside, key=lambda network: (network.version, network)):
         yield Route(destination=network, protocol=protocol, table=table, kind="throw")
     by: dict[int, RoutePlan] = {route.destination.version: route for route in plan.exit_route.by}
     own: dict[int, IPAddress] = {address.version: address.ip for address in reversed(plan.addresses)}
     for version in sorted(plan.exit_route.families | ({6} if plan.exit_route.answers6 else set())):
-        if (wanted := by.get(version)) is None:
+        if (planned := by.get(version)) is None:
             yield Route(
                 destination=_ANYWHERE[version], device=interface, source=own.get(version), protocol=protocol,
                 table=table,
             )  # fmt: skip
         else:
-            yield route_of(wanted, interface, protocol, table)
+            yield route_of(planned, interface, protocol, table)
 
 
 def route_of(planned: RoutePlan, interface: str, protocol: int, table: int = MAIN_TABLE) -> Route:
@@ -109,10 +111,10 @@ def route_of(planned: RoutePlan, interface: str, protocol: int, table: int = MAI
     )
 
 
-def same_way(route: Route, wanted: Route, interface: str) -> bool:
+def same_way(route: Route, planned: Route, interface: str) -> bool:
     """Whether a route of our table does what is wanted of it. Which device leads to a neighbour is the kernel's."""
-    if (route.kind, route.gateway, route.source) != (wanted.kind, wanted.gateway, wanted.source):
+    if (route.kind, route.gateway, route.source) != (planned.kind, planned.gateway, planned.source):
         return False
-    if wanted.gateway is not None and not wanted.device:
+    if planned.gateway is not None and not planned.device:
         return route.device not in (interface, ipip_name(interface))
-    return route.device == wanted.device
+    return route.device == planned.device

@@ -62,11 +62,11 @@ def policy_for(plan: HostPlan, observed: Observed, interface: str, protocol: int
         parts.append(_part(observed.policy, exit_node.exit_table(interface), exit_node.rule_priorities(interface)))
     else:
         parts.append(exit_node.policy_for(plan, interface, protocol))
-    whole = Policy(
+    policy = Policy(
         {number: table for part in parts for number, table in part.tables.items()},
         frozenset(rule for part in parts for rule in part.rules),
     )
-    return _without(whole, observed.lacking) if observed.lacking else whole
+    return _without(policy, observed.lacking) if observed.lacking else policy
 
 
 def _part(policy: Policy, table: int, priorities: tuple[int, ...]) -> Policy:
@@ -75,10 +75,10 @@ def _part(policy: Policy, table: int, priorities: tuple[int, ...]) -> Policy:
 
 
 def _without(policy: Policy, versions: frozenset[int]) -> Policy:
-    def there(routes: Mapping[IPNetwork, Route]) -> dict[IPNetwork, Route]:
+    def remaining(routes: Mapping[IPNetwork, Route]) -> dict[IPNetwork, Route]:
         return {network: route for network, route in routes.items() if network.version not in versions}
 
-    tables = {n: OwnTable(there(table.routes), there(table.last)) for n, table in policy.tables.items()}
+    tables = {n: OwnTable(remaining(table.routes), remaining(table.last)) for n, table in policy.tables.items()}
     return Policy(
         {n: table for n, table in tables.items() if table.routes or table.last},
         frozenset(rule for rule in policy.rules if rule.version not in versions),
@@ -95,14 +95,14 @@ def changes(
     policy = observed.policy
     if settled is not None and (news := encrypted.changed(settled, plan)) is not None:
         plan, policy = encrypted.narrowed(plan, news), _narrowed(policy, encrypted.table_of(interface), news)
-    wanted = policy_for(plan, observed, interface, protocol)
-    numbers = sorted({*wanted.tables, *policy.tables})
-    made = [change for n in numbers for change in _made(wanted.table(n), policy.table(n), interface)]
-    made += [AddRule(rule) for rule in sorted(wanted.rules - policy.rules, key=lambda rule: rule.order)]
+    planned = policy_for(plan, observed, interface, protocol)
+    numbers = sorted({*planned.tables, *policy.tables})
+    made = [change for n in numbers for change in _made(planned.table(n), policy.table(n), interface)]
+    made += [AddRule(rule) for rule in sorted(planned.rules - policy.rules, key=lambda rule: rule.order)]
     # The one that leads to our table goes before those that lead past it.
-    gone = sorted(policy.rules - wanted.rules, key=lambda rule: rule.order, reverse=True)
-    stale: list[Change] = [DeleteRule(rule) for rule in gone]
-    stale += [change for n in numbers for change in _stale(wanted.table(n), policy.table(n))]
+    removed = sorted(policy.rules - planned.rules, key=lambda rule: rule.order, reverse=True)
+    stale: list[Change] = [DeleteRule(rule) for rule in removed]
+    stale += [change for n in numbers for change in _stale(planned.table(n), policy.table(n))]
     return made, stale
 
 
@@ -110,8 +110,8 @@ def _same(plan: HostPlan, settled: HostPlan) -> bool:
     """Whether two plans certainly ask for the same. The table of an exit node follows from the peers' endpoints too."""
     if plan.exit_route is not None or settled.exit_route is not None or plan.listen_port != settled.listen_port:
         return False
-    same = plan.returns == settled.returns and plan.returns_refused.keys() == settled.returns_refused.keys()
-    return same and plan.encryption is settled.encryption
+    same_returns = plan.returns == settled.returns and plan.returns_refused.keys() == settled.returns_refused.keys()
+    return same_returns and plan.encryption is settled.encryption
 
 
 def _narrowed(policy: Policy, number: int, networks: Collection[IPNetwork]) -> Policy:
@@ -123,36 +123,36 @@ def _narrowed(policy: Policy, number: int, networks: Collection[IPNetwork]) -> P
     return Policy({**others, number: OwnTable(routes, last)}, policy.rules)
 
 
-def _made(wanted: OwnTable, table: OwnTable, interface: str) -> Iterator[Change]:
-    changed = changed_keys(table.routes, wanted.routes)
+def _made(planned: OwnTable, table: OwnTable, interface: str) -> Iterator[Change]:
+    changed = changed_keys(table.routes, planned.routes)
     new = {destination for destination in changed if destination not in table.routes and destination not in table.last}
-    yield from (AddRoute(wanted.routes[destination]) for destination in changed if destination in new)
-    for destination in changed_keys(table.last, wanted.last):
-        if (last := wanted.last.get(destination)) is not None:
+    yield from (AddRoute(planned.routes[destination]) for destination in changed if destination in new)
+    for destination in changed_keys(table.last, planned.last):
+        if (last := planned.last.get(destination)) is not None:
             yield AddRoute(last) if destination not in table.last else ReplaceRoute(last)
     for destination in changed:
-        route, there = wanted.routes.get(destination), table.routes.get(destination)
-        if route is None or destination in new or (there is not None and same_way(there, route, interface)):
+        route, present = planned.routes.get(destination), table.routes.get(destination)
+        if route is None or destination in new or (present is not None and same_way(present, route, interface)):
             continue
-        if there is None:
+        if present is None:
             yield AddRoute(route)
         elif not route.device and route.gateway is not None and route.gateway in destination:
             # By which device a neighbour is reached the kernel asks this very table first, where a route into the
             # tunnel would be the answer. Meanwhile there is the last resort.
-            yield from (DeleteRoute(there), AddRoute(route))
+            yield from (DeleteRoute(present), AddRoute(route))
         else:
             yield ReplaceRoute(route)
 
 
-def _stale(wanted: OwnTable, table: OwnTable) -> Iterator[Change]:
-    yield from (DeleteRoute(route) for destination, route in table.last.items() if destination not in wanted.last)
-    yield from (DeleteRoute(route) for destination, route in table.routes.items() if destination not in wanted.routes)
+def _stale(planned: OwnTable, table: OwnTable) -> Iterator[Change]:
+    yield from (DeleteRoute(route) for destination, route in table.last.items() if destination not in planned.last)
+    yield from (DeleteRoute(route) for destination, route in table.routes.items() if destination not in planned.routes)
 
 
 def removal(policy: Policy) -> list[Change]:
     """What has to be done so that nothing of it is left."""
-    gone = sorted(policy.rules, key=lambda rule: rule.order, reverse=True)
-    stale: list[Change] = [DeleteRule(rule) for rule in gone]
+    removed = sorted(policy.rules, key=lambda rule: rule.order, reverse=True)
+    stale: list[Change] = [DeleteRule(rule) for rule in removed]
     return [*stale, *(change for table in policy.tables.values() for change in _stale(_NOTHING, table))]
 
 

@@ -140,7 +140,7 @@ def deciding_rule(
     """The rule of another program by which the kernel chose a route for an address, as far as can be told. `table`: the
     route's; None: the kernel refuses the packets. `source`: None if the kernel chooses the source address; it asks no
     rule for a source then."""
-    asked = (
+    matching = (
         rule
         for rule in rules
         if rule.version == address.version
@@ -150,7 +150,7 @@ def deciding_rule(
         and (rule.destination is None or address in rule.destination)
         and (rule.refuses if table is None else rule.table == table and table not in _KERNELS_OWN)
     )
-    return min(asked, key=lambda rule: rule.priority, default=None)
+    return min(matching, key=lambda rule: rule.priority, default=None)
 
 
 @frozen

@@ -33,9 +33,9 @@ def read(sock: sockets.Socket, interface: str, protocol: int, names: Mapping[int
             tables[route.table][route.metric == UNREACHABLE_METRIC][route.destination] = route.route(names)
 
     def keep_rule(body: bytes) -> None:
-        found = replies.read_rule(body)
-        if found is not None and found[1] == protocol and found[0].priority in priorities:
-            rules.add(found[0])
+        read = replies.read_rule(body)
+        if read is not None and read[1] == protocol and read[0].priority in priorities:
+            rules.add(read[0])
 
     for version in (4, 6):
         for number in tables:

@@ -255,7 +255,7 @@ def _value(data: bytes) -> bytes:
 def _packed(expression: Expression) -> bytes:
     name, values = expression
     to_verdict = ("NFTA_IMMEDIATE_DREG", VERDICT_REGISTER) in values
-    attributes = {each: _wrapped(each, value, to_verdict) for each, value in values}
+    attributes = {attribute: _wrapped(attribute, value, to_verdict) for attribute, value in values}
     pack, pack_whole = _writers(name)
     return pack_whole((), {"NFTA_EXPR_NAME": name.encode() + b"\0", "NFTA_EXPR_DATA": pack((), attributes)})
 
@@ -266,7 +266,9 @@ def _writers(name: str) -> tuple[Writer, Writer]:
     kind = getattr(_expr, f"nft_{name}")
 
     def as_data(packed: bytes) -> object:
-        return {"attrs": [(each, _CONVERTERS[each](value)) for each, value in read(kind, packed).items()]}
+        return {
+            "attrs": [(attribute, _CONVERTERS[attribute](value)) for attribute, value in read(kind, packed).items()]
+        }
 
     return Writer(kind, _CONVERTERS), Writer(_expr, {"NFTA_EXPR_NAME": _as_text, "NFTA_EXPR_DATA": as_data})
 
