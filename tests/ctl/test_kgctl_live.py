@@ -282,7 +282,7 @@ async def test_watching_shows_each_change_once(mesh: Mesh, monkeypatch: pytest.M
         await seen.wait()
 
     async with trio.open_nursery() as nursery:
-        nursery.start_soon(partial(status._follow, mesh.etcd.client(), KEYS, put_out=put_out, live=False))
+        nursery.start_soon(partial(status._follow, mesh.etcd.client(), KEYS, print_report=put_out, live=False))
         await next_one()
         await next_one(lambda: mesh.etcd.put("/kilo/mesh/granularity", "full"))
         # What changes nothing that is shown is not shown again, and etcd may be away for a while.

@@ -56,7 +56,7 @@ class PlanApplier:
         self._reset_session = (self._reset_session - new_keys) & desired.peers.keys()
         trigger_handshakes({**order.trigger, **{key: order.late[key] for key in silent}}.values())
         if not standby:
-            trigger_handshakes(_told_of(report, order.plan, topology)[:MOST_TRIGGERED])
+            trigger_handshakes(_set_to_observed(report, order.plan, topology)[:MOST_TRIGGERED])
             trigger_handshakes(moved(report, before, order.plan, topology, apart_from=reset)[:MOST_TRIGGERED])
             remade = _remade(report, before, topology)
             trigger_handshakes(remade if len(remade) <= MOST_TRIGGERED else ())
@@ -114,7 +114,7 @@ class PlanApplier:
         return frozenset(key for key in late if key in observed and not observed[key].last_handshake)
 
 
-def _told_of(report: kernel.ApplyReport, plan: HostPlan, topology: Topology) -> list[IPAddress]:
+def _set_to_observed(report: kernel.ApplyReport, plan: HostPlan, topology: Topology) -> list[IPAddress]:
     """Mesh addresses of nodes that were just set to where others see them: both ends do so at about the same time."""
     addresses: list[IPAddress] = []
     for change in report.changes:

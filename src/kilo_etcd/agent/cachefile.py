@@ -290,9 +290,9 @@ def _cached(path: Path, identity: Identity, lines: list[bytes]) -> CachedMesh:
         identity=identity,
         written=float(written),
         header=Header(
-            cluster_id=_whole(head.get("clusterId"), 2**64),
-            revision=_whole(head.get("revision")),
-            raft_term=_whole(head.get("raftTerm"), 2**64),
+            cluster_id=_whole_number(head.get("clusterId"), 2**64),
+            revision=_whole_number(head.get("revision")),
+            raft_term=_whole_number(head.get("raftTerm"), 2**64),
         ),
         granularity=_setting(Granularity, head.get("granularity"), "granularity"),
         subnets=_subnets(head.get("subnets")),
@@ -309,7 +309,7 @@ def _text_in(head: dict[str, Any], name: str) -> str:
     return value
 
 
-def _whole(value: object, end: int = 2**63) -> int:
+def _whole_number(value: object, end: int = 2**63) -> int:
     # bool is an int.
     if type(value) is not int or not 0 <= value < end:
         raise _Wrong("it has a number that etcd never gives")
@@ -351,10 +351,10 @@ def _kv(line: bytes) -> KeyValue:
     return KeyValue(
         key=_bytes(key),
         value=_bytes(value),
-        create_revision=_whole(create),
-        mod_revision=_whole(mod),
-        version=_whole(version),
-        lease=_whole(lease),
+        create_revision=_whole_number(create),
+        mod_revision=_whole_number(mod),
+        version=_whole_number(version),
+        lease=_whole_number(lease),
     )
 
 

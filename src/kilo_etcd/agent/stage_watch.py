@@ -85,7 +85,7 @@ class StageWatch:
         self._applied, self._missing, self._gone = {}, {}, set()
         self.living = Living()
         self._beginning += 1
-        self._tell()
+        self._notify()
 
     def take_as_gone(self, names: Iterable[str]) -> None:
         """Treat agents of which nothing is known as gone."""
@@ -103,7 +103,7 @@ class StageWatch:
         self._nodes, self._cluster = nodes, cluster
         if names != self._awaited:
             self._awaited = names
-            self._tell()
+            self._notify()
 
     async def run(self) -> None:
         """Follow those that are waited for until cancelled."""
@@ -137,7 +137,7 @@ class StageWatch:
                 return
             await changed.wait()
 
-    def _tell(self) -> None:
+    def _notify(self) -> None:
         changed, self._changed = self._changed, trio.Event()
         changed.set()
         self._note()
@@ -205,7 +205,7 @@ class StageWatch:
                         async for batch in watch:
                             delay = RETRY_FIRST
                             self._check(batch.header)
-                            self._take(batch.events)
+                            self._apply(batch.events)
             except etcd.EtcdError as error:
                 self._cannot(error)
                 await trio.sleep(delay * self._rng.uniform(0.5, 1.5))
@@ -235,7 +235,7 @@ class StageWatch:
             self._lives(value)
         self._note()
 
-    def _take(self, events: Iterable[etcd.Event]) -> None:
+    def _apply(self, events: Iterable[etcd.Event]) -> None:
         for event in events:
             stage = self._read(event.kv) if event.type is etcd.EventType.PUT else None
             if stage is not None:

@@ -112,7 +112,7 @@ class PeerConnection:
         self.exit_node_monitor = ExitNodeMonitor(device, self._note_exit_node)
         self.topology: Topology | None = None
         self.plan: HostPlan | None = None
-        self._told: tuple[tuple[IPInterface, ...], tuple[str, ...]] | None = None
+        self._logged_summary: tuple[tuple[IPInterface, ...], tuple[str, ...]] | None = None
         self._stopping = trio.Event()
         self._joined = False
 
@@ -266,7 +266,7 @@ class PeerConnection:
         )
         # Through the exit node goes everything, so what is of the mesh is told by the plan without it.
         await self._write_names(topology, plans.filtered)
-        self._tell(plan)
+        self._log_summary(plan)
 
     async def _write_names(self, topology: Topology, plan: HostPlan) -> None:
         if not self.settings.dns_hosts:
@@ -285,19 +285,19 @@ class PeerConnection:
         else:
             self.once.clear("hosts", "the names can be written again")
 
-    def _tell(self, plan: HostPlan) -> None:
+    def _log_summary(self, plan: HostPlan) -> None:
         """One line, where what a person would want to know has changed."""
         leaders = tuple(sorted(peer.name for peer in plan.peers.values()))
         summary = (plan.addresses, leaders)
-        if summary != self._told:
+        if summary != self._logged_summary:
             self.log.info(
-                "connected" if self._told is None else "following",
+                "connected" if self._logged_summary is None else "following",
                 interface=self.settings.interface,
                 addresses=tuple(address.ip for address in plan.addresses),
                 leaders=leaders,
                 networks=len(plan.routes),
             )
-            self._told = summary
+            self._logged_summary = summary
 
     # -- the end --------------------------------------------------------------------------------------------
 

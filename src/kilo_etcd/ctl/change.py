@@ -158,7 +158,7 @@ def prepare(mesh: Mesh, decide: Callable[[Snapshot, View, Keys], Edit]) -> Prepa
             f"{len(conditions)} keys are too many for one transaction of etcd's: change at most {MOST} in one go"
         )
     _refuse(mesh, edit)
-    held = _whole(mesh, {key: view.kv(key) for key in (*puts, *deletes, *below)})
+    held = _full_values(mesh, {key: view.kv(key) for key in (*puts, *deletes, *below)})
     then = after(view, puts, [*deletes, *below])
     if edit.refuses_trouble and (trouble := new_trouble(before, then)):
         raise Failure("; ".join(trouble) + "; nothing was written")
@@ -179,7 +179,7 @@ def prepare(mesh: Mesh, decide: Callable[[Snapshot, View, Keys], Edit]) -> Prepa
     )
 
 
-def _whole(mesh: Mesh, held: dict[str, KeyValue | None]) -> dict[str, KeyValue | None]:
+def _full_values(mesh: Mesh, held: dict[str, KeyValue | None]) -> dict[str, KeyValue | None]:
     """What is to be restored, as etcd holds it: of a rejected value a view has the reason alone."""
     stubs = [key for key, kv in held.items() if kv is not None and is_stub(kv.value)]
 

@@ -62,7 +62,7 @@ def use_environment_file(context: click.Context) -> None:
             )
         return
     try:
-        _take(context, variables, {name: flag.env for name, flag in names.items()})
+        _set_parameters(context, variables, {name: flag.env for name, flag in names.items()})
         etcd_and_prefix(context)
     except click.UsageError as error:
         raise click.UsageError(f"{PATH}: {error.format_message()}", context) from None
@@ -77,7 +77,7 @@ def used(context: click.Context) -> bool:
     return bool(context.find_root().meta.get(_USED))
 
 
-def _take(context: click.Context, variables: Mapping[str, str], names: Mapping[str, str]) -> None:
+def _set_parameters(context: click.Context, variables: Mapping[str, str], names: Mapping[str, str]) -> None:
     variable_names = dict(names)
     if context.get_parameter_source(_PREFIX) is ParameterSource.DEFAULT:
         variable_names[_PREFIX] = "KILO_PREFIX"

@@ -34,14 +34,14 @@ class Egress:
         self._uplinks = uplinks
         """The MTUs of the host's uplinks, for one that has no endpoint yet."""
         self._since = time.monotonic()
-        self._known: dict[str, tuple[Endpoint, int | None]] = {}
+        self._ways: dict[str, tuple[Endpoint, int | None]] = {}
         """Public key -> the peer's endpoint, and the MTU of the way there."""
         self._inside: tuple[frozenset[IPAddress], int] = frozenset(), _ETHERNET
         """The nodes that IPIP goes to, and the smallest MTU of the ways there."""
 
     def forget(self) -> None:
         """The ways may have changed."""
-        self._known.clear()
+        self._ways.clear()
         self._inside = frozenset(), _ETHERNET
         self._since = time.monotonic()
 
@@ -52,7 +52,7 @@ class Egress:
 
     def mtu(self, plan: HostPlan) -> int:
         """Bytes for the WireGuard interface: the smallest of all ways, less what encapsulation takes."""
-        known_ways = self._known
+        known_ways = self._ways
         unknown: dict[str, Endpoint] = {}
         for key, peer in plan.peers.items():
             endpoint, way = peer.endpoint, known_ways.get(key)
@@ -61,7 +61,7 @@ class Egress:
         if unknown:
             answers = self._ask({e.address for e in unknown.values() if e.address is not None})
             if len(known_ways) > 2 * len(plan.peers):
-                self._known = known_ways = {key: way for key, way in known_ways.items() if key in plan.peers}
+                self._ways = known_ways = {key: way for key, way in known_ways.items() if key in plan.peers}
             known_ways.update(
                 (key, (e, None if e.address is None else answers[e.address])) for key, e in unknown.items()
             )

@@ -100,7 +100,7 @@ async def open_kernel(setup: Setup) -> AsyncIterator[Kernel]:
             )
         listener.leave_out(host.port, (replies.NEWROUTE, replies.DELROUTE))
         try:
-            backend = await _told(lambda: host.choose(setup.wireguard, setup.userspace_command))
+            backend = await _ask_kernel(lambda: host.choose(setup.wireguard, setup.userspace_command))
             yield LinuxKernel(setup, host, listener, reports, backend)
         finally:
             listener.close()
@@ -167,7 +167,7 @@ async def list_addresses() -> HostAddresses:
         finally:
             host.close()
 
-    return await _told(read)
+    return await _ask_kernel(read)
 
 
 async def _in_thread(work: Callable[[], _T]) -> _T:
@@ -187,7 +187,7 @@ def _descriptors_named() -> Iterator[None]:
         raise KernelError(f"the kernel cannot be asked: {why_not(error)}") from None
 
 
-async def _told(work: Callable[[], _T]) -> _T:
+async def _ask_kernel(work: Callable[[], _T]) -> _T:
     """As `_in_thread`, with any OSError as a KernelError: netlink may fail for a time, mostly for want of memory, and
     the caller is to retry."""
     try:
@@ -246,44 +246,44 @@ class LinuxKernel:
     async def check(self) -> None:
         """Implements `kernel.api.Kernel.check`."""
         async with self._lock:
-            await _told(lambda: self._host.check(self._backend, self._setup.userspace_command))
+            await _ask_kernel(lambda: self._host.check(self._backend, self._setup.userspace_command))
 
     async def apply(self, plan: HostPlan, *, fresh: bool = False, reset: Collection[str] = ()) -> ApplyReport:
         """Implements `kernel.api.Kernel.apply`, in a thread: other tasks run on, and the next call waits."""
         async with self._lock:
-            return await _told(lambda: self._apply(plan, fresh, frozenset(reset)))
+            return await _ask_kernel(lambda: self._apply(plan, fresh, frozenset(reset)))
 
     async def preview(self, plan: HostPlan, *, failed: bool = True) -> tuple[Change, ...]:
         """Implements `kernel.api.Kernel.preview`."""
         async with self._lock:
-            changes = await _told(lambda: self._preview(plan))
+            changes = await _ask_kernel(lambda: self._preview(plan))
             return changes if failed else possible(changes, self._failed)
 
     async def observe(self) -> Observed:
         """Implements `kernel.api.Kernel.observe`. Differences that it finds make `wait_drift` return."""
         async with self._lock:
-            observed = await _told(self._read)
+            observed = await _ask_kernel(self._read)
             self._notice(observed)
             return observed
 
     async def obstacles(self) -> tuple[Obstacle, ...]:
         """Implements `kernel.api.Kernel.obstacles`, for the plan in force."""
         async with self._lock:
-            return await _told(lambda: self._host.obstacles(self._plan))
+            return await _ask_kernel(lambda: self._host.obstacles(self._plan))
 
     async def bypasses(self) -> tuple[str, ...]:
         """Implements `kernel.api.Kernel.bypasses`."""
         async with self._lock:
-            return await _told(lambda: self._host.bypasses(self._plan))
+            return await _ask_kernel(lambda: self._host.bypasses(self._plan))
 
     async def listening(self) -> frozenset[int]:
         """Implements `kernel.api.Kernel.listening`, from `/proc/net`."""
-        return await _told(listening.read)
+        return await _ask_kernel(listening.read)
 
     async def peer_activity(self) -> PeerActivity:
         """Implements `kernel.api.Kernel.peer_activity`."""
         async with self._lock:
-            return await _told(self._host.peer_activity)
+            return await _ask_kernel(self._host.peer_activity)
 
     async def ping(self, addresses: Collection[IPAddress], requests: echo.EchoRequests) -> Mapping[IPAddress, float]:
         """Implements `kernel.api.Kernel.ping`. If nobody may ping on this host (the kernel's default), it allows it to
@@ -304,19 +304,19 @@ class LinuxKernel:
     async def foreign_rules(self) -> tuple[ForeignRule, ...]:
         """Implements `kernel.api.Kernel.foreign_rules`."""
         async with self._lock:
-            return await _told(self._host.foreign_rules)
+            return await _ask_kernel(self._host.foreign_rules)
 
     async def routes_taken(
         self, sources: Mapping[IPAddress, IPAddress | None], *, by_wireguard: bool = False
     ) -> Mapping[IPAddress, Route | str]:
         """Implements `kernel.api.Kernel.routes_taken`."""
         async with self._lock:
-            return await _told(lambda: self._host.routes_taken(sources, by_wireguard=by_wireguard))
+            return await _ask_kernel(lambda: self._host.routes_taken(sources, by_wireguard=by_wireguard))
 
     async def resolved(self, addresses: Collection[IPAddress]) -> frozenset[IPAddress]:
         """Implements `kernel.api.Kernel.resolved`."""
         async with self._lock:
-            return await _told(lambda: self._host.resolved(addresses))
+            return await _ask_kernel(lambda: self._host.resolved(addresses))
 
     async def wait_drift(self) -> str:
         """Implements `kernel.api.Kernel.wait_drift`. Of routes, rules and tables the kernel itself reports; the
@@ -407,7 +407,7 @@ class LinuxKernel:
             if (change := self._undone(plan, present)) is None:
                 self._fingerprint = fingerprint
                 return
-            self._drift = self._found(change)
+            self._drift = self._drift_text(change)
         self._observed = None
 
     def _undone(self, plan: HostPlan, observed: Observed) -> Change | None:
@@ -417,7 +417,7 @@ class LinuxKernel:
         able = possible(changes, self._failed)
         return next((change for change in able if is_drift(change, observed, memory)), None)
 
-    def _found(self, change: Change) -> str:
+    def _drift_text(self, change: Change) -> str:
         went_back = isinstance(change, SetPeer) and change.public_key in self._memory.former
         return f"{'WireGuard went back to a former endpoint' if went_back else 'found undone'}: {change}"
 
@@ -446,7 +446,7 @@ class LinuxKernel:
         if self._plan is None or not observed.ours:
             return
         if (change := self._undone(self._plan, observed)) is not None:
-            self._drift = self._found(change)
+            self._drift = self._drift_text(change)
             self._wake.set()
 
     def _read(self) -> Observed:

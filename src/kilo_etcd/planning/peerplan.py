@@ -51,7 +51,7 @@ def peer_plan(
     for segment in sorted(topology.segments.values(), key=lambda segment: segment.leader.name):
         leader = segment.leader
         endpoint = _endpoint(leader, families)
-        observed = _seen(leader, peer, endpoint, families)
+        observed = _observed(leader, peer, endpoint, families)
         used = observed or endpoint
         # What is near the machine is not elsewhere, and WireGuard's own packets must not go into the tunnel.
         amiss = {
@@ -92,7 +92,7 @@ def _endpoint(leader: Node, families: Collection[int]) -> Endpoint | None:
     return next(fit, None) if families else leader.endpoint
 
 
-def _seen(leader: Node, peer: Peer, registered: Endpoint | None, families: Collection[int]) -> Endpoint | None:
+def _observed(leader: Node, peer: Peer, registered: Endpoint | None, families: Collection[int]) -> Endpoint | None:
     """Where to look for a leader behind NAT: where others see it, unless they see the machine behind that very NAT."""
     if registered is not None and registered.public:
         return None

@@ -72,7 +72,7 @@ class LogRateLimiter:
         if len(self._kinds) > KINDS:
             oldest = self._kinds.pop(next(iter(self._kinds)))
             if oldest.newest is not None:
-                lines.append(_told(oldest))
+                lines.append(_pop_newest(oldest))
         _refill(kind, now)
         if kind.room >= _ONE:
             kind.room -= 1.0
@@ -90,12 +90,12 @@ class LogRateLimiter:
                 _refill(kind, now)
                 if kind.room >= _ONE:
                     kind.room -= 1.0
-                    result.append(_told(kind))
+                    result.append(_pop_newest(kind))
         return result
 
     def rest(self) -> list[Line]:
         """All that was left out and is the last of its kind, for the end."""
-        return [_told(kind) for kind in self._kinds.values() if kind.newest is not None]
+        return [_pop_newest(kind) for kind in self._kinds.values() if kind.newest is not None]
 
 
 def _refill(kind: _Kind, now: float) -> None:
@@ -103,7 +103,7 @@ def _refill(kind: _Kind, now: float) -> None:
     kind.at = now
 
 
-def _told(kind: _Kind) -> Line:
+def _pop_newest(kind: _Kind) -> Line:
     assert kind.newest is not None
     line, others = kind.newest, kind.left_out - 1
     kind.newest, kind.left_out = None, 0

@@ -238,13 +238,13 @@ class Resolver:
                     continue
                 retry = FIRST_RETRY
                 self._once.clear(name, "the DNS name of an endpoint is resolved again", name=name)
-                self._take(name, answers)
+                self._note_answers(name, answers)
                 await self._pause(self._period)
 
     async def _pause(self, seconds: float) -> None:
         await trio.sleep(seconds * self._rng.uniform(1 - self._jitter, 1 + self._jitter))
 
-    def _take(self, name: str, answers: tuple[IPAddress, ...]) -> None:
+    def _note_answers(self, name: str, answers: tuple[IPAddress, ...]) -> None:
         held = self._table.get(name, ())
         if not answers or set(held) == set(answers):
             return

@@ -239,7 +239,7 @@ class Mirror:
             ):
                 nursery.start_soon(self._probe)
                 async for batch in watch:
-                    self._take(batch)
+                    self._apply_batch(batch)
                 nursery.cancel_scope.cancel()
         except* _ListAgain:
             pass
@@ -276,7 +276,7 @@ class Mirror:
                 raise _ListAgain
             self._floor = header
 
-    def _take(self, batch: WatchBatch) -> None:
+    def _apply_batch(self, batch: WatchBatch) -> None:
         if self._floor is not None and batch.header.cluster_id not in (0, self._floor.cluster_id):
             raise _ListAgain
         if self._view.apply(batch.events, batch.header):
@@ -350,9 +350,9 @@ class Mirror:
 
     def _set_untrusted(self, sentence: str | None) -> None:
         self.untrusted_reason = sentence
-        self._tell()
+        self._notify()
 
-    def _tell(self) -> None:
+    def _notify(self) -> None:
         event, self._verified = self._verified, trio.Event()
         event.set()
 
@@ -362,7 +362,7 @@ class Mirror:
         self.connected, self.disconnected_since = True, None
         if self.failure is not None:
             self.failure = None
-            self._tell()
+            self._notify()
 
     def _failed(self, error: EtcdError) -> None:
         if self.connected or self.failure is None or self.failure.kind != error.kind:
@@ -371,7 +371,7 @@ class Mirror:
         if self.connected:
             self.disconnected_since = trio.current_time()
         self.connected, self.failure = False, error
-        self._tell()
+        self._notify()
 
 
 def _why_not(header: Header, floor: Header | None) -> str | None:

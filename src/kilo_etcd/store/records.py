@@ -444,7 +444,7 @@ def _string(value: object, _type: object = None) -> str:
     return value
 
 
-def _whole(value: object, _type: object = None) -> int:
+def _whole_number(value: object, _type: object = None) -> int:
     if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value < 2**63:
         raise ValueError(f"{shown(value)} is no whole number")
     return value
@@ -508,7 +508,7 @@ def _label(value: object) -> str:
 def _number(value: object) -> int:
     if value == -1 and not isinstance(value, bool):
         return -1
-    return _whole(value)
+    return _whole_number(value)
 
 
 def _truth(value: object) -> bool:
@@ -528,7 +528,7 @@ def _tunnel(value: object) -> Tunnel:
     if not isinstance(value, list) or len(value) < len(Tunnel._fields):
         raise ValueError(f"{shown(value)} is no tunnel: a list of {', '.join(map(_camel, Tunnel._fields))}")
     key, handshake, received, sent, endpoint = value[: len(Tunnel._fields)]
-    return Tunnel(check_key(key), _number(handshake), _whole(received), _whole(sent), _string(endpoint))
+    return Tunnel(check_key(key), _number(handshake), _whole_number(received), _whole_number(sent), _string(endpoint))
 
 
 def _unreachable(value: object) -> Unreachable:
@@ -544,13 +544,13 @@ _BY_NAME: Mapping[str, Callable[[object], Any]] = {
     "preshared_key": _or_none(check_key),
     "location": _label,
     "port": _port,
-    "persistent_keepalive": lambda value: parse_keepalive(_whole(value)),
+    "persistent_keepalive": lambda value: parse_keepalive(_whole_number(value)),
     "underlay": _networks,  # never null: to state nothing is to leave it out
 }
 """Fields that not every value of their type fits -> how they are read, in whatever kind of record."""
 _BY_TYPE: Mapping[object, Callable[[object], Any]] = {
     str: _string,
-    int: _whole,
+    int: _whole_number,
     bool: _truth,
     Endpoint: _address_endpoint,
     Endpoint | None: _endpoint,
@@ -562,7 +562,7 @@ _BY_TYPE: Mapping[object, Callable[[object], Any]] = {
     tuple[Unreachable, ...]: _items(_unreachable),
     tuple[Tunnel, ...]: _items(_tunnel),
     tuple[TakenRoute, ...]: _items(_taken_route),
-    int | None: _or_none(_whole),
+    int | None: _or_none(_whole_number),
     Role: _chosen(Role),
     CandidateClass: _chosen(CandidateClass),
     Encapsulate: _chosen(Encapsulate),

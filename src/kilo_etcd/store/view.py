@@ -412,9 +412,9 @@ class View:
         else:
             try:
                 self._check_lease(parsed, kv, key)
-                notes = self._take(parsed, kv)
+                notes = self._decode_into_table(parsed, kv)
             except RecordError as error:
-                self._take(parsed, None)
+                self._decode_into_table(parsed, None)
                 reason = str(error)
                 notes = (reason,)
         if notes or key in self._aside:
@@ -438,7 +438,7 @@ class View:
         if not leaseless:
             del self._leaseless[author]
 
-    def _take(self, parsed: k.ParsedKey, kv: KeyValue | None) -> Sequence[str]:
+    def _decode_into_table(self, parsed: k.ParsedKey, kv: KeyValue | None) -> Sequence[str]:
         """One key's value into its table (None: out of it). RecordError before anything has changed."""
         value = None if kv is None else kv.value
         match parsed:

@@ -92,7 +92,7 @@ class Places:
             )
             gone += _without(old, new)
             come += _without(new, old)
-        holders, moved = self._holders.after(_held(gone), _held(come))
+        holders, moved = self._holders.after(_addresses_by_name(gone), _addresses_by_name(come))
         if topology.allocation is not last.allocation:
             moved.update(holders.within(_granted_otherwise(last.allocation, topology.allocation)))
         nodes = topology.snapshot.nodes
@@ -189,7 +189,7 @@ def _without(members: Iterable[Node], others: Iterable[Node]) -> list[Node]:
     return [node for node in members if id(node) not in other_ids]
 
 
-def _held(nodes: Iterable[Node]) -> Iterator[tuple[str, IPAddress]]:
+def _addresses_by_name(nodes: Iterable[Node]) -> Iterator[tuple[str, IPAddress]]:
     return ((node.name, address) for node in nodes for address in own_addresses(node))
 
 
@@ -199,7 +199,7 @@ def _granted_otherwise(old: PrefixAllocation, new: PrefixAllocation) -> Iterator
 
 
 def _from_scratch(topology: Topology) -> tuple[dict[str, Place], Holders]:
-    holders, _ = Holders().after((), _held(topology.snapshot.nodes.values()))
+    holders, _ = Holders().after((), _addresses_by_name(topology.snapshot.nodes.values()))
     return {key: _place(segment, topology, holders, None, ()) for key, segment in topology.segments.items()}, holders
 
 
@@ -239,7 +239,7 @@ def _place(
             if id(network) in former
             or (
                 len(holders.names[network.network_address]) == 1
-                and _meant(network.network_address, node, segment.key, topology.allocation)
+                and _belongs_to(network.network_address, node, segment.key, topology.allocation)
             )
         )
     links = segment.links
@@ -249,7 +249,7 @@ def _place(
     return Place(segment, by_member, links)
 
 
-def _meant(address: IPAddress, node: Node, segment: str, allocation: PrefixAllocation) -> bool:
+def _belongs_to(address: IPAddress, node: Node, segment: str, allocation: PrefixAllocation) -> bool:
     """Whether an address can belong to no one but the node, apart from what others have near them."""
     if each_hosts_own(address):
         return False

@@ -247,19 +247,19 @@ class _Nodes:
 
     mesh: tuple[IPNetwork, ...]
     ask: Callable[[], Iterable[IPAddress]]
-    _found: dict[int, list[int]] = field(factory=dict)
+    _numbers: dict[int, list[int]] = field(factory=dict)
 
     def hinder(self, offer: Offer) -> str | None:
         """Why a network that does not cover the mesh cannot be had inside it."""
         if not any(_overlap(offer.network, subnet) for subnet in self.mesh):
             return None
-        if not self._found:
-            self._found.update({4: [], 6: []})
+        if not self._numbers:
+            self._numbers.update({4: [], 6: []})
             for address in self.ask():
-                self._found[address.version].append(int(address))
-            for numbers in self._found.values():
+                self._numbers[address.version].append(int(address))
+            for numbers in self._numbers.values():
                 numbers.sort()
-        numbers = self._found[offer.network.version]
+        numbers = self._numbers[offer.network.version]
         at = bisect_left(numbers, offer.start)
         if at < len(numbers) and numbers[at] <= offer.end:
             return "it holds the mesh address of a node; choose one outside the mesh's subnet"

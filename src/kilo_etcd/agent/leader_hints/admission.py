@@ -85,7 +85,7 @@ class _Sender:
     slow: Bucket
     newest: int = 0
     """The second of its last stamp."""
-    seen: float = float("-inf")
+    stamped_at: float = float("-inf")
     """When that was taken, by our clock."""
     recent: bytes = b""
     """Its last numbers, the newest at the end, without space between: there may be half a million of them."""
@@ -129,12 +129,12 @@ class Admission:
         second = second_of(nonce)
         bucket = sender_state.slow
         if second is not None and abs(wall - second) <= WINDOW:
-            if second >= sender_state.newest or now - sender_state.seen > 2 * WINDOW:
-                sender_state.newest, sender_state.seen = second, now
+            if second >= sender_state.newest or now - sender_state.stamped_at > 2 * WINDOW:
+                sender_state.newest, sender_state.stamped_at = second, now
                 bucket = sender_state.answers
             elif not local:
                 return False
-        elif now - sender_state.seen <= WINDOW and not local:
+        elif now - sender_state.stamped_at <= WINDOW and not local:
             return False
         if not bucket.take(now):
             # Not remembered: what was not answered may be asked again.

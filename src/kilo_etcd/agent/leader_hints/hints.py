@@ -109,14 +109,14 @@ class LeaderHistory:
     """Since which revision each segment has had its leader, as far as this host has seen."""
 
     _since: dict[str, tuple[str, int]] = field(factory=dict)
-    _seen: object = None
+    _noted: object = None
 
     def note(self, topology: Topology) -> None:
         """`topology` is in force."""
-        if topology.identity is self._seen:
+        if topology.identity is self._noted:
             return
         since = self._since
-        keys: Iterable[str] = topology.segments if topology.base is not self._seen else topology.changed
+        keys: Iterable[str] = topology.segments if topology.base is not self._noted else topology.changed
         for key in keys:
             segment = topology.segments.get(key)
             if segment is None:
@@ -125,7 +125,7 @@ class LeaderHistory:
                 since[key] = (segment.leader.name, topology.snapshot.revision)
         if len(since) > len(topology.segments):
             self._since = {key: since[key] for key in since if key in topology.segments}
-        self._seen = topology.identity
+        self._noted = topology.identity
 
     def response(self, query: PeerMessage, topology: Topology, own: bytes, asker: str) -> PeerMessage:
         """What to tell the node `asker`: its own segment first, then the newest changes."""

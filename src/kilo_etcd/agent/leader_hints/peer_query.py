@@ -279,7 +279,7 @@ class PeerQuery:
     def _admits(self, data: bytes, source: IPAddress) -> bool:
         """Whether a datagram may be more than noise, by what costs next to nothing to look at."""
         sender = sender_of(data)
-        node = None if sender is None else self._known().get(sender)
+        node = None if sender is None else self._nodes_by_digest().get(sender)
         if sender is None or node is None:
             return False
         nonce, is_response = nonce_of(data)
@@ -297,7 +297,7 @@ class PeerQuery:
             topology = self._topology
             if sender is None or topology is None:
                 continue
-            node = self._known().get(sender)
+            node = self._nodes_by_digest().get(sender)
             secret = None if node is None else self._agreed(node.public_key)
             message = None if secret is None else unpack(data, secret)
             if node is None or secret is None or message is None:
@@ -367,7 +367,7 @@ class PeerQuery:
             self._hints = LeaderHints(hints.revision, leaders)
             self._on_heard(self._hints)
 
-    def _known(self) -> dict[bytes, Node]:
+    def _nodes_by_digest(self) -> dict[bytes, Node]:
         if self._by_digest is None:
             nodes = self._topology.snapshot.nodes.values() if self._topology is not None else ()
             self._by_digest = {digest(node.public_key): node for node in nodes if node.name != self._name}

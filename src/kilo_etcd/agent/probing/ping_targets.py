@@ -36,9 +36,9 @@ def nodes_to_try(topology: Topology, name: str, most: int) -> tuple[Node, ...]:
         far = [node for node in others if topology.segment_of(node.name) is not segment]
         leaders = [node for node in far if topology.segment_of(node.name).leader is node]
         if segment.leader.name == name:
-            others = _some(name, leaders if len(leaders) >= most else far, most)
+            others = _sample(name, leaders if len(leaders) >= most else far, most)
         else:
-            others = list(dict.fromkeys((*_some(name, leaders, FEW // 2), *_some(name, far, FEW // 2))))
+            others = list(dict.fromkeys((*_sample(name, leaders, FEW // 2), *_sample(name, far, FEW // 2))))
     return tuple(others)
 
 
@@ -71,5 +71,5 @@ def addresses_to_try(
     return result
 
 
-def _some(name: str, nodes: Iterable[Node], number: int) -> list[Node]:
+def _sample(name: str, nodes: Iterable[Node], number: int) -> list[Node]:
     return heapq.nsmallest(number, nodes, key=lambda node: crc32(f"{name} {node.name}".encode()))

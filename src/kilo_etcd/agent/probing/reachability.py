@@ -298,7 +298,7 @@ class Reachability:
         self._waiting: dict[bytes, MemberAddress] = {}
         self._answered = trio.Event()
         self._news = trio.Event()
-        self._told = trio.Event()
+        self._undelivered = trio.Event()
         self._living: frozenset[str] = frozenset()
         """Members whose agents lived at the last `follow`."""
         self.ready = False
@@ -389,7 +389,7 @@ class Reachability:
             return
         del self._waiting[nonce]
         if self._records.answered(target, MemberAnswer.SIGNED, trio.current_time()):
-            self._told.set()
+            self._undelivered.set()
         self._answered.set()
 
     # -- asking -------------------------------------------------------------------------------------------------
@@ -397,7 +397,7 @@ class Reachability:
     async def run(self) -> None:
         """Ask until cancelled."""
         async with trio.open_nursery() as nursery:
-            nursery.start_soon(self._tell)
+            nursery.start_soon(self._deliver)
             while True:
                 self._news = trio.Event()
                 now = trio.current_time()
@@ -420,11 +420,11 @@ class Reachability:
             return False
         return plan is None or plan.routes_alone(target.address)
 
-    async def _tell(self) -> None:
+    async def _deliver(self) -> None:
         while True:
-            await self._told.wait()
+            await self._undelivered.wait()
             await trio.sleep(min(GATHER * len(self._targets), MOST_GATHER))
-            self._told = trio.Event()
+            self._undelivered = trio.Event()
             self._on_change()
 
     async def _try(self, batch: list[MemberAddress]) -> None:
@@ -434,19 +434,19 @@ class Reachability:
         # What this host has itself it cannot reach elsewhere, whoever answers.
         addresses = {target.address for target in unsigned} - own
         answering = await self._unsigned(addresses) if addresses else set()
-        answering.update(await self._shaken([target for target in unsigned if target.address not in answering]))
+        answering.update(await self._with_session([target for target in unsigned if target.address not in answering]))
         silent = [target for target in unsigned if target.address not in answering]
         routes = await self._other_routes(silent)
         now = trio.current_time()
         for target in unsigned:
             if target in silent and self._records.takes(target, routes.get(target.address, "")):
-                self._told.set()
+                self._undelivered.set()
             if target.address in answering:
                 news = self._records.answered(target, MemberAnswer.UNSIGNED, now)
             else:
                 news = self._records.silent(target, now)
             if news:
-                self._told.set()
+                self._undelivered.set()
 
     async def _other_routes(self, targets: Collection[MemberAddress]) -> dict[IPAddress, str]:
         """The kernel's routes to those of these targets, on the location's network, to which a rule or a route of
@@ -489,7 +489,7 @@ class Reachability:
         self._waiting.clear()
         return set(queries.values()) - unanswered
 
-    async def _shaken(self, targets: Collection[MemberAddress]) -> set[IPAddress]:
+    async def _with_session(self, targets: Collection[MemberAddress]) -> set[IPAddress]:
         """Which of the targets, asked through the tunnel just now, have a session: a firewall may drop all but that."""
         pairs = ((target, self._records.node(target)) for target in targets)
         keys = {node.public_key: target for target, node in pairs if node and target.address in node.mesh_addresses}

@@ -263,8 +263,8 @@ def _agents(
         )  # fmt: skip
     for remark in report.disagreements:
         yield Finding(severity=Severity.WARNING, subject=remark.subject, text=remark.text)
-    # What `silence` tells `_packets` does, once for all of them.
-    errors = [error for error in report.errors if silence is None or not silence.tells(error.subject, error.text)]
+    # What `silence` covers `_packets` tells, once for all of them.
+    errors = [error for error in report.errors if silence is None or not silence.covers(error.subject, error.text)]
     errors += (Remark(subject=name, text=text) for name, texts in sorted((troubles or {}).items()) for text in texts)
     for remark in grouped(_distinct(errors)):
         yield Finding(severity=Severity.ERROR, subject=remark.subject, text=remark.text)

@@ -49,7 +49,7 @@ SHOWN = 5
 
 def visitors(topology: Topology, label: str, hosts: Topology | None = None) -> dict[str, PeerRecord]:
     """What a mesh, called `label`, is to another, `hosts`: one peer for each segment, by name."""
-    plain = (lambda _: False) if hosts is None else _told_apart(hosts, label)
+    plain = (lambda _: False) if hosts is None else _unambiguous(hosts, label)
     return {
         f"{label}.{key.replace(', other family', '-other-family').replace(':', '.', 1).replace(' ', '_')}": PeerRecord(
             public_key=segment.leader.public_key,
@@ -61,7 +61,7 @@ def visitors(topology: Topology, label: str, hosts: Topology | None = None) -> d
     }
 
 
-def _told_apart(hosts: Topology, label: str) -> Callable[[IPNetwork], bool]:
+def _unambiguous(hosts: Topology, label: str) -> Callable[[IPNetwork], bool]:
     """Whether an internal IP of the mesh called `label` can mean nothing else in another mesh: there it is a peer's
     network, which everybody routes."""
     links = Links.of(hosts.snapshot.nodes.values())

@@ -93,7 +93,7 @@ async def read_mesh(client: Client, keys: Keys, *, live: bool = False) -> Report
 def status_command(mesh: Mesh, output: str, live: bool, watch: bool) -> None:
     """Show nodes, locations, their leaders and the next in line, and everything that is wrong."""
 
-    def put_out(report: Report) -> None:
+    def print_report(report: Report) -> None:
         if output == "json":
             text = status_json(report)
             # With --watch one line for each look, for programs that read line by line.
@@ -105,12 +105,12 @@ def status_command(mesh: Mesh, output: str, live: bool, watch: bool) -> None:
         show(status_tables(report), status_heading(report))
 
     if watch:
-        mesh.ask(partial(_follow, put_out=put_out, live=live))
+        mesh.ask(partial(_follow, print_report=print_report, live=live))
     else:
-        put_out(mesh.ask(partial(read_mesh, live=live)))
+        print_report(mesh.ask(partial(read_mesh, live=live)))
 
 
-async def _follow(client: Client, keys: Keys, *, put_out: Callable[[Report], None], live: bool) -> None:
+async def _follow(client: Client, keys: Keys, *, print_report: Callable[[Report], None], live: bool) -> None:
     """A report now, and one after each change in etcd, forever."""
     import trio
 
@@ -141,7 +141,7 @@ async def _follow(client: Client, keys: Keys, *, put_out: Callable[[Report], Non
                 await trio.sleep(PAUSE_SECONDS)
                 continue
             if report != shown or away:
-                put_out(report)
+                print_report(report)
             shown, away = report, ""
             with trio.move_on_after(LIVE_SECONDS if live else float("inf")):
                 await changed.wait()

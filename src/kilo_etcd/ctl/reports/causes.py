@@ -54,7 +54,7 @@ class Silence:
     rerouted: frozenset[frozenset[str]] = frozenset()
     """Of `apart`, the pairs of which an agent's error names another program's route as the reason."""
 
-    def tells(self, name: str, error: str) -> bool:
+    def covers(self, name: str, error: str) -> bool:
         """Whether `causes` covers an agent's error."""
         member = about_member(error)
         if member:

@@ -43,7 +43,7 @@ class Iptables:
         self._record = record
         """Says that there may be rules of ours, so that nothing is run on hosts that never had any."""
         self._generation = generation
-        self._known: tuple[int, tuple[dict[int, str], frozenset[ForwardRule]]] | None = None
+        self._last_read: tuple[int, tuple[dict[int, str], frozenset[ForwardRule]]] | None = None
         self._legacy: dict[int, tuple[float, BaseChain | None]] = {}
         self._events: bool | None = None
         self.writes = 0
@@ -53,12 +53,12 @@ class Iptables:
         if not needed and not self._record.exists():
             return {}, frozenset()
         generation = self._generation()
-        if self._known is not None and generation is not None and self._known[0] == generation:
-            return self._known[1]
+        if self._last_read is not None and generation is not None and self._last_read[0] == generation:
+            return self._last_read[1]
         current = self._read()
         if not needed and not current[1]:
             self._record.unlink(missing_ok=True)
-        self._known = (generation, current) if generation is not None and self._reported() else None
+        self._last_read = (generation, current) if generation is not None and self._reported() else None
         return current
 
     def _read(self) -> tuple[dict[int, str], frozenset[ForwardRule]]:
@@ -111,7 +111,7 @@ class Iptables:
     def make(self, change: AddForward | DeleteForward) -> None:
         """IptablesError if the program refuses."""
         self.writes += 1
-        self._known = None
+        self._last_read = None
         if isinstance(change, AddForward):
             with suppress(OSError):
                 self._record.parent.mkdir(parents=True, exist_ok=True)

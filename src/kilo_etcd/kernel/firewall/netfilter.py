@@ -152,7 +152,7 @@ class Reports:
         self._comment = comment.encode()
         self._name = name
         self._packed = name.encode() + b"\0"
-        self._what = f"nftables table inet {name} was changed"
+        self._change_text = f"nftables table inet {name} was changed"
         self._listener: sockets.Listener | None = None
         try:
             self._listener = sockets.Listener([read.GROUP], PROTOCOL)
@@ -172,23 +172,23 @@ class Reports:
         news = None
         while (events := self._listener.read_from()) != []:
             if events is None:
-                return self._what
+                return self._change_text
             for kind, port, body in events:
                 if read.subsystem(kind) and port != own_port:
-                    news = self._heard(kind, body) or news
+                    news = self._read_or_report(kind, body) or news
         return news
 
-    def _heard(self, kind: int, body: bytes) -> str | None:
+    def _read_or_report(self, kind: int, body: bytes) -> str | None:
         try:
             return self._read(kind & 0xFF, kind, body)
         except UNREADABLE:
-            return self._what
+            return self._change_text
 
     def _read(self, command: int, kind: int, body: bytes) -> str | None:
         # First what costs nothing: a firewall's reload is thousands of events.
         inet = read.family_of(body) == nft.NFPROTO_INET
         if inet and self._packed in body and read.table_of(kind, body) == self._name:
-            return self._what
+            return self._change_text
         if not self._comment:
             return None
         if command == nft.NFT_MSG_DELRULE and self._comment in body:

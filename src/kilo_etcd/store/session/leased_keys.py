@@ -100,7 +100,7 @@ class LeasedKeys:
         self.foreign.discard(key)
         self._unsure.discard(key)
         self._due.pop(key, None)
-        self._tell()
+        self._notify()
 
     def may_put(self, key: str, value: bytes, after: int) -> None:
         """`key` is about to be written, at a revision after `after`."""
@@ -108,7 +108,7 @@ class LeasedKeys:
         self._since.setdefault(key, after)
         self.foreign.discard(key)
         self._unsure.add(key)
-        self._tell()
+        self._notify()
 
     def may_remove(self, key: str) -> None:
         """`key` is about to be deleted."""
@@ -122,7 +122,7 @@ class LeasedKeys:
         self._since.pop(key, None)
         self._due.pop(key, None)
         self._unsure.discard(key)
-        self._tell()
+        self._notify()
 
     def clear(self) -> None:
         """Nothing is held any more: the lease has gone, or etcd is another one."""
@@ -130,9 +130,9 @@ class LeasedKeys:
             self.remove(key)
         self._deleted_at = 0
         self._backoffs.clear()
-        self._tell()
+        self._notify()
 
-    def _tell(self) -> None:
+    def _notify(self) -> None:
         changed, self._changed = self._changed, trio.Event()
         changed.set()
 
@@ -143,7 +143,7 @@ class LeasedKeys:
         revision = kv.mod_revision if kv is not None else revision
         # Looked at before the lock is taken, since this is asked of each of many keys again and again.
         if not self._ours(key, kv) and self._since.get(key, revision) < revision:
-            await self._found(key, kv, revision)
+            await self._note_found(key, kv, revision)
 
     async def find(self, kvs: Iterable[KeyValue], revision: int) -> None:
         """Take note of `kvs`, of which `revision` or a later one knows, at places that are this host's alone: held and
@@ -155,9 +155,9 @@ class LeasedKeys:
                 self.values[key], self._since[key] = new[key].value, new[key].mod_revision
                 self._due[key] = trio.current_time()
                 self.foreign.add(key)
-            self._tell()
+            self._notify()
 
-    async def _found(self, key: str, kv: KeyValue | None, revision: int) -> None:
+    async def _note_found(self, key: str, kv: KeyValue | None, revision: int) -> None:
         # Under the lock, so that no write is under way whose outcome would decide about this.
         async with self._lock:
             if self._since.get(key, revision) >= revision or key in self._unsure:
@@ -165,12 +165,12 @@ class LeasedKeys:
             self._since[key] = revision
             if self._ours(key, kv):
                 self._due.pop(key, None)
-                self._tell()
+                self._notify()
                 return
             if key in self._due:
                 return
             self._due[key] = trio.current_time() + self._note_change(key)
-            self._tell()
+            self._notify()
 
     def _ours(self, key: str, kv: KeyValue | None) -> bool:
         return kv is not None and kv.lease == self._lease() and kv.value == self.values.get(key)
@@ -235,7 +235,7 @@ class LeasedKeys:
                         delay = RETRY_FIRST
                         for event in batch.events:
                             kv = event.kv if event.type is EventType.PUT else None
-                            await self._found(key, kv, event.kv.mod_revision)
+                            await self._note_found(key, kv, event.kv.mod_revision)
             except EtcdError:
                 await trio.sleep(delay * self._rng.uniform(0.5, 1.5))
                 delay = min(delay * 2, self._retry_most)
@@ -248,6 +248,6 @@ class LeasedKeys:
         except EtcdError:
             return
         kv = result.kvs[0] if result.kvs else None
-        await self._found(key, kv, result.header.revision if kv is None else kv.mod_revision)
+        await self._note_found(key, kv, result.header.revision if kv is None else kv.mod_revision)
         if key in self._since:
             self._since[key] = max(self._since[key], result.header.revision)

@@ -138,7 +138,7 @@ class Registration:
     async def look(self) -> Standing:
         """What stands at the name. EtcdError."""
         answer = await self._client.txn([], [Get(self._node_key), Get(self._status_key)])
-        return Standing(_one(answer, 0), _one(answer, 1), answer.header.revision)
+        return Standing(_only_kv(answer, 0), _only_kv(answer, 1), answer.header.revision)
 
     async def look_until_free(self, deadline: float) -> Standing:
         """The same, as soon as no other living host has the name. NameTaken if one has it at `deadline`, on trio's
@@ -281,7 +281,7 @@ class Registration:
         self._on_changed()
 
 
-def _one(answer: TxnResult, index: int) -> KeyValue | None:
+def _only_kv(answer: TxnResult, index: int) -> KeyValue | None:
     response = answer.responses[index]
     assert isinstance(response, RangeResult)
     return response.kvs[0] if response.kvs else None
