@@ -357,7 +357,7 @@ def hosts_file(layout: Layout, machine: str) -> str:
 
 def router_firewall(layout: Layout, site: str, cuts: Iterable[str] = ()) -> str:
     """nftables script of a router: NAT, counters, what becomes of other packets, and the site's cuts."""
-    rest = "accept" if layout.spec.open else "drop"
+    verdict = "accept" if layout.spec.open else "drop"
     networks = [network for lan in layout.sites[site].subnets for network in lan]
     servers = [ip for addresses in layout.members.values() for ip in addresses]
     rules = []
@@ -369,7 +369,7 @@ def router_firewall(layout: Layout, site: str, cuts: Iterable[str] = ()) -> str:
     masquerade = [f"oifname wan {'ip' if n.version == 4 else 'ip6'} saddr {n} masquerade" for n in networks]
     inside = ["iifname != wan oifname != wan accept"]
     if any(site_spec.name == site and site_spec.strict for site_spec in layout.spec.sites):
-        inside = [*_between_hosts(layout, site), f"iifname != wan oifname != wan counter name stray {rest}"]
+        inside = [*_between_hosts(layout, site), f"iifname != wan oifname != wan counter name stray {verdict}"]
     return f"""\
 table inet lab {{
     counter wireguard {{ }}
@@ -389,7 +389,7 @@ table inet lab {{
 {_indent(rules)}
         icmp type {{ {_ERRORS4} }} counter name icmperrors accept
         icmpv6 type {{ {_ERRORS6} }} counter name icmperrors accept
-        counter name other {rest}
+        counter name other {verdict}
     }}
     chain nat {{
         type nat hook postrouting priority 100; policy accept;
@@ -529,11 +529,11 @@ def _cut_rules(layout: Layout, cuts: Iterable[str], *, host: str = "", site: str
         elif cut == "etcd":
             rules += _between(servers)
         elif cut == "location":
-            here = layout.hosts[host].site
+            own_site = layout.hosts[host].site
             rules += _between(
                 ip
                 for other in layout.hosts.values()
-                if other.site == here and other.name != host
+                if other.site == own_site and other.name != host
                 for ip in other.addresses
             )
             rules += _passing_through(layout.hosts[host].addresses)
@@ -555,14 +555,14 @@ def _passing_through(own: Iterable[IPAddress]) -> list[str]:
 
 def _others(layout: Layout, *, host: str, site: str) -> Iterable[IPAddress]:
     """Every address at which other hosts (or for a site: other sites' hosts) can appear."""
-    here = site or layout.hosts[host].site
+    own_site = site or layout.hosts[host].site
     for other in layout.hosts.values():
         if other.name != host and other.site != site:
             yield from other.public
-            if other.site == here:
+            if other.site == own_site:
                 yield from (interface.ip for interface in other.private)
     for name, addresses in layout.sites.items():
-        if name != here:
+        if name != own_site:
             yield from addresses.wan
 
 
@@ -589,7 +589,7 @@ def netem_commands(layout: Layout) -> dict[str, list[str]]:
         if not site.latency_ms and not site.loss_percent:
             continue
         wire = layout.sites[site.name].wire
-        wanted = f"netem limit 100000 delay {site.latency_ms}ms loss {site.loss_percent}%"
+        netem = f"netem limit 100000 delay {site.latency_ms}ms loss {site.loss_percent}%"
         for machine, interface in ((wire.machine, wire.interface), (wire.other, wire.other_interface)):
-            commands.setdefault(machine, []).append(f"qdisc add dev {interface} root {wanted}")
+            commands.setdefault(machine, []).append(f"qdisc add dev {interface} root {netem}")
     return commands

@@ -98,17 +98,17 @@ def check_root() -> None:
 def check_entering() -> None:
     """Whether who enters this process's own mount namespace has the root that the process has: in a chroot onto a mount
     nobody has. For a process with a mount namespace of its own. NamespaceError with a sentence for the user."""
-    here = os.open(".", os.O_PATH | os.O_CLOEXEC)
+    working_directory = os.open(".", os.O_PATH | os.O_CLOEXEC)
     namespace = os.open("/proc/self/ns/mnt", os.O_RDONLY | os.O_CLOEXEC)
     try:
         before = os.stat("/")
         setns(namespace, CLONE_NEWNS)
         if not os.path.samestat(before, os.stat("/")):
             raise NamespaceError(errno.EINVAL, NEEDS_ROOT_MOUNT)
-        os.fchdir(here)
+        os.fchdir(working_directory)
     finally:
         os.close(namespace)
-        os.close(here)
+        os.close(working_directory)
 
 
 def enter_lab_namespaces() -> None:
@@ -117,16 +117,16 @@ def enter_lab_namespaces() -> None:
     NamespaceError with a sentence for the user when the system allows neither.
     """
     uid, gid = os.geteuid(), os.getegid()
-    wanted = CLONE_NEWNS | CLONE_NEWPID | CLONE_NEWNET | CLONE_NEWUTS
+    flags = CLONE_NEWNS | CLONE_NEWPID | CLONE_NEWNET | CLONE_NEWUTS
     try:
-        unshare(wanted)
+        unshare(flags)
     except NamespaceError as refused:
         if refused.errno != errno.EPERM:
             raise
     else:
         return
     try:
-        unshare(CLONE_NEWUSER | wanted)
+        unshare(CLONE_NEWUSER | flags)
         # The kernel wants this before an unprivileged gid_map (user_namespaces(7)).
         with suppress(FileNotFoundError):
             _write("/proc/self/setgroups", "deny")

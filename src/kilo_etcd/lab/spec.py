@@ -130,7 +130,7 @@ class Spec:
             share, more = divmod(hosts, count)
             hosts = {f"site-{i + 1}": share + (i < more) for i in range(count)}
         labels = labels or {}
-        made = tuple(
+        site_specs = tuple(
             SiteSpec(
                 name=site,
                 hosts=tuple(
@@ -144,7 +144,7 @@ class Spec:
             )
             for site, number in hosts.items()
         )
-        return cls(sites=made, **options)
+        return cls(sites=site_specs, **options)
 
     def evolve(self, **changes: Any) -> Spec:
         """The same lab with some fields changed."""
@@ -216,9 +216,9 @@ def _site(table: _Table) -> SiteSpec:
     name = table.text("name")
     number, public = table.integer("hosts", 0), table.integer("public", 0)
     label = table.optional_text("label")
-    made = [HostSpec(name=f"{name}-{k}", public=k <= public, label=label) for k in range(1, number + 1)]
+    hosts = [HostSpec(name=f"{name}-{k}", public=k <= public, label=label) for k in range(1, number + 1)]
     for host in table.tables("host", required=False):
-        made.append(
+        hosts.append(
             HostSpec(
                 name=host.text("name"),
                 public=host.boolean("public", False),
@@ -232,7 +232,7 @@ def _site(table: _Table) -> SiteSpec:
         host.finish()
     site = SiteSpec(
         name=name,
-        hosts=tuple(made),
+        hosts=tuple(hosts),
         subnets=table.texts("subnets"),
         latency_ms=table.number("latency_ms", 0.0),
         loss_percent=table.number("loss_percent", 0.0),

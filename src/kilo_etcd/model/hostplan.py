@@ -115,8 +115,8 @@ class Exemption:
     @classmethod
     def parse(cls, text: str) -> Exemption:
         """From `PROTOCOL[/PORT]@NETWORK`. ValueError, with a sentence, if it is none."""
-        what, at, where = text.strip().partition("@")
-        protocol, slash, port = what.partition("/")
+        service, at, where = text.strip().partition("@")
+        protocol, slash, port = service.partition("/")
         if protocol not in ("tcp", "udp", "icmp") or not at or (slash and not port):
             raise ValueError(
                 f"{text!r} is not an exemption: write PROTOCOL[/PORT]@NETWORK with the protocol tcp, udp or icmp, "

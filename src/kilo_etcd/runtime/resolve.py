@@ -201,13 +201,13 @@ class Resolver:
         async with trio.open_nursery() as nursery:
             task_status.started()
             while True:
-                wanted = self._wanted | self._kept
-                for name in [name for name in self._tasks if name not in wanted]:
+                needed = self._wanted | self._kept
+                for name in [name for name in self._tasks if name not in needed]:
                     self._tasks.pop(name).scope.cancel()
                     self._table.pop(name, None)
                     self._failed.pop(name, None)
                     self._once.clear(name, "the DNS name is not needed any more", name=name)
-                for name in sorted(wanted - self._tasks.keys()):
+                for name in sorted(needed - self._tasks.keys()):
                     scope = trio.CancelScope()
                     self._tasks[name] = _Task(scope)
                     nursery.start_soon(self._follow, name, scope)

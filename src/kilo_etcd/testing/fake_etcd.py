@@ -657,9 +657,9 @@ class _FakeKeepAlive:
 
     async def run(self, client: FakeClient, interval: float) -> None:
         while True:
-            asked = trio.current_time()
+            started = trio.current_time()
             try:
-                self.expires_at = asked + await client.refresh_lease(self.lease_id)
+                self.expires_at = started + await client.refresh_lease(self.lease_id)
                 wait = interval
             except LeaseNotFound:
                 break

@@ -86,7 +86,7 @@ def sentence(leader: str, probe_reports: Iterable[ProbeReport]) -> str:
         (report for report in probe_reports if report.leader == leader), key=lambda probe_report: probe_report.prober
     )
     names = " and ".join(report.prober for report in reports)
-    every = {target for report in reports if report.can_take_over for target in report.targets}
+    reached = {target for report in reports if report.can_take_over for target in report.targets}
     # A prober may be another one's target.
-    targets = sorted(every.difference(report.prober for report in reports) or every)
+    targets = sorted(reached.difference(report.prober for report in reports) or reached)
     return f"{names} found no way through it, to {', '.join(targets)} for instance"

@@ -331,7 +331,7 @@ def _records(report: Report, named_elsewhere: Collection[Remark] = ()) -> Iterat
 def _claims(claims: Mapping[str, int]) -> Iterator[Finding]:
     """What names without a record claim, which no other host can have."""
     many = {name: number for name, number in claims.items() if number > MOST_CLAIMS}
-    for name, number in sorted(many.items(), key=lambda each: (-each[1], each[0]))[:MOST_NAMED]:
+    for name, number in sorted(many.items(), key=lambda entry: (-entry[1], entry[0]))[:MOST_NAMED]:
         yield Finding(
             severity=Severity.WARNING, subject=name,
             text=f"it claims {number} mesh addresses, which no other host can have, and no node of that name is "
