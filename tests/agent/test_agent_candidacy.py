@@ -1,0 +1,45 @@
+"""How a host holds its candidacy while the topology in force and the snapshot differ."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import trio
+from test_agent_candidacy_policy import TWO
+
+from kilo_etcd.agent.leadership.candidacy import CandidacyTask
+from kilo_etcd.store.session.candidacy import Candidacy
+from kilo_etcd.topology import build_topology
+
+
+class Session:
+    """Notes what is asked of it."""
+
+    def __init__(self) -> None:
+        self.candidacy: Candidacy | None = None
+        self.recorded: list[str] = []
+
+    async def enter(self, location: str, rank: Any, **_: Any) -> bool:
+        await trio.lowlevel.checkpoint()
+        return True
+
+    async def leave(self, **_: Any) -> bool:
+        await trio.lowlevel.checkpoint()
+        return True
+
+    async def record_leader(self, location: str, **_: Any) -> bool:
+        await trio.lowlevel.checkpoint()
+        self.recorded.append(location)
+        return True
+
+
+@pytest.mark.autojump
+async def test_a_leader_whose_record_was_deleted_records_nothing_until_it_is_in_the_topology_again() -> None:
+    session = Session()
+    task = CandidacyTask(session, "a")  # type: ignore[arg-type]
+    without = build_topology(TWO.__class__(revision=8, subnets=TWO.subnets, nodes={"b": TWO.nodes["b"]}))
+    await task.update(TWO, without, leads=True, ready=True)
+    assert session.recorded == []
+    await task.update(TWO, build_topology(TWO), leads=True, ready=True)
+    assert session.recorded == ["gcp"]
