@@ -11,7 +11,7 @@ import shutil
 import signal
 import subprocess
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import IO
@@ -59,8 +59,9 @@ def wait(condition: Callable[[], object], seconds: float, what: Callable[[], str
 
 
 @contextmanager
-def hosts(names: tuple[str, ...], scratch: Path) -> Iterator[tuple[Host, ...]]:
-    """Hosts at the first addresses of a network of their own, with a default route that leads nowhere."""
+def hosts(names: tuple[str, ...], scratch: Path, visible: Iterable[Path]) -> Iterator[tuple[Host, ...]]:
+    """Hosts at the first addresses of a network of their own, with a default route that leads nowhere. `visible`:
+    directories of this machine that they see too, wherever these are mounted."""
     require("systemd-nspawn", "nsenter", "unshare", "ip", "mount")
     with ExitStack() as stack:
         network = stack.enter_context(
@@ -78,7 +79,7 @@ def hosts(names: tuple[str, ...], scratch: Path) -> Iterator[tuple[Host, ...]]:
             mount -t tmpfs tmpfs {shlex.quote(str(scratch))}
             ip link add br0 type bridge && ip address add {NETWORK}.254/24 dev br0 && ip link set br0 up""",
         )
-        booting = [stack.enter_context(_booting(inside, name, scratch)) for name in names]
+        booting = [stack.enter_context(_booting(inside, name, scratch, visible)) for name in names]
         yield tuple(
             _booted(process, name, f"{NETWORK}.{number}", log)
             for number, (name, (process, log)) in enumerate(zip(names, booting, strict=True), 1)
@@ -87,11 +88,11 @@ def hosts(names: tuple[str, ...], scratch: Path) -> Iterator[tuple[Host, ...]]:
 
 @contextmanager
 def _booting(
-    inside: tuple[str, ...], name: str, scratch: Path
+    inside: tuple[str, ...], name: str, scratch: Path, visible: Iterable[Path]
 ) -> Iterator[tuple[subprocess.Popen[bytes], Path]]:  # fmt: skip
     home = scratch / name
     root = home / "root"
-    removed = " ".join(f"{root}/{path}" for path in _OWN)
+    removed = " ".join(shlex.quote(f"{root}/{path}") for path in _OWN)
     # A mount namespace of each container's own: the overlay goes with it.
     _run(
         *inside,
@@ -109,7 +110,7 @@ def _booting(
         *inside, "systemd-nspawn", "--quiet", "--register=no", "--keep-unit", "--settings=no", "--console=pipe",
         f"--directory={root}", f"--machine={name}", f"--hostname={name}", "--network-bridge=br0",
         "--resolv-conf=off", "--timezone=off", "--link-journal=no", "--capability=CAP_NET_ADMIN",
-        "--bind=/dev/net/tun", "--boot",
+        "--bind=/dev/net/tun", *(f"--bind-ro={path}" for path in visible), "--boot",
     )  # fmt: skip
     with log.open("wb") as output, _process(command, output) as process:
         yield process, log

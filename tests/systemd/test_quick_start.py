@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shlex
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -32,15 +33,15 @@ def install(host: Host, lines: str) -> None:
         "import sys; from pathlib import Path; sys.path.insert(0, 'tests'); "
         "from helpers_packages import copy_requirements; copy_requirements(Path(sys.argv[1]))"
     )
-    site = "/opt/kilo-etcd/lib/python3.*/site-packages"
+    site, python = "/opt/kilo-etcd/lib/python3.*/site-packages", shlex.quote(sys.executable)
     offline = (
         "mkdir -p /var/tmp/source && cp -r pyproject.toml README.md LICENSE src systemd /var/tmp/source && "
-        f'{sys.executable} -c "{script}" $(echo {site}) && '
-        f"echo $({sys.executable} -c 'import sysconfig; print(sysconfig.get_paths()[\"purelib\"])') > "
+        f'{python} -c "{script}" $(echo {site}) && '
+        f"echo $({python} -c 'import sysconfig; print(sysconfig.get_paths()[\"purelib\"])') > "
         f"$(echo {site})/tests.pth && /opt/kilo-etcd/bin/pip install --no-index --no-deps --no-build-isolation "
         f"--disable-pip-version-check -q /var/tmp/source && rm $(echo {site})/tests.pth"
     )
-    lines = lines.replace("python3 -m venv", f"{sys.executable} -m venv")
+    lines = lines.replace("python3 -m venv", f"{python} -m venv")
     assert "/opt/kilo-etcd/bin/pip install .\n" in lines
     host.run(lines.replace("/opt/kilo-etcd/bin/pip install .\n", f"{offline}\n"), cwd=str(ROOT))
 
@@ -51,7 +52,8 @@ def test_three_hosts_by_the_readmes_own_lines(tmp_path: Path) -> None:
     scratch = tmp_path / "hosts"
     scratch.mkdir()
     steps = blocks()
-    with hosts(("node-1", "node-2", "node-3"), scratch) as every, ThreadPoolExecutor(3) as pool:
+    seen = {ROOT, Path(sys.prefix), Path(sys.base_prefix)}
+    with hosts(("node-1", "node-2", "node-3"), scratch, seen) as every, ThreadPoolExecutor(3) as pool:
         first = every[0]
         list(pool.map(lambda host: install(host, steps["install"]), every))
         first.run(steps["etcd"])
