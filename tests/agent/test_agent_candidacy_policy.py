@@ -222,8 +222,23 @@ def test_whether_another_candidate_leads_instead(
 
 
 def test_only_the_last_one_of_its_segment_is_on_record() -> None:
-    topology = build_topology(evolve(TWO, candidates={}, leaders={"gcp": ("moved", "a", "b")}))
-    assert on_record(topology, "a")
-    assert not on_record(topology, "b")
-    assert topology.segment_of("b").leader.name == "a"
-    assert not on_record(build_topology(TWO), "b")
+    snapshot = evolve(TWO, candidates={}, leaders={"gcp": ("moved", "a", "b")})
+    assert on_record(snapshot, "a")
+    assert not on_record(snapshot, "b")
+    assert not on_record(snapshot, "moved")
+    assert build_topology(snapshot).segment_of("b").leader.name == "a"
+    assert not on_record(TWO, "b")
+    full = evolve(snapshot, granularity=Granularity.FULL)
+    assert (on_record(full, "a"), on_record(full, "b")) == (True, False), "as after the switch back"
+
+
+def test_each_segment_of_a_location_has_its_own_leader_on_record() -> None:
+    """Two families make two segments of one location; each node is compared with those of its own."""
+    six = {
+        name: evolve(TWO.nodes["a"], name=name, internal_ips=(ip_interface(f"fd00::{number}/64"),))
+        for number, name in enumerate(("s", "t"), 1)
+    }
+    snapshot = evolve(TWO, nodes={**TWO.nodes, **six}, candidates={}, leaders={"gcp": ("a", "t", "b", "s")})
+    assert [name for name in snapshot.nodes if on_record(snapshot, name)] == ["a", "t"]
+    for name in ("a", "t"):
+        assert build_topology(snapshot).segment_of(name).leader.name == name

@@ -13,6 +13,7 @@ from collections.abc import Callable
 import trio
 
 from kilo_etcd import etcd, store
+from kilo_etcd.agent.leadership import candidacy_policy
 from kilo_etcd.base.backoff import RepairBackoff
 from kilo_etcd.model import Granularity, MeshSettings, Snapshot
 from kilo_etcd.runtime.logs import Once, get_logger
@@ -93,7 +94,8 @@ class Restorer:
             self._news = trio.Event()
             due = float("inf")
             if self._snapshot is not None and self._mirror().untrusted_reason is None:
-                due = await self._session.compare(self._snapshot, self._mirror())
+                on_record = candidacy_policy.on_record(self._snapshot, self._name)
+                due = await self._session.compare(self._snapshot, self._mirror(), on_record=on_record)
 
     async def _watch_claims(self) -> None:
         """Restore the claim of a mesh address that another writer has deleted; take another address if an older claim

@@ -116,7 +116,7 @@ class CandidacyTask:
             await self._session.enter(hold.location, hold.rank, in_place=in_place, succeeded=succeeded)
             # The topology in force may be older than the snapshot, and without this host: its record was deleted.
             known = self._name in topology.snapshot.nodes
-            if leads and known and not candidacy_policy.on_record(topology, self._name):
+            if leads and known and not candidacy_policy.on_record(topology.snapshot, self._name):
                 await self._session.record_leader(hold.location, known_revision=topology.snapshot.revision)
         if now < self._hold_down.until and hold is not None:
             return self._hold_down.until if due is None else min(due, self._hold_down.until)

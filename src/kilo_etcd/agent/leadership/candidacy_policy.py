@@ -7,13 +7,14 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 
-from attrs import frozen
+from attrs import evolve, frozen
 
 from kilo_etcd.base.quoting import first_of
-from kilo_etcd.model import CandidateClass, InternalIPs, IPNetwork, Node, Snapshot
+from kilo_etcd.model import CandidateClass, Granularity, InternalIPs, IPNetwork, Node, Snapshot
 from kilo_etcd.model.hostplan import HostPlan, Via
 from kilo_etcd.store import Role
 from kilo_etcd.topology import Topology
+from kilo_etcd.topology.segments import segment_key
 
 SETTLE_SECONDS = 2.0
 """How long a host that does not lead keeps its class unchanged before it stands for leader (no flapping)."""
@@ -61,12 +62,17 @@ def succeeded(topology: Topology, name: str, location: str, *, leaves: bool) -> 
     return leaves and any(candidate.node != name for candidate in topology.snapshot.candidates.get(location, ()))
 
 
-def on_record(topology: Topology, name: str) -> bool:
-    """Whether node `name` is on record as the last leader of its segment."""
-    segment = topology.segment_of(name)
-    members = {node.name for node in segment.members}
-    recorded = topology.snapshot.leaders.get(segment.location, ())
-    return next((other for other in recorded if other in members), None) == name
+def on_record(snapshot: Snapshot, name: str) -> bool:
+    """Whether node `name` is on record as the last leader of its segment. While each node is a segment of its own, the
+    segments count that the locations have otherwise: as with candidacies, the switch back finds its leaders."""
+    own = snapshot.nodes.get(name)
+    recorded = () if own is None else snapshot.leaders.get(own.location, ())
+    if own is None or name not in recorded:
+        return False
+    grouped = evolve(snapshot, granularity=Granularity.LOCATION)
+    key = segment_key(own, grouped)
+    nodes = filter(None, map(snapshot.nodes.get, recorded))
+    return next(node.name for node in nodes if segment_key(node, grouped) == key) == name
 
 
 def is_standby(role: SegmentRole, plan: HostPlan) -> bool:

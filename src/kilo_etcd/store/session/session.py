@@ -426,10 +426,11 @@ class Session:
 
         return revision if await self._try(write) else None
 
-    async def _settle_leaders(self, snapshot: Snapshot, mirror: Mirror) -> None:
+    async def _settle_leaders(self, snapshot: Snapshot, mirror: Mirror, *, on_record: bool) -> None:
         """Delete the records that this host leads locations where it is not any more. As a rule they go with its
-        candidacy there; without one they would stay. One under the long lease of an earlier run, which nobody keeps, is
-        put under this run's if this host is the last leader on record, and deleted if it is not."""
+        candidacy there; without one they would stay. One of its own location under the long lease of an earlier run,
+        which nobody keeps, is put under this run's if this host is `on_record` as the last leader of its segment, and
+        deleted if it is not."""
         if (own := snapshot.nodes.get(self._name)) is None:
             return
         stands = {key.location for key in map(self._keys.parse, self._leased.values) if isinstance(key, ElectionKey)}
@@ -441,9 +442,8 @@ class Session:
                     continue
                 if where not in {*stands, own.location}:
                     yield where, Delete(key)
-                elif self._long.id and kv.lease != self._long.id:
-                    last = snapshot.leaders.get(where, ())[:1] == (self._name,)
-                    yield where, Put(key, kv.value, lease=self._long.id) if last else Delete(key)
+                elif where == own.location and self._long.id and kv.lease != self._long.id:
+                    yield where, Put(key, kv.value, lease=self._long.id) if on_record else Delete(key)
 
         if not (changes := dict(settled())):
             return
@@ -519,14 +519,15 @@ class Session:
     def _replaceable(self, key: str) -> bool:
         return self._published.concerns_itself(key) or self._published.concerns_others(key) or self._candidacy.in_place
 
-    async def compare(self, snapshot: Snapshot, mirror: Mirror) -> float:
+    async def compare(self, snapshot: Snapshot, mirror: Mirror, *, on_record: bool) -> float:
         """Restore the observed endpoints and probe reports of this host that another writer has changed, and delete
         observed endpoints, probe reports and candidacies that stand in its name and are not its own. Those under a
         lease are left alone until that of an earlier run has ended: its candidacy may yet be taken over, with its place
         in the queue. The answer is when to compare again although nothing has changed, on trio's clock.
 
-        `mirror` has given `snapshot`. If it follows another etcd than the one that was written to, all is looked at
-        anew: that one's history may lack what the watches would tell."""
+        `mirror` has given `snapshot`, by which this host is `on_record`, or not, as the last leader of its segment. If
+        it follows another etcd than the one that was written to, all is looked at anew: that one's history may lack
+        what the watches would tell."""
         if self._generation != self._guard.generation:
             self._wake.set()
             return float("inf")
@@ -540,7 +541,7 @@ class Session:
         foreign = all_foreign if now >= over else [kv for kv in all_foreign if not kv.lease]
         if foreign:
             await self._leased.find(foreign, snapshot.revision)
-        await self._settle_leaders(snapshot, mirror)
+        await self._settle_leaders(snapshot, mirror, on_record=on_record)
         return over if len(foreign) < len(all_foreign) else float("inf")
 
     # --- the end -----------------------------------------------------------------------------------------------
