@@ -1194,6 +1194,52 @@ async def test_what_was_withdrawn_while_etcd_was_not_trusted_goes_when_it_is_aga
         assert STATUS in etcd
 
 
+async def test_what_another_put_under_no_lease_is_not_deleted_after_the_host_has_put_its_own() -> None:
+    """The mirror is behind: it still has what the other writer put."""
+    etcd = FakeEtcd()
+    mirror = Mirror(etcd.client(), KEYS)
+    async with member(etcd) as it, trio.open_nursery() as nursery:
+        await nursery.start(mirror.run)
+        etcd.put(LED, "x")
+        await eventually(lambda: mirror.leaseless("a") == {LED})
+        nursery.cancel_scope.cancel()
+    assert mirror.current is not None
+    async with member(etcd) as it:
+        assert await it.record_leader("gcp", known=etcd.revision)
+        own = etcd.data[LED.encode()]
+        await it.compare(mirror.current, mirror, on_record=False)
+        await eventually(lambda: it.healthy)
+        assert etcd.data[LED.encode()] == own
+        await it.compare(mirror.current, mirror, on_record=False)
+        assert it.healthy, "what etcd is known to hold otherwise since is not found again"
+
+
+@pytest.mark.parametrize("resigns", [False, True])
+async def test_a_forged_key_that_changes_keeps_no_other_from_being_deleted(resigns: bool) -> None:
+    etcd = FakeEtcd()
+    mirror = Mirror(etcd.client(), KEYS)
+    forged = [KEYS.election(f"x{number}", "a") for number in range(150)]
+    async with member(etcd) as it, trio.open_nursery() as nursery:
+        await nursery.start(mirror.run)
+        await trio.sleep(60)
+        for key in forged:
+            etcd.put(key, '{"rank":0}')
+        await eventually(lambda: mirror.current and mirror.current.revision == etcd.revision)
+        assert mirror.current is not None
+        nursery.cancel_scope.cancel()
+    async with member(etcd) as it:
+        etcd.put(forged[7], "{}")
+        await trio.sleep(60)
+        if resigns:
+            await it._leased.find(filter(None, map(mirror.kv, forged)), etcd.revision)
+            await it.resign()
+        else:
+            await it.compare(mirror.current, mirror, on_record=False)
+            await eventually(lambda: len(etcd.keys(part="/elections/x")) <= 1)
+            assert it.healthy
+        assert etcd.keys(part="/elections/x") == [forged[7]]
+
+
 async def test_thousands_of_keys_in_a_host_s_name_are_deleted_in_a_few_writes_and_watched_by_nobody() -> None:
     """As by somebody who may write there and wants to keep the agent busy until its lease ends."""
     calls: list[str] = []

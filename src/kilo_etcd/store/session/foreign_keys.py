@@ -1,5 +1,7 @@
 """Finds the keys that other writers have put in this host's name: candidacies, probe reports and observed endpoints
-that are not its own."""
+that are not its own, and any key, a leader record too, that is under no lease and should be under one of this host's.
+
+The mirror may be behind this host's own writes, so what is found is deleted only if it was not written since."""
 
 from __future__ import annotations
 

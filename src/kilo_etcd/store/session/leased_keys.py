@@ -85,6 +85,11 @@ class LeasedKeys:
         return self.values.get(key) == value and trio.current_time() < self._due.get(key, float("-inf"))
 
     @property
+    def foreign_revisions(self) -> dict[str, int]:
+        """The keys that `find` has brought, each with the mod revision that it had."""
+        return {key: self._since[key] for key in self.foreign}
+
+    @property
     def changed(self) -> tuple[str, ...]:
         """The keys that another writer has changed and that are not restored yet."""
         return tuple(self._due)
@@ -147,7 +152,7 @@ class LeasedKeys:
 
     async def find(self, kvs: Iterable[KeyValue], revision: int) -> None:
         """Take note of `kvs`, of which `revision` or a later one knows, at places that are this host's alone: held and
-        not wanted they are deleted."""
+        not wanted they are deleted, unless they are written once more before that."""
         async with self._lock:
             new = {kv.key.decode(): kv for kv in kvs} if revision >= self._deleted_at else {}
             for key in new.keys() - self.values.keys():

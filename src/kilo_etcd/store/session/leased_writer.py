@@ -50,14 +50,21 @@ class LeasedWriter:
         await self._delete_foreign()
 
     async def _delete_foreign(self) -> None:
-        """Delete what others have written in this host's name. What etcd denies here hinders nothing of this host's
-        own, and no other kind of key."""
+        """Delete what others have written in this host's name, as it was found: what was written since is found again
+        if it is not this host's own. What etcd denies here hinders nothing of this host's own, and no other kind of
+        key."""
         denied: PermissionDenied | None = None
         for apart in (False, True):
+            foreign = self._leased.foreign_revisions
+            revisions = {key: foreign[key] for key in foreign if self._apart(key) is apart}
             try:
-                await self._bring({}, {key for key in self._leased.foreign if self._apart(key) is apart})
+                if revisions:
+                    revision = await self._registration.delete_unchanged(revisions)
             except PermissionDenied as error:
                 denied = error
+                continue
+            for key in revisions:
+                self._leased.remove(key, revision)
         if denied is not None:
             raise denied
 

@@ -8,7 +8,8 @@ of this name slips in between. A record is restored a few times a minute and no 
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
 
 import structlog
 import trio
@@ -197,30 +198,57 @@ class Registration:
         self._registered.set()
         return Written(record=lacks, revision=revision)
 
+    def _as_known(self) -> list[Compare]:
+        return [] if self._known is None else [_written_at(self._node_key, self._known.mod_revision)]
+
     async def write(self, ops: list[Op]) -> int:
         """Write in this host's name; the revision of the last write. RecordChanged, EtcdError."""
         revision = 0
         for first in range(0, len(ops), MOST_AT_ONCE):
-            compare = (
-                []
-                if self._known is None
-                else [Compare(self._node_key, CompareTarget.MOD, Is.EQUAL, self._known.mod_revision)]
-            )
-            result = await self._client.txn(compare, ops[first : first + MOST_AT_ONCE])
+            result = await self._client.txn(self._as_known(), ops[first : first + MOST_AT_ONCE])
             self._guard.observe(result.header)
             if not result.succeeded:
                 raise RecordChanged
             revision = result.header.revision
         return revision
 
-    async def delete_own(self, changed: Sequence[str]) -> None:
+    async def delete_unchanged(self, revisions: Mapping[str, int]) -> int:
+        """Delete keys in this host's name, each only if it is as it was found, at this mod revision: one that was
+        written since may be this host's own by now. etcd's revision then. RecordChanged, EtcdError."""
+        return await self._delete_unchanged(revisions, self._as_known())
+
+    async def _delete_unchanged(self, revisions: Mapping[str, int], name: list[Compare]) -> int:
+        """The same on the condition `name`; RecordChanged if that does not hold."""
+        revision, rest = 0, list(_portions(list(revisions), MOST_AT_ONCE))
+        while rest:
+            portion = rest.pop()
+            as_read = [_written_at(key, revisions[key]) for key in portion]
+            result = await self._client.txn(
+                [*name, *as_read], [Delete(key) for key in portion], [Get(compare.key) for compare in name]
+            )
+            self._guard.observe(result.header)
+            revision = result.header.revision
+            if result.succeeded:
+                continue
+            if any(_mod_revision(_only_kv(result, index)) != compare.value for index, compare in enumerate(name)):
+                raise RecordChanged
+            if len(portion) > 1:
+                # Halves, so that one key that changes all the time does not keep the others.
+                rest += _portions(portion, (len(portion) + 1) // 2)
+        return revision
+
+    async def delete_own(self, changed: Sequence[str], revisions: Mapping[str, int]) -> None:
         """Delete keys of this host that another writer has changed: they may be under no lease, or another, and would
-        outlive the host. If the name is another host's by now, they are that one's; so is a status with its key."""
+        outlive the host. Those of them that are in `revisions` go only if they are as they were found, see
+        `delete_unchanged`. If the name is another host's by now, they are that one's; so is a status with its key."""
         standing = await self.look()
         if standing.node is not None and public_key_of(standing.node) not in (None, self._public_key):
             return
-        keys = [key for key in changed if key != self._status_key]
-        if len(keys) < len(changed) and standing.status is not None and not self._is_anothers(standing.status):
+        revisions = {key: revision for key, revision in revisions.items() if key != self._status_key}
+        with suppress(RecordChanged):  # Another host has taken the name.
+            await self._delete_unchanged(revisions, self._as(standing))
+        keys = [key for key in changed if key != self._status_key and key not in revisions]
+        if self._status_key in changed and standing.status is not None and not self._is_anothers(standing.status):
             keys.append(self._status_key)  # The last, since all writes compare it.
         for first in range(0, len(keys), MOST_AT_ONCE):
             ops = [Delete(key) for key in keys[first : first + MOST_AT_ONCE]]
@@ -279,6 +307,18 @@ class Registration:
             self._known = None
         self._log.warning("another writer changed this host's record; restoring it")
         self._on_changed()
+
+
+def _written_at(key: str, revision: int) -> Compare:
+    return Compare(key, CompareTarget.MOD, Is.EQUAL, revision)
+
+
+def _mod_revision(kv: KeyValue | None) -> int:
+    return 0 if kv is None else kv.mod_revision
+
+
+def _portions(keys: list[str], most: int) -> Iterator[list[str]]:
+    return (keys[first : first + most] for first in range(0, len(keys), most))
 
 
 def _only_kv(answer: TxnResult, index: int) -> KeyValue | None:

@@ -521,9 +521,11 @@ class Session:
 
     async def compare(self, snapshot: Snapshot, mirror: Mirror, *, on_record: bool) -> float:
         """Restore the observed endpoints and probe reports of this host that another writer has changed, and delete
-        observed endpoints, probe reports and candidacies that stand in its name and are not its own. Those under a
-        lease are left alone until that of an earlier run has ended: its candidacy may yet be taken over, with its place
-        in the queue. The answer is when to compare again although nothing has changed, on trio's clock.
+        observed endpoints, probe reports and candidacies that stand in its name and are not its own, and what else
+        stands there under no lease and should be under one. Each is deleted only if it is as `mirror` has it: this host
+        may have put its own since. Those under a lease are left alone until that of an earlier run has ended: its
+        candidacy may yet be taken over, with its place in the queue. The answer is when to compare again although
+        nothing has changed, on trio's clock.
 
         `mirror` has given `snapshot`, by which this host is `on_record`, or not, as the last leader of its segment. If
         it follows another etcd than the one that was written to, all is looked at anew: that one's history may lack
@@ -551,11 +553,11 @@ class Session:
         async with self._lock:
             self._candidacy.leave()
             self._published.clear()
-            changed = self._leased.changed
+            changed, foreign = self._leased.changed, self._leased.foreign_revisions
             self._leased.clear()
             try:
                 if changed:
-                    await self._registration.delete_own(changed)
+                    await self._registration.delete_own(changed, foreign)
             finally:
                 await self._short.end()
 
