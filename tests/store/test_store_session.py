@@ -757,6 +757,9 @@ async def test_a_host_that_lost_its_name_while_away_does_not_fight_for_it() -> N
             client.mend()
             await eventually(lambda: "is taken" in (old.last_error or ""), 30)
             await trio.sleep(60)
+            await old.record_leader("gcp", known_revision=etcd.revision)
+            assert LED not in etcd
+            assert "is taken" in (old.last_error or ""), "what wrote nothing does not end the error"
             assert not old.healthy
             assert new.healthy
             assert decode_node(etcd.get(NODE) or b"").public_key == wg_key("new")
@@ -1205,7 +1208,7 @@ async def test_what_another_put_under_no_lease_is_not_deleted_after_the_host_has
         nursery.cancel_scope.cancel()
     assert mirror.current is not None
     async with member(etcd) as it:
-        assert await it.record_leader("gcp", known=etcd.revision)
+        assert await it.record_leader("gcp", known_revision=etcd.revision)
         own = etcd.data[LED.encode()]
         await it.compare(mirror.current, mirror, on_record=False)
         await eventually(lambda: it.healthy)

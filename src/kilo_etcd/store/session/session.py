@@ -409,12 +409,12 @@ class Session:
         written; None: it failed, and is not tried again."""
         revision = 0
 
-        async def write() -> None:
+        async def write() -> bool:
             nonlocal revision
             async with self._lock:
                 self._guard.check()
                 if not self._registration.known or not (operations := ops()):
-                    return
+                    return False
                 try:
                     revision = await self._registration.write(operations)
                 except RecordChanged:
@@ -423,6 +423,7 @@ class Session:
                 except LeaseNotFound:
                     self._unconfirm_leases()
                     self._wake.set()
+            return bool(revision)
 
         return revision if await self._try(write) else None
 
@@ -451,18 +452,21 @@ class Session:
             self._led.update((where, revision) for where, change in changes.items() if isinstance(change, Put))
 
     async def _now(self) -> bool:
-        async def sync() -> None:
+        async def sync() -> bool:
             async with self._lock:
                 await self._sync()
+            return True
 
         succeeded = await self._try(sync)
         if not succeeded:
             self._wake.set()
         return succeeded
 
-    async def _try(self, act: Callable[[], Awaitable[None]]) -> bool:
+    async def _try(self, act: Callable[[], Awaitable[bool]]) -> bool:
+        """Whether `act` did not fail. It returns whether an error of before is over: one that wrote nothing cannot
+        know."""
         try:
-            await act()
+            over = await act()
         except ClusterNotTrusted as error:
             # The mirror has logged it.
             self.last_error = str(error)
@@ -472,7 +476,8 @@ class Session:
                 self._log.warning("etcd could not be updated", error=str(error))
             self.last_error = str(error)
             return False
-        self.last_error = None
+        if over:
+            self.last_error = None
         return True
 
     async def _sync(self) -> None:
