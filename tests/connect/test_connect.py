@@ -564,6 +564,23 @@ async def test_yes_replaces_a_record_that_is_somebody_elses(world: World) -> Non
     assert world.etcd.get(RECORD) is None
 
 
+async def test_a_lease_that_etcd_refuses_to_end_keeps_nothing_of_the_machine(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A host can put a key of its own under the lease; the record and the claim are deleted all the same."""
+
+    async def refuse(_lease_id: int) -> None:
+        await trio.lowlevel.checkpoint()
+        raise PermissionDenied("may not revoke the lease")
+
+    monkeypatch.setattr(world.client, "revoke_lease", refuse)
+    async with connected(world):
+        held = world.etcd.data[RECORD.encode()]
+        world.etcd.put("/kilo/by/gcp-1/x", "", lease=held.lease)
+    assert nothing_is_left(world), world.etcd.keys("/")
+    assert "/kilo/by/gcp-1/x" in world.etcd
+
+
 async def test_the_leftover_of_a_run_that_crashed_is_taken_over_and_goes_at_the_end(world: World) -> None:
     await world.build()
     desired = DesiredPeer(name="laptop", public_key=PUBLIC)

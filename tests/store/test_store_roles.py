@@ -14,6 +14,7 @@ from store_world import KEYS, record, wg_key
 
 from helpers import eventually, require
 from kilo_etcd.etcd import Client, Config, PermissionDenied, open_client
+from kilo_etcd.etcd.api import Put
 from kilo_etcd.model import CandidateClass, Endpoint, Granularity, MeshSettings
 from kilo_etcd.store import (
     Mirror,
@@ -142,3 +143,55 @@ async def test_etcd_refuses_a_host_every_write_outside_its_prefixes() -> None:
                 await act()
         assert (await operator.get_prefix("/kilo")).kvs == before.kvs
         await client.put(KEYS.node(own), encode(record(own)))
+
+
+async def test_a_host_leaves_though_another_has_put_a_key_under_its_leases() -> None:
+    """etcd checks the keys of a lease when a key is put under it, but not if that is in a transaction."""
+    require("etcd", "etcdctl")
+    one, other = NAMES
+    async with (
+        confined() as (operator, configs),
+        open_client(configs[one]) as client,
+        open_client(configs[other]) as theirs,
+        trio.open_nursery() as nursery,
+    ):
+        it = Session(client, KEYS, one, wg_key(one), lease_ttl=600)
+        await nursery.start(it.run)
+        await it.claim_addresses(SETTINGS.subnets)
+        await it.register(record(one, location="gcp"))
+        assert await it.put_status(StatusRecord(public_key=wg_key(one), revision=1))
+        assert await it.enter("gcp", CandidateClass.PUBLIC)
+        assert await it.record_leader("gcp", known_revision=0)
+        held = {kv.key.decode(): kv for kv in (await operator.get_prefix("/kilo")).kvs}
+        for own, key in ((KEYS.election("gcp", one), KEYS.stage(other)), (KEYS.node(one), KEYS.node(other))):
+            with pytest.raises(PermissionDenied):
+                await theirs.put(key, "x", lease=held[own].lease)
+            await theirs.txn([], [Put(key, "x", lease=held[own].lease)])
+            with pytest.raises(PermissionDenied):
+                await client.revoke_lease(held[own].lease)
+        await it.resign()
+        left = {kv.key.decode() for kv in (await operator.get_prefix("/kilo")).kvs}
+        leased = {KEYS.election("gcp", one), KEYS.status(one)}
+        assert left == held.keys() - leased | {KEYS.stage(other), KEYS.node(other)}
+        await it.forget()
+        left = {kv.key.decode() for kv in (await operator.get_prefix("/kilo")).kvs}
+        assert left == {*KEYS.settings, KEYS.stage(other), KEYS.node(other)}
+        nursery.cancel_scope.cancel()
+
+
+async def test_a_host_that_reads_anothers_keys_may_keep_its_lease_alive() -> None:
+    """etcd does not authorize keepalives, and the keys tell their lease: this is not defended against."""
+    require("etcd", "etcdctl")
+    one, other = NAMES
+    async with (
+        confined() as (operator, configs),
+        open_client(configs[one]) as client,
+        open_client(configs[other]) as theirs,
+    ):
+        it = Session(client, KEYS, one, wg_key(one), lease_ttl=600)
+        await it.register(record(one, location="gcp"))
+        assert await it.enter("gcp", CandidateClass.PUBLIC)
+        candidacy = await theirs.get(KEYS.election("gcp", one))
+        assert candidacy is not None
+        assert await theirs.refresh_lease(candidacy.lease) == 600
+        assert (await operator.get(KEYS.election("gcp", one))) == candidacy

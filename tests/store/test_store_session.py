@@ -790,6 +790,23 @@ async def test_a_host_that_may_publish_nothing_of_others_is_a_candidate_and_repo
         assert etcd.get(KEYS.probe_report("gcp", "a")) is None
 
 
+async def test_a_lease_that_etcd_refuses_to_end_keeps_nothing_of_the_host() -> None:
+    """Another user can put a key of its own under the lease."""
+
+    class Refused(FakeClient):
+        async def revoke_lease(self, lease_id: int) -> None:
+            await trio.lowlevel.checkpoint()
+            raise PermissionDenied("may not revoke the lease")
+
+    etcd = FakeEtcd()
+    async with member(etcd, Refused(etcd, "a"), lease_ttl=600) as a:
+        await a.record_leader("gcp", known_revision=etcd.revision)
+        await a.resign()
+        assert etcd.keys() == [LED, NODE]
+        await a.forget()
+        assert etcd.keys() == []
+
+
 async def test_a_forged_key_that_a_host_may_not_delete_hinders_no_other_write() -> None:
     etcd = FakeEtcd()
     mirror = Mirror(etcd.client(), KEYS)

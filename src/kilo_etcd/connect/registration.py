@@ -36,7 +36,7 @@ from kilo_etcd.model import IPAddress, IPNetwork, Snapshot
 from kilo_etcd.store import operator
 from kilo_etcd.store.addresses import named
 from kilo_etcd.store.claims import candidates, look
-from kilo_etcd.store.keys import Keys
+from kilo_etcd.store.keys import Keys, PeerAddressKey, PeerKey
 from kilo_etcd.store.lease import KeptLease
 from kilo_etcd.store.records import PeerRecord, RecordError, decode_peer, encode
 
@@ -280,7 +280,13 @@ class PeerRegistration:
 
     async def withdraw(self) -> None:
         """Take away what this run has put. EtcdError; then it ends with its lease."""
-        await self._lease.end()
+        lease = self._lease.id
+        if await self._lease.end():
+            return
+        for key in (await self._client.lease_time_to_live(lease, keys=True)).keys:
+            match self._keys.parse(key):
+                case PeerKey(name) | PeerAddressKey(name) if name == self._desired.name:
+                    await self._client.txn([Compare(key, CompareTarget.LEASE, Is.EQUAL, lease)], [Delete(key)])
 
 
 def _as_it_was(view: View, key: str) -> Compare:

@@ -1,8 +1,9 @@
 """Asking living agents what they see on their hosts, through etcd: no port is opened, and it works from any desk.
 
 The requester writes a request under a lease of a few seconds; each agent that it names writes its response under a
-lease of its own, since etcd lets nobody put a key under a lease that holds keys which that user may not write. When the
-requester has read enough it ends its lease and deletes the responses; what it does not delete ends by itself. The keys
+lease of its own. A put under the requester's lease would be refused: etcd lets nobody put a key, but for a put in a
+transaction, under a lease that holds keys which that user may not write. When the requester has read enough it ends its
+lease and deletes the responses; what it does not delete ends by itself. The keys
 are outside the watched prefix, so that a request causes no plan. An agent without a request writes nothing.
 """
 
@@ -76,8 +77,10 @@ async def request_diagnostics(
                         break
     finally:
         with trio.move_on_after(1, shield=True):
-            with suppress(EtcdError):  # The leases end by themselves.
+            # The leases end by themselves, if need be.
+            with suppress(EtcdError):
                 await client.revoke_lease(lease)
+            with suppress(EtcdError):
                 for first in range(0, len(responses), MOST_AT_ONCE):
                     to_delete = [*responses][first : first + MOST_AT_ONCE]
                     await client.txn([], [Delete(keys.response(lease, name)) for name in to_delete])

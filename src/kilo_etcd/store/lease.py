@@ -7,12 +7,11 @@ outage of etcd a lease is most likely still there. So it is unconfirmed first, a
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import suppress
 
 import structlog
 import trio
 
-from kilo_etcd.etcd.api import Client, EtcdError, Lease, LeaseInfo, LeaseNotFound
+from kilo_etcd.etcd.api import Client, EtcdError, Lease, LeaseInfo, LeaseNotFound, PermissionDenied
 
 LONGEST_INTERVAL = 600.0
 """Seconds at most between two keepalives, however long the lease."""
@@ -92,13 +91,21 @@ class KeptLease:
         if self._lease is not None:
             await self._client.refresh_lease(self._lease.id)
 
-    async def end(self) -> None:
-        """Keep it no more, and tell etcd to end it and delete what is under it. EtcdError; if so, it ends by itself."""
+    async def end(self) -> bool:
+        """Keep it no more, and tell etcd to end it and delete what is under it. EtcdError; if so, it ends by itself.
+        False: so it does too, since etcd refuses; another user has put a key under it that this one may not write."""
         lease = self._lease
         self._set(None)
-        if lease is not None:
-            with suppress(LeaseNotFound):
-                await self._client.revoke_lease(lease.id)
+        if lease is None:
+            return True
+        try:
+            await self._client.revoke_lease(lease.id)
+        except LeaseNotFound:
+            return True
+        except PermissionDenied as error:
+            self._log.warning("a lease ends by itself only", lease=f"{lease.id:x}", ttl=lease.ttl, error=str(error))
+            return False
+        return True
 
     async def keep(self) -> None:
         """The task: keep whatever lease there is, until cancelled."""

@@ -559,12 +559,14 @@ class Session:
             self._candidacy.leave()
             self._published.clear()
             changed, foreign = self._leased.changed, self._leased.foreign_revisions
+            own = tuple(self._leased.values)
             self._leased.clear()
             try:
                 if changed:
                     await self._registration.delete_own(changed, foreign)
             finally:
-                await self._short.end()
+                if not await self._short.end():
+                    await self._registration.delete_own(own, foreign)
 
     async def renew(self) -> None:
         """Leave whoever takes candidacy and status over the whole length of their lease. Never fails."""
