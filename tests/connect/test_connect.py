@@ -19,6 +19,7 @@ from attrs import evolve
 from helpers import eventually, put_kept
 from kilo_etcd import kernel
 from kilo_etcd.connect import connection as connection_module
+from kilo_etcd.connect import registration as registration_module
 from kilo_etcd.connect.connection import Edges, Names, PeerConnection, Settings
 from kilo_etcd.connect.registration import LEASE_SECONDS, DesiredPeer, Gone, PeerRegistration
 from kilo_etcd.ctl.context import Failure
@@ -508,16 +509,7 @@ async def test_an_address_that_a_node_claims_between_look_and_write_is_left_to_t
     world: World, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     await world.build()
-    transact, first = world.client.txn, list[str]()
-
-    async def txn(compare: Sequence[Compare], success: Sequence[Op] = (), failure: Sequence[Op] = ()) -> TxnResult:
-        for key in [str(op.key) for op in success if isinstance(op, Put) and "peer-addresses" in str(op.key)]:
-            if not first:
-                first.append(key.rpartition("/")[2])
-                world.etcd.put(f"/kilo/by/node-9/addresses/{first[0]}", "")
-        return await transact(compare, success, failure)
-
-    monkeypatch.setattr(world.client, "txn", txn)
+    first = claims_first(world, monkeypatch)
     desired = DesiredPeer(name="laptop", public_key=PUBLIC)
     decision = await PeerRegistration(world.client, KEYS, desired, lambda: None).register()
     (address,) = decision.claims
@@ -525,6 +517,75 @@ async def test_an_address_that_a_node_claims_between_look_and_write_is_left_to_t
     assert world.etcd.keys("/kilo/peer-addresses/") == [f"/kilo/peer-addresses/laptop/{address}"]
     assert [str(network) for network in world.record().allowed_ips] == [f"{address}/32"]
     assert f"/kilo/by/node-9/addresses/{first[0]}" in world.etcd
+
+
+def claims_first(world: World, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """node-9 claims the first address that the machine claims, just before it. The list has the address then."""
+    transact, first = world.client.txn, list[str]()
+
+    async def txn(compare: Sequence[Compare], success: Sequence[Op] = (), failure: Sequence[Op] = ()) -> TxnResult:
+        for op in success:
+            if isinstance(op, Put) and "peer-addresses" in str(op.key) and not first:
+                first.append(str(op.key).rpartition("/")[2])
+                world.etcd.put(KEYS.address("node-9", ip_address(first[0])), "")
+        return await transact(compare, success, failure)
+
+    monkeypatch.setattr(world.client, "txn", txn)
+    return first
+
+
+async def test_without_an_answer_to_the_look_no_record_has_a_nodes_address(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    await world.build()
+    first = claims_first(world, monkeypatch)
+    desired = DesiredPeer(name="laptop", public_key=PUBLIC, clean_up=False)
+
+    async def no_answer(*_: object, **__: object) -> None:
+        await trio.lowlevel.checkpoint()
+        raise Unavailable("no answer")
+
+    with monkeypatch.context() as away:
+        away.setattr(registration_module, "look", no_answer)
+        with pytest.raises(Unavailable):
+            await PeerRegistration(world.client, KEYS, desired, lambda: None).register()
+    assert RECORD not in world.etcd
+    again = PeerRegistration(world.client, KEYS, desired, lambda: None)
+    (address,) = (await again.register()).claims
+    assert [str(address)] != first
+    assert not again.leased
+    await trio.sleep(2 * LEASE_SECONDS)
+    assert [str(network) for network in world.record().allowed_ips] == [f"{address}/32"]
+    assert world.etcd.keys("/kilo/peer-addresses/") == [KEYS.peer_address("laptop", address)]
+
+
+async def test_a_record_of_before_is_not_written_with_an_address_that_a_node_claims_meanwhile(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    await world.build()
+    before = PeerRecord(public_key=PUBLIC, allowed_ips=(ip_network("10.4.0.77/32"), ip_network("10.9.0.7/32")))
+    world.etcd.put_kept(RECORD, encode(before))
+    first, written = claims_first(world, monkeypatch), world.etcd.data[RECORD.encode()].mod_revision
+    decision = await PeerRegistration(world.client, KEYS, DesiredPeer(name="laptop", public_key=PUBLIC),
+                                      lambda: None).register()  # fmt: skip
+    (address,) = decision.chosen
+    assert first == ["10.4.0.77"]
+    assert world.record().allowed_ips == (ip_network("10.9.0.7/32"), ip_network(address))
+    assert world.etcd.keys("/kilo/peer-addresses/") == [KEYS.peer_address("laptop", address)]
+    assert world.etcd.data[RECORD.encode()].version == 2, "it was not written before the look"
+    assert written < world.etcd.data[RECORD.encode()].mod_revision
+
+
+async def test_a_record_that_stays_is_not_used_with_an_address_that_a_node_has(world: World) -> None:
+    await world.build()
+    claim = KEYS.peer_address("laptop", ip_address("10.4.0.1"))
+    world.etcd.put(RECORD, encode(PeerRecord(public_key=PUBLIC, allowed_ips=(ip_network("10.4.0.1/32"),))))
+    world.etcd.put(claim, "")
+    await refused(world, "mesh addresses that others claimed before: 10.4.0.1 of node gcp-1; say --yes")
+    desired = DesiredPeer(name="laptop", public_key=PUBLIC, replace=True, clean_up=False)
+    (address,) = (await PeerRegistration(world.client, KEYS, desired, lambda: None).register()).chosen
+    assert world.record().allowed_ips == (ip_network(address),)
+    assert world.etcd.keys("/kilo/peer-addresses/") == [KEYS.peer_address("laptop", address)]
 
 
 async def test_what_cannot_be_is_refused_in_one_sentence_and_nothing_is_written(world: World) -> None:

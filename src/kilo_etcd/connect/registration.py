@@ -3,13 +3,14 @@
 `decide` is pure: what to write for the desired peer, given what etcd holds, or the sentence with which it is refused. A
 record under a lease is a connect's, and dies with it within `LEASE_SECONDS`; one without a lease is the operator's, is
 used as it is and stays. An address within the mesh's subnets is claimed like a node's, so that no node ever gets it:
-the claim is written with the record and under the same lease, and if another claim turns out to be older, both are
-taken back and another address is chosen.
+the claim is put under the lease, and the record only after a look at all claims has shown that no other is older; else
+the claim is taken back and another address is chosen.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import suppress
 from ipaddress import ip_network
 from typing import TYPE_CHECKING
 
@@ -24,17 +25,17 @@ from kilo_etcd.etcd.api import (
     Compare,
     CompareTarget,
     Delete,
+    EtcdError,
     Is,
     KeyValue,
     LeaseNotFound,
-    Op,
     Put,
     absent,
     unchanged,
 )
 from kilo_etcd.model import IPAddress, IPNetwork, Snapshot
 from kilo_etcd.store import operator
-from kilo_etcd.store.addresses import named
+from kilo_etcd.store.addresses import Claimant, named
 from kilo_etcd.store.claims import candidates, look
 from kilo_etcd.store.keys import Keys, PeerAddressKey, PeerKey
 from kilo_etcd.store.lease import KeptLease
@@ -65,13 +66,15 @@ class DesiredPeer:
 
 @frozen(kw_only=True)
 class Decision:
-    """What to write: the record and its claims, in one transaction. Nothing if `record` stands there already."""
+    """What to write: the claims, and then the record. Nothing if `record` stands there already."""
 
     record: PeerRecord
     writes: bool = True
     claims: tuple[IPAddress, ...] = ()
     chosen: tuple[IPAddress, ...] = ()
     """Those of the addresses that were chosen here."""
+    lost: tuple[IPAddress, ...] = ()
+    """Those that the record had so far and that others have: its claims of these go."""
 
 
 def decide(desired: DesiredPeer, snapshot: Snapshot, view: View, keys: Keys) -> Decision:
@@ -85,15 +88,24 @@ def decide(desired: DesiredPeer, snapshot: Snapshot, view: View, keys: Keys) -> 
     record = None if held is None else _readable(held)
     if held is not None and not desired.replace:
         _refuse(desired, held, record)
+    lost = {} if record is None else dict(_lost(name, record.allowed_ips, snapshot, view))
     if held is not None and record is not None and not held.lease and not _differs(desired, record):
-        return Decision(record=record, writes=False)
+        if not lost:
+            return Decision(record=record, writes=False)
+        if not desired.replace:
+            whose = ", ".join(f"{network.network_address} of {named(holder)}" for network, holder in lost.items())
+            raise Failure(
+                f"peer {name} is registered with mesh addresses that others claimed before: {whose}; say --yes to "
+                "replace the record, and have a free address chosen"
+            )
     base = record or PeerRecord(public_key=desired.public_key, persistent_keepalive=KEEPALIVE)
     chosen: tuple[IPAddress, ...] = ()
     allowed = desired.allowed_ips
     if allowed is None:
-        allowed = base.allowed_ips
-        if not any(network.num_addresses == 1 for network in allowed):
-            chosen = _free_addresses(name, snapshot, view)
+        allowed = tuple(network for network in base.allowed_ips if network not in lost)
+        if lost or not any(network.num_addresses == 1 for network in allowed):
+            free = _free_addresses(name, snapshot, view)
+            chosen = tuple(address for address in free if ip_network(address) not in allowed)
             allowed = (*allowed, *(ip_network(address) for address in chosen))
     if not any(network.num_addresses == 1 for network in allowed):
         raise Failure(f"--allowed-ips {','.join(map(str, allowed))} names no single address for this machine itself")
@@ -102,6 +114,7 @@ def decide(desired: DesiredPeer, snapshot: Snapshot, view: View, keys: Keys) -> 
         record=evolve(base, public_key=desired.public_key, allowed_ips=allowed, persistent_keepalive=keepalive),
         claims=tuple(_to_claim(name, allowed, snapshot, view)),
         chosen=chosen,
+        lost=tuple(network.network_address for network in lost),
     )
 
 
@@ -148,6 +161,18 @@ def _free_addresses(name: str, snapshot: Snapshot, view: View) -> tuple[IPAddres
             raise Failure(f"no address is left for this machine in {subnet}; give one outside it with --allowed-ips")
         addresses.append(address)
     return tuple(addresses)
+
+
+def _lost(
+    name: str, allowed: Iterable[IPNetwork], snapshot: Snapshot, view: View
+) -> Iterable[tuple[IPNetwork, Claimant]]:
+    """The mesh addresses among `allowed` that are another's, and whose."""
+    for network in allowed:
+        address = network.network_address
+        if network.num_addresses == 1 and any(address in subnet for subnet in snapshot.subnets):
+            holder = view.holder(address)
+            if holder not in (None, ("peer", name)):
+                yield network, holder
 
 
 def _to_claim(name: str, allowed: Iterable[IPNetwork], snapshot: Snapshot, view: View) -> Iterable[IPAddress]:
@@ -214,7 +239,8 @@ class PeerRegistration:
         return {self._keys.peer(self._desired.name): encode(decision.record).decode(), **claims}
 
     async def register(self) -> Decision:
-        """Put the record unless it stands there already. Failure, with nothing written; EtcdError."""
+        """Put the record unless it stands there already. Failure, with nothing written; EtcdError: claims that were put
+        already end with their lease."""
         for _ in range(ATTEMPTS):
             before, view = await operator.snapshot(self._client, self._keys)
             decision = decide(self._desired, before, view, self._keys)
@@ -222,29 +248,61 @@ class PeerRegistration:
             if not puts:
                 self.decision, self.revision = decision, view.revision
                 return decision
-            compare = [_as_it_was(view, key) for key in puts]
-            new = [key for key in puts if view.kv(key) is None]
+            held = {key: view.kv(key) for key in puts}
             # This uses the view up.
             if trouble := new_trouble(before, after(view, puts, [])):
                 raise Failure("; ".join(trouble) + "; nothing was written")
-            if self._desired.clean_up and not await self._lease.lives():
-                await self._lease.grant()
-            operations: list[Op] = [Put(key, value, lease=self._lease.id) for key, value in puts.items()]
             try:
-                result = await self._client.txn(compare, operations)
+                revision = await self._write(puts, held, decision)
             except LeaseNotFound:
                 self._lease.mark_unconfirmed()
                 continue
-            if not result.succeeded:
-                continue
-            if decision.claims and not await self._has(decision.claims):
-                # Another claim came between look and write.
-                as_written = [Compare(key, CompareTarget.MOD, Is.EQUAL, result.header.revision) for key in new]
-                await self._client.txn(as_written, [Delete(key) for key in new])
-                continue
-            self.decision, self.revision = decision, result.header.revision
-            return decision
+            if revision:
+                self.decision, self.revision = decision, revision
+                return decision
         raise Failure(f"others change the record of peer {self._desired.name} again and again; nothing was written")
+
+    async def _write(self, puts: Mapping[str, str], held: Mapping[str, KeyValue | None], decision: Decision) -> int:
+        """Put the claims, then the record if these are the oldest claims of their addresses; etcd's revision then. 0:
+        etcd does not hold what is `held` any more, or another claim is older. LeaseNotFound, EtcdError."""
+        claims = (self._keys.peer_address(self._desired.name, address) for address in decision.claims)
+        new = [key for key in claims if held[key] is None]
+        if (new or self._desired.clean_up) and not await self._lease.lives():
+            await self._lease.grant()
+        compare = {key: absent(key) if kv is None else unchanged(kv) for key, kv in held.items()}
+        if new:
+            # Under the lease even if the record is to stay: they end if this machine gets no further.
+            claimed = await self._client.txn(
+                [compare[key] for key in new], [Put(key, puts[key], lease=self._lease.id) for key in new]
+            )
+            if not claimed.succeeded:
+                return 0
+            for key in new:
+                compare[key] = Compare(key, CompareTarget.MOD, Is.EQUAL, claimed.header.revision)
+            if not await self._has(decision.claims):
+                await self._take_back(compare[key] for key in new)
+                return 0
+        lease = self._lease.id if self._desired.clean_up else 0
+        stands = new if lease else []
+        result = await self._client.txn(
+            [*compare.values()],
+            [
+                *(Put(key, value, lease=lease) for key, value in puts.items() if key not in stands),
+                *(Delete(self._keys.peer_address(self._desired.name, address)) for address in decision.lost),
+            ],
+        )
+        if not result.succeeded:
+            await self._take_back(compare[key] for key in new)
+            return 0
+        if not lease:
+            with suppress(EtcdError):  # Nothing is under it, and it ends by itself.
+                await self._lease.end()
+        return result.header.revision
+
+    async def _take_back(self, claims: Iterable[Compare]) -> None:
+        """Delete claims, each if it is as it was put."""
+        for claim in claims:
+            await self._client.txn([claim], [Delete(claim.key)])
 
     async def _has(self, addresses: Iterable[IPAddress]) -> bool:
         """Whether no claim of these addresses is older than this machine's."""
@@ -287,8 +345,3 @@ class PeerRegistration:
             match self._keys.parse(key):
                 case PeerKey(name) | PeerAddressKey(name) if name == self._desired.name:
                     await self._client.txn([Compare(key, CompareTarget.LEASE, Is.EQUAL, lease)], [Delete(key)])
-
-
-def _as_it_was(view: View, key: str) -> Compare:
-    kv = view.kv(key)
-    return absent(key) if kv is None else unchanged(kv)
