@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import random
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager, suppress
@@ -1002,6 +1003,39 @@ async def claimed_by_a(etcd: FakeEtcd) -> tuple[Session, str]:
     it = session(etcd.client())
     (address,) = await it.claim_addresses(SUBNETS)
     return it, KEYS.address("a", address)
+
+
+async def test_a_host_that_joins_reads_keys_and_only_the_records_of_nodes_without_a_claim() -> None:
+    read = list[str]()
+
+    class Reading(FakeClient):
+        async def txn(self, *arguments: Any, **options: Any) -> TxnResult:
+            result = await super().txn(*arguments, **options)
+            for response in result.responses:
+                read.extend(kv.key.decode() for kv in getattr(response, "kvs", ()) if kv.value)
+            return result
+
+        async def range(self, *arguments: Any, **options: Any) -> Any:
+            result = await super().range(*arguments, **options)
+            read.extend(kv.key.decode() for kv in result.kvs if kv.value)
+            return result
+
+        async def get_prefix(self, *arguments: Any, **options: Any) -> Any:
+            result = await super().get_prefix(*arguments, **options)
+            read.extend(kv.key.decode() for kv in result.kvs if kv.value)
+            return result
+
+    etcd, first = FakeEtcd(), list(itertools.islice(candidates("a", SUBNETS[0], lambda _address: True), 2))
+    for number in range(150):
+        name, address = f"x{number}", ip_address(f"10.4.9.{number}")
+        stated = (ip_interface(f"{address}/16"),)
+        etcd.put_kept(KEYS.node(name), encode(record(name, mesh_addresses=stated)))
+        etcd.put(KEYS.address(name, address), "")
+    etcd.put_kept(KEYS.node("unclaimed"), encode(record("u", mesh_addresses=(ip_interface(f"{first[0]}/16"),))))
+    etcd.put(KEYS.location("x1"), "gcp")
+    it = session(Reading(etcd, "a"))
+    assert await it.claim_addresses(SUBNETS) == (first[1],), "an address that a record states is not taken"
+    assert read == [KEYS.node("unclaimed")]
 
 
 @pytest.mark.parametrize("restarted", [False, True])

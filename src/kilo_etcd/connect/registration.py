@@ -306,7 +306,7 @@ class PeerRegistration:
 
     async def _has(self, addresses: Iterable[IPAddress]) -> bool:
         """Whether no claim of these addresses is older than this machine's."""
-        index = await look(self._client, self._keys, keys_only=True)
+        index = await look(self._client, self._keys)
         return all(index.holder(address) == ("peer", self._desired.name) for address in addresses)
 
     async def mend(self, held: KeyValue | None) -> bool:

@@ -33,6 +33,9 @@ from kilo_etcd.store.records import (
     encode_subnets,
 )
 
+MOST_AT_ONCE = 100
+"""Operations in one transaction: etcd takes 128 (--max-txn-ops)."""
+
 
 class NoAddressLeft(Exception):
     """Every address of the mesh's subnet is claimed; the message says so to the operator."""
@@ -188,46 +191,60 @@ class _Search:
         self._own = own
         self._index: AddressIndex | None = None
         """What was there before the first claim of this search."""
+        self._registered: tuple[str, ...] = ()
+        """The nodes that had a record then."""
+        self._read = set[str]()
+        """Those of them whose record was read."""
         self._since = AddressIndex()
         """The claims that were there after the last one."""
 
     async def find(self, preferred: Iterable[IPAddress], family: list[IPNetwork]) -> IPAddress:
         """The first of `preferred` that may be used, else another one of `family`, claimed. NoAddressLeft,
         EtcdError."""
-        index = await self._look()
+        index = await self._look(family)
         me = ("node", self._node)
         for address in preferred:
             if index.holder(address) in (me, None):
-                if await self._claim(address):
+                if await self._claim(address, index):
                     return address
             elif address in self._own:
                 await self._give_up(address)
         for subnet in family:
             for address in candidates(self._node, subnet, self._free):
-                if await self._claim(address):
+                if await self._claim(address, index):
                     return address
         raise NoAddressLeft(
             f"no address is left for {self._node} in {', '.join(map(str, family))}: all are claimed; forget the nodes "
             "that are gone for good (kgctl node forget NODE)"
         )
 
-    async def _look(self) -> AddressIndex:
-        """All claims, and what records state."""
+    async def _look(self, family: list[IPNetwork]) -> AddressIndex:
+        """All claims, and what records state of nodes that have no address of `family` by a claim: there is one only if
+        a claim was deleted, so these few are read one by one."""
         if self._index is None:
-            self._index = await look(self._client, self._keys)
+            self._index, self._registered = await _list(self._client, self._keys)
+        silent = [name for name in self._registered if not self._index.of(name, tuple(family))]
+        unread = [name for name in silent if name not in self._read]
+        self._read.update(unread)
+        for first in range(0, len(unread), MOST_AT_ONCE):
+            some = unread[first : first + MOST_AT_ONCE]
+            answer = await self._client.txn([], [Get(self._keys.node(name)) for name in some])
+            for name, response in zip(some, answer.responses, strict=True):
+                assert isinstance(response, RangeResult)
+                for kv in response.kvs:
+                    self._index.settle(self._index.state(name, _stated(kv)))
         return self._index
 
     def _free(self, address: IPAddress) -> bool:
         return (self._index is None or self._index.free(address)) and self._since.free(address)
 
-    async def _claim(self, address: IPAddress) -> bool:
+    async def _claim(self, address: IPAddress, index: AddressIndex) -> bool:
         """Claim an address unless that is done; whether nobody claimed it before. Else the claim is deleted."""
         key = self._keys.address(self._node, address)
-        index = await self._look()
         if ("node", self._node) not in index.claims(address):
             # An earlier attempt may have gone through although its answer was lost.
             await self._client.txn([absent(key)], [Put(key, b"")])
-            index = self._since = await look(self._client, self._keys, keys_only=True)
+            index = self._since = await look(self._client, self._keys)
         claims = index.claims(address)
         if claims and oldest(claims) == ("node", self._node):
             return True
@@ -239,23 +256,25 @@ class _Search:
         await self._client.delete(self._keys.address(self._node, address))
 
 
-async def look(client: Client, keys: Keys, *, keys_only: bool = False) -> AddressIndex:
-    """All claims of mesh addresses and, without `keys_only`, what nodes' records state, as etcd holds them at one
-    revision that is no older than this call. EtcdError."""
-    if keys_only:
-        listing = await client.range(keys.root, prefix_end(keys.root), keys_only=True)
-    else:
-        listing = await client.get_prefix(keys.root)
-    index = AddressIndex()
-    for kv in listing.kvs:
-        match keys.parse(kv.key):
-            case AddressKey(name, address):
-                index.claim(address, ("node", name), kv.create_revision)
-            case PeerAddressKey(name, address):
-                index.claim(address, ("peer", name), kv.create_revision)
-            case NodeKey(name) if not keys_only:
-                index.settle(index.state(name, _stated(kv)))
-    return index
+async def look(client: Client, keys: Keys) -> AddressIndex:
+    """All claims of mesh addresses that stand now, by linearizable reads. EtcdError."""
+    return (await _list(client, keys))[0]
+
+
+async def _list(client: Client, keys: Keys) -> tuple[AddressIndex, tuple[str, ...]]:
+    """The same, and the nodes that have a record. Only keys are read: what claims an address is a key, and values are
+    nearly all of what etcd holds."""
+    index, registered = AddressIndex(), list[str]()
+    for root in (keys.by_root, keys.peer_addresses_root):
+        for kv in (await client.range(root, prefix_end(root), keys_only=True)).kvs:
+            match keys.parse(kv.key):
+                case AddressKey(name, address):
+                    index.claim(address, ("node", name), kv.create_revision)
+                case PeerAddressKey(name, address):
+                    index.claim(address, ("peer", name), kv.create_revision)
+                case NodeKey(name):
+                    registered.append(name)
+    return index, tuple(registered)
 
 
 def candidates(node: str, subnet: IPNetwork, free: Callable[[IPAddress], bool]) -> Iterator[IPAddress]:
