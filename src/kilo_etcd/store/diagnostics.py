@@ -1,10 +1,10 @@
 """Asking living agents what they see on their hosts, through etcd: no port is opened, and it works from any desk.
 
 The requester writes a request under a lease of a few seconds; each agent that it names writes its response under a
-lease of its own. A put under the requester's lease would be refused: etcd lets nobody put a key, but for a put in a
-transaction, under a lease that holds keys which that user may not write. When the requester has read enough it ends its
-lease and deletes the responses; what it does not delete ends by itself. The keys
-are outside the watched prefix, so that a request causes no plan. An agent without a request writes nothing.
+lease of its own. Under the requester's lease etcd would refuse it: except in a transaction, nobody may put a key under
+a lease that holds keys which that user may not write. When the requester has read enough it ends its lease and deletes
+the responses; what it does not delete ends by itself. The keys are outside the watched prefix, so that a request causes
+no plan. An agent without a request writes nothing.
 """
 
 from __future__ import annotations
