@@ -215,9 +215,9 @@ class Daemon:
         self._stopping = trio.Event()
         self._programmed = False
         self._ready = False
+        """Programmed well enough to lead."""
         self._reconciling = False
         """Whether the tasks run that bring snapshots to the kernel."""
-        """Programmed well enough to lead."""
         self._leaving = False
         self._reconciler = Reconciler(
             self._apply_newest,
