@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import socket
+from collections.abc import Iterator
 from contextlib import suppress
 from functools import partial
 from ipaddress import ip_address, ip_interface, ip_network
@@ -16,7 +17,7 @@ from attrs import evolve
 from helpers import eventually
 from kilo_etcd import etcd, kernel, store
 from kilo_etcd.agent import status
-from kilo_etcd.kernel.state import Change, DeleteLink, DeleteRoute, HostAddress
+from kilo_etcd.kernel.state import AddRoute, Change, DeleteLink, DeleteRoute, HostAddress
 from kilo_etcd.model import CandidateClass, Endpoint
 from kilo_etcd.runtime import key_file
 from kilo_etcd.runtime.host_facts import HostFacts
@@ -328,24 +329,38 @@ async def test_writes_to_etcd_are_counted_and_there_are_none_in_steady_state(wor
         assert world.metrics.registry.get_sample_value("kilo_last_etcd_contact_timestamp_seconds")
 
 
-async def test_a_route_that_collides_keeps_the_host_neither_from_being_ready_nor_from_leading(
+async def test_a_host_leads_in_spite_of_a_route_that_collides_and_its_status_line_counts_the_problem(
     world: World, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    other = NodeRecord(
-        public_key=key_file.public_key(key_file.generate()), internal_ips=(ip_interface("192.168.1.2/24"),)
+    def put(name: str, record: NodeRecord) -> None:
+        world.etcd.put(f"/kilo/by/{name}/addresses/10.4.0.{name[1:]}", "")
+        world.etcd.put(f"/kilo/by/{name}/node", encode(record))
+
+    elsewhere, beside = (key_file.public_key(key_file.generate()) for _ in range(2))
+    put("h3", NodeRecord(public_key=elsewhere, endpoint=Endpoint.parse("203.0.113.3:51820"), location="b"))
+    world.etcd.put("/kilo/annotations/h3/subnets", "172.17.0.0/16")
+    collides = ip_network("172.17.0.0/16")
+    world.host.refuse = lambda change: (
+        "it collides" if isinstance(change, AddRoute) and change.route.destination == collides else None
     )
-    world.etcd.put("/kilo/by/h2/addresses/10.4.0.2", "")
-    world.etcd.put("/kilo/by/h2/node", encode(other))
-    world.etcd.put("/kilo/annotations/h2/subnets", "172.17.0.0/16")
-    world.host.refuse = lambda change: "it collides" if "172.17." in str(change) else None
     with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as supervisor:
         supervisor.bind(str(tmp_path / "notify"))
         supervisor.setblocking(False)
         monkeypatch.setenv("NOTIFY_SOCKET", str(tmp_path / "notify"))
+
+        def leads_with_a_problem() -> Iterator[bool]:
+            """Of each message since the last call, whether it says so."""
+            with suppress(BlockingIOError):
+                while True:
+                    message = supervisor.recv(4096)
+                    yield message.startswith(b"STATUS=leader of ") and message.endswith(b"; 1 problem")
+
         async with running(world):
-            await eventually(lambda: world.etcd.keys("/kilo/by/", "/elections/") != [], 10, every=0.1)
-            assert world.logged("it collides") == 1
-            assert b"READY=1" in supervisor.recv(4096)
+            await eventually(lambda: world.logged("it collides") == 1, 10, every=0.1)
+            # One more in the location: this host registered first, so it leads for want of candidates, and stands.
+            put("h2", NodeRecord(public_key=beside, internal_ips=(ip_interface("192.168.1.2/24"),)))
+            await eventually(lambda: any(leads_with_a_problem()), 10, every=0.1)
+            await eventually(lambda: world.etcd.keys("/kilo/by/h1/elections/") != [], 10, every=0.1)
 
 
 async def test_systemd_has_a_ready_agent_that_feeds_the_watchdog_while_etcd_is_away(
