@@ -19,7 +19,15 @@ from attrs import evolve
 
 from helpers import eventually
 from kilo_etcd.agent.config import AgentConfig
-from kilo_etcd.agent.encrypting import Encrypting, Members, outside, read_members, remove_members, write_members
+from kilo_etcd.agent.encrypting import (
+    ASK_PATIENCE,
+    Encrypting,
+    Members,
+    outside,
+    read_members,
+    remove_members,
+    write_members,
+)
 from kilo_etcd.agent.snapshot_cache import Disk
 from kilo_etcd.etcd import Config, Member, PermissionDenied, Unavailable
 from kilo_etcd.kernel.routing.encrypted import table_of
@@ -366,6 +374,7 @@ def bare(
     told: list[StageReport],
     stages: list[StageRecord | None] | None = None,
     refuses: Collection[str] = (),
+    client: FakeClient | None = None,
 ) -> Encrypting:
     """The part of an agent on h1; `told` and `stages`: what it has reported; `refuses`: whom its kernel refuses."""
     said: list[StageRecord | None] = [None] if stages is None else stages
@@ -388,7 +397,7 @@ def bare(
         said.append(stage)
 
     return Encrypting(
-        config("10.0.0.1:2379"), server.client(), Keys(), Once(structlog.get_logger()),
+        config("10.0.0.1:2379"), client or server.client(), Keys(), Once(structlog.get_logger()),
         disk=None, register=register, keep=trio.lowlevel.checkpoint, nudge=lambda: None,
         stage=lambda: said[-1], put_stage=put_stage, listening=listening, refused=refused,
     )  # fmt: skip
@@ -429,6 +438,46 @@ async def test_an_agent_that_starts_goes_on_to_refuse_and_waits_on_the_way_back(
     encrypting = bare(FakeEtcd(), [], refuses=theirs if refuses else ())
     await encrypting.prepare(topology, etcd_away=False)
     assert encrypting.living.lives("h9") is not gone
+
+
+def hanging() -> float:
+    return 60.0
+
+
+@pytest.mark.parametrize("lag", [None, hanging])
+@pytest.mark.autojump
+async def test_an_agent_that_starts_goes_on_to_refuse_although_etcd_does_not_answer(
+    lag: Callable[[], float] | None,
+) -> None:
+    lan = a_lan()
+    server = FakeEtcd()
+    client = server.client()
+    theirs = [str(ip.ip) for ip in lan.snapshot.nodes["h9"].internal_ips]
+    encrypting = bare(server, [], refuses=theirs, client=client)
+    client.lag = lag
+    if lag is None:
+        client.cut()
+    began = trio.current_time()
+    await encrypting.prepare(lan, etcd_away=False)
+    assert trio.current_time() - began <= ASK_PATIENCE
+    assert not encrypting.living.lives("h9")
+    assert encrypting.living.lives("h1"), "nothing is known of it"
+
+
+@pytest.mark.autojump
+async def test_all_stages_of_a_large_mesh_are_read_in_time_where_etcd_is_far() -> None:
+    server, lan = FakeEtcd(), a_lan().snapshot
+    names = [f"n{number}" for number in range(10_000)]
+    for name in names:
+        server.put_kept(Keys().stage(name), encode(StageRecord(revision=3)))
+    nodes = {**lan.nodes, **{name: Node(name=name, public_key=name) for name in names}}
+    client = server.client()
+    client.lag = lambda: 0.04
+    encrypting = bare(server, [], client=client)
+    began = trio.current_time()
+    await encrypting.prepare(build_topology(evolve(lan, nodes=nodes)), etcd_away=False)
+    assert trio.current_time() - began < 0.75 * ASK_PATIENCE
+    assert encrypting.living.applied == dict.fromkeys(names, 3)
 
 
 @pytest.mark.autojump

@@ -275,13 +275,14 @@ class Encrypting:
         with trio.move_on_after(ASK_PATIENCE), suppress(etcd.EtcdError):
             await self._ask_members()
             await self._stage_watch.ask(topology.snapshot.nodes, topology.snapshot.cluster_id)
-            if topology.internal_ips is InternalIPs.ENCRYPTED:
-                # This host goes on refusing the nodes that it refused before its agent's restart. The kernel of another
-                # whose agent is away may send in clear, as it did when that agent ended.
-                refused, nodes = await self._refused(), topology.snapshot.nodes.values()
-                self._stage_watch.take_as_gone(
-                    node.name for node in nodes if not refused.isdisjoint(own_addresses(node))
-                )  # fmt: skip
+        if topology.internal_ips is InternalIPs.ENCRYPTED:
+            # This host goes on refusing the nodes that it refused before its agent's restart, even if etcd has not told
+            # of them in time. The kernel of another whose agent is away may send in clear, as it did when that agent
+            # ended.
+            refused, nodes = await self._refused(), topology.snapshot.nodes.values()
+            self._stage_watch.take_as_gone(
+                node.name for node in nodes if not refused.isdisjoint(own_addresses(node))
+            )  # fmt: skip
 
     def withdraw(self) -> None:
         """Another plan than the last is about to be applied, so a report that followed from the last one,

@@ -14,7 +14,7 @@ cannot be read, or that is under no lease, tells nothing either.
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import NamedTuple
 
 import trio
@@ -41,6 +41,8 @@ LIST_SECONDS = 300.0
 """After which a watched key is read again: a watch alone does not ensure that nothing was missed."""
 MOST_AT_ONCE = 100
 """Keys that are read in one transaction: etcd takes 128 (--max-txn-ops)."""
+ASK_AT_ONCE = 8
+"""Transactions of one agent that are on their way at once while its first plan waits for them."""
 RETRY_FIRST, RETRY_MOST = 0.2, 5.0
 
 
@@ -93,10 +95,13 @@ class StageWatch:
         self.living = self._as_known()
 
     async def ask(self, names: Collection[str], cluster: int) -> None:
-        """Look at the keys of these nodes once, in the etcd of that ID. EtcdError."""
+        """Look at the keys of these nodes once, in the etcd of that ID. If that fails, or is cancelled, what was read
+        until then counts. EtcdError."""
         self._cluster = cluster
-        await self._read_all(names)
-        self.living = self._as_known()
+        try:
+            await self._read_all(names, at_once=ASK_AT_ONCE)
+        finally:
+            self.living = self._as_known()
 
     def follow(self, names: frozenset[str], *, nodes: int, cluster: int) -> None:
         """These are waited for now; `nodes`: how many there are in all; `cluster`: the ID of the etcd that says so."""
@@ -180,15 +185,33 @@ class StageWatch:
                 await self._noted.wait()
             nursery.cancel_scope.cancel()
 
-    async def _read_all(self, names: Collection[str]) -> None:
-        """Take note of the keys of these nodes. EtcdError."""
+    async def _read_all(self, names: Collection[str], *, at_once: int = 1) -> None:
+        """Take note of the keys of these nodes, by `at_once` transactions at the same time. EtcdError."""
         ordered = sorted(names)
-        for first in range(0, len(ordered), MOST_AT_ONCE):
-            chunk = ordered[first : first + MOST_AT_ONCE]
-            answer = await self._client.txn([], [etcd.Get(self._keys.stage(name)) for name in chunk])
-            self._check(answer.header)
-            ranges = [response for response in answer.responses if isinstance(response, etcd.RangeResult)]
-            self._list([kv for result in ranges for kv in result.kvs], chunk)
+        starts = range(0, len(ordered), MOST_AT_ONCE)
+        chunks = iter([ordered[first : first + MOST_AT_ONCE] for first in starts])
+        failures: list[etcd.EtcdError] = []
+
+        async def read() -> None:
+            try:
+                for chunk in chunks:
+                    await self._read_chunk(chunk)
+            except etcd.EtcdError as error:
+                failures.append(error)
+                nursery.cancel_scope.cancel()
+
+        async with trio.open_nursery() as nursery:
+            for _ in starts[:at_once]:
+                nursery.start_soon(read)
+        if failures:
+            raise failures[0]
+
+    async def _read_chunk(self, names: Sequence[str]) -> None:
+        """Take note of the keys of these nodes in one transaction. EtcdError."""
+        answer = await self._client.txn([], [etcd.Get(self._keys.stage(name)) for name in names])
+        self._check(answer.header)
+        ranges = [response for response in answer.responses if isinstance(response, etcd.RangeResult)]
+        self._list([kv for result in ranges for kv in result.kvs], names)
 
     async def _follow(self, name: str) -> None:
         key, delay = self._keys.stage(name), RETRY_FIRST
