@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import AsyncIterator, Callable, Sequence
-from contextlib import asynccontextmanager
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
 
 import pytest
 import structlog
 import trio
 
 from helpers import eventually
-from kilo_etcd.agent.stage_watch import FEW, GONE_SECONDS, READ_SECONDS, StageWatch
-from kilo_etcd.etcd.api import Compare, Op, TxnResult, prefix_end
+from kilo_etcd.agent.stage_watch import FEW, GONE_SECONDS, READ_SECONDS, SAMPLE, StageWatch
+from kilo_etcd.etcd.api import Compare, Op, Text, TxnResult, Watch, prefix_end
 from kilo_etcd.runtime.logs import Once
 from kilo_etcd.store import Keys
 from kilo_etcd.store.records import StageRecord, encode
@@ -175,19 +175,75 @@ async def test_a_crowd_is_read_again_whoever_is_watched() -> None:
         assert others.living.applied == dict.fromkeys(MANY, 4)
 
 
+class Load(FakeClient):
+    """Counts the keys that it reads by transactions, and the watches."""
+
+    def __init__(self, server: FakeEtcd) -> None:
+        super().__init__(server)
+        self.read: list[int] = []
+        self.watches = 0
+
+    async def txn(
+        self, compare: Sequence[Compare], success: Sequence[Op] = (), failure: Sequence[Op] = ()
+    ) -> TxnResult:
+        self.read.append(len(success))
+        return await super().txn(compare, success, failure)
+
+    def watch(
+        self, key: Text, range_end: Text | None = None, *, start_revision: int = 0, progress_notify: bool = True
+    ) -> AbstractAsyncContextManager[Watch]:
+        self.watches += 1
+        return super().watch(key, range_end, start_revision=start_revision, progress_notify=progress_notify)
+
+
+@pytest.mark.parametrize(
+    ("nodes", "waited_for"), [(1_000, 200), (1_000, 1_000), (6_000, 200), (10_000, 9), (10_000, 10_000)]
+)
+@pytest.mark.autojump
+async def test_of_a_crowd_that_does_not_report_a_few_are_watched_and_the_load_on_etcd_is_bounded(
+    nodes: int, waited_for: int
+) -> None:
+    """Whatever the size of the mesh, if all its hosts wait for so many."""
+    server, seconds = FakeEtcd(), 0.4 * nodes
+    crowd = frozenset(f"n{number}" for number in range(waited_for))
+    for name in crowd:
+        reports(server, name, 3)
+    client = Load(server)
+    others = StageWatch(client, KEYS, Once(structlog.get_logger()), lambda: None)
+    others.follow(crowd, nodes=nodes, cluster=server.cluster_id)
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(others.run)
+        await trio.sleep(seconds)
+        nursery.cancel_scope.cancel()
+    readings = sum(client.read) / waited_for
+    assert readings >= 3
+    assert client.watches >= 3 * SAMPLE
+    assert (readings - 1) * waited_for * nodes / seconds <= 100_000
+
+
+@pytest.mark.parametrize("names", [frozenset({"a"}), MANY | {"a"}])
+@pytest.mark.autojump
+async def test_an_agent_that_is_missing_at_the_first_look_alone_is_not_gone(names: frozenset[str]) -> None:
+    """The first look may come late: etcd is away, or all hosts of a large mesh read."""
+    server = FakeEtcd()
+    for name in names - {"a"}:
+        reports(server, name, 3)
+    async with following(server, names) as (others, client, _):
+        client.cut()
+        await trio.sleep(3 * GONE_SECONDS)
+        client.mend()
+        await trio.sleep(GONE_SECONDS - 5)
+        assert others.living.lives("a")
+        reports(server, "a", 3)
+        await trio.sleep(2 * GONE_SECONDS)
+        assert others.living.applied == dict.fromkeys(names, 3)
+
+
 @pytest.mark.autojump
 async def test_of_a_crowd_only_those_are_read_again_that_are_waited_for_still() -> None:
     server = FakeEtcd()
     crowd = frozenset(f"n{number}" for number in range(500))
-    read: list[int] = []
-
-    class Counting(FakeClient):
-        async def txn(
-            self, compare: Sequence[Compare], success: Sequence[Op] = (), failure: Sequence[Op] = ()
-        ) -> TxnResult:
-            read.append(len(success))
-            return await super().txn(compare, success, failure)
-
+    client = Load(server)
     news: list[float] = []
 
     def note() -> None:
@@ -195,7 +251,7 @@ async def test_of_a_crowd_only_those_are_read_again_that_are_waited_for_still() 
         news.append(trio.current_time())
         others.follow(frozenset(crowd - others.living.applied.keys()), nodes=500, cluster=server.cluster_id)
 
-    others = StageWatch(Counting(server), KEYS, Once(structlog.get_logger()), note)
+    others = StageWatch(client, KEYS, Once(structlog.get_logger()), note)
     others.follow(crowd, nodes=500, cluster=server.cluster_id)
     # Somebody else's statuses are nobody's news.
     server.put_kept(KEYS.status("n1"), b"{}")
@@ -209,8 +265,8 @@ async def test_of_a_crowd_only_those_are_read_again_that_are_waited_for_still() 
         await eventually(lambda: others.living.applied.keys() == crowd, 20, every=0.1)
         assert trio.current_time() - last < 10
         assert len(news) <= 10
-        assert sum(read) < 3 * 500
-        assert max(read) <= 100
+        assert sum(client.read) < 3 * 500
+        assert max(client.read) <= 100
         nursery.cancel_scope.cancel()
 
 

@@ -7,8 +7,11 @@ again. So the host waits for fewer and fewer. (One watch on all would bring all 
 are long.) Nothing is watched if the host waits for none, so a node that joins wakes only those that wait for it.
 
 What is not known counts as "not there yet". A node without the key may have an agent that is being restarted, whose
-kernel goes on with what it had: only after `GONE_SECONDS`, and another look, its agent counts as gone. A key that
-cannot be read, or that is under no lease, tells nothing either.
+kernel goes on with what it had: only `GONE_SECONDS` after a look at etcd, and after another one, its agent counts as
+gone. A key that cannot be read, or that is under no lease, tells nothing either.
+
+All hosts of a mesh may wait for all others. So the pauses grow with the number of nodes times the number of keys that
+each reads, and etcd has the same load in a mesh of any size: see `PAUSE_PER_KEY`.
 """
 
 from __future__ import annotations
@@ -33,10 +36,14 @@ SAMPLE = 4
 """Nodes whose keys are watched while the host waits for more than `FEW`."""
 FIRST_PAUSE, PAUSE_PER_NODE = 0.1, 0.002
 """Seconds between two changes of `living`, and the most before a reading: 1,000 agents that read within 2 s."""
+PAUSE_PER_KEY = PAUSE_PER_NODE / 1000
+"""The same for each node and each key that is read, if that is more: all agents together read 500,000 keys a second
+at most."""
 LINGER_SECONDS = 10.0
 """How long a crowd is followed after the host waited for none: during a switch it soon waits again."""
-READ_SECONDS = 10.0
-"""After which the keys of a crowd are read again, whoever has reported."""
+READ_SECONDS, READ_PAUSES = 10.0, 5
+"""After which the keys of a crowd are read again, whoever has reported, or after so many pauses, if that is more: all
+agents together go on reading 100,000 keys a second at most."""
 LIST_SECONDS = 300.0
 """After which a watched key is read again: a watch alone does not ensure that nothing was missed."""
 MOST_AT_ONCE = 100
@@ -121,6 +128,7 @@ class StageWatch:
             crowd = len(names) > FEW
             async with trio.open_nursery() as nursery:
                 nursery.start_soon(self._conclude)
+                nursery.start_soon(self._find_gone)
                 if crowd:
                     nursery.start_soon(self._follow_crowd)
                 else:
@@ -156,21 +164,27 @@ class StageWatch:
     async def _follow_crowd(self) -> None:
         """Read the keys of all that are waited for, and again once a few of them have reported."""
         delay = RETRY_FIRST
-        await trio.sleep(self._rng.uniform(0, self._nodes * PAUSE_PER_NODE))
+        await trio.sleep(self._rng.uniform(0, self._pause(len(self._awaited))))
         while True:
+            names = self._awaited
+            pause = self._pause(len(names))
             try:
-                await self._read_all(self._awaited)
+                await self._read_all(names)
             except etcd.EtcdError as error:
                 self._cannot(error)
                 await trio.sleep(delay * self._rng.uniform(0.5, 1.5))
-                delay = min(2 * delay, RETRY_MOST)
+                delay = min(2 * delay, max(RETRY_MOST, pause))
                 continue
             delay = RETRY_FIRST
             self._once.clear("stages", "the reports of other agents can be read again")
-            with trio.move_on_after(READ_SECONDS * self._rng.uniform(0.8, 1.2)):
-                # Whoever has reported is not waited for any more, as soon as that is brought into a plan.
-                await trio.sleep(FIRST_PAUSE + self._nodes * PAUSE_PER_NODE)
+            # Whoever has reported is not waited for any more, as soon as that is brought into a plan.
+            await trio.sleep(FIRST_PAUSE + pause)
+            with trio.move_on_after(max(READ_SECONDS, READ_PAUSES * pause) * self._rng.uniform(0.8, 1.2)):
                 await self._watch_some()
+
+    def _pause(self, keys: int) -> float:
+        """Seconds within which all agents of the mesh may read so many keys each."""
+        return self._nodes * max(PAUSE_PER_NODE, keys * PAUSE_PER_KEY)
 
     async def _watch_some(self) -> None:
         """Watch the keys of a few until each has reported anew, or is not waited for any more."""
@@ -252,7 +266,8 @@ class StageWatch:
         """Take note of the keys of these nodes, and that there are no others of theirs."""
         stages = {stage.name: stage for stage in map(self._read, kvs) if stage is not None}
         for name in names:
-            if name in self._applied and name not in stages:
+            awaited = name in self._awaited and name not in self._gone
+            if name not in stages and (awaited or name in self._applied):
                 self._missing.setdefault(name, trio.current_time())
         for value in stages.values():
             self._lives(value)
@@ -286,38 +301,41 @@ class StageWatch:
     async def _conclude(self) -> None:
         """Bring what is known into `living`, not too often."""
         while True:
-            noted, now = self._noted, trio.current_time()
-            for name in self._awaited - self._applied.keys() - self._gone:
-                self._missing.setdefault(name, now)
-            over = {name: since for name, since in self._missing.items() if since + GONE_SECONDS <= now}
-            if over and not await self._surely_gone(over):
-                continue
-            living = self._as_known()
+            noted, living = self._noted, self._as_known()
             if living != self.living:
                 self.living = living
                 self._on_news()
                 await trio.sleep(FIRST_PAUSE + self._nodes * PAUSE_PER_NODE)
                 continue
+            await noted.wait()
+
+    async def _find_gone(self) -> None:
+        """Have those count as gone that have been missing for long."""
+        while True:
+            noted, now = self._noted, trio.current_time()
+            over = {name: since for name, since in self._missing.items() if since + GONE_SECONDS <= now}
+            if over:
+                await self._look_again(over)
+                continue
             with trio.move_on_at(min(self._missing.values(), default=float("inf")) + GONE_SECONDS):
                 await noted.wait()
 
-    async def _surely_gone(self, missing: Mapping[str, float]) -> bool:
-        """Look again at those that have been missing for long; whether etcd has told. A watch may have been without
-        etcd all the while."""
+    async def _look_again(self, missing: Mapping[str, float]) -> None:
+        """Those that are missing still count as gone. A watch may have been without etcd all the while."""
         try:
             if len(missing) > FEW:
-                await trio.sleep(self._rng.uniform(0, self._nodes * PAUSE_PER_NODE))
+                await trio.sleep(self._rng.uniform(0, self._pause(len(missing))))
             await self._read_all(missing)
         except etcd.EtcdError as error:
             self._cannot(error)
             await trio.sleep(RETRY_MOST * self._rng.uniform(0.5, 1.0))
-            return False
+            return
         for name, since in missing.items():
             if self._missing.get(name) == since:
                 del self._missing[name]
                 self._applied.pop(name, None)
                 self._gone.add(name)
-        return True
+        self._note()
 
     def _as_known(self) -> Living:
         return Living(asked=frozenset((*self._gone, *self._applied)), applied=dict(self._applied))
