@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import configparser
+import os
 import re
 import shutil
 import subprocess
+import sys
 import tomllib
 from pathlib import Path
 
@@ -273,3 +275,42 @@ def test_the_reference_page_is_made_from_the_code() -> None:
 def test_the_pictures_of_the_shapes_are_as_the_code_draws_them() -> None:
     done = subprocess.run([ROOT / "scripts/pictures", "--check"], capture_output=True, text=True, check=False)
     assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_a_release_is_a_version_a_changelog_a_wheel_a_commit_and_a_tag(tmp_path: Path) -> None:
+    def git(*arguments: str) -> str:
+        command = ["git", "-c", "user.name=a", "-c", "user.email=a@example.org", *arguments]
+        return subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True).stdout
+
+    for name in ("pyproject.toml", "CHANGELOG.md", "README.md", "LICENSE", ".gitignore", "scripts/release"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        shutil.copy(ROOT / name, tmp_path / name)
+    package = tmp_path / "src/kilo_etcd"
+    package.mkdir(parents=True)
+    shutil.copy(ROOT / "src/kilo_etcd/__init__.py", package)
+    shutil.copytree(ROOT / "systemd", tmp_path / "systemd")
+    (tmp_path / ".venv").symlink_to(sys.prefix)
+    git("init", "-q")
+    git("add", "-A", ":!.venv")
+    git("commit", "-qm", "before")
+    (tmp_path / ".git/info/exclude").write_text(".venv\ndist\n")
+    environment = {**os.environ, **{f"GIT_{who}_{what}": "a@example.org" for who in ("AUTHOR", "COMMITTER")
+                                    for what in ("NAME", "EMAIL")}}  # fmt: skip
+
+    def release(*arguments: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(["scripts/release", *arguments], cwd=tmp_path, env=environment, capture_output=True,
+                              text=True, check=False)  # fmt: skip
+
+    for wrong, says in (((), "give the version"), (("v1",), "give the version")):
+        assert (release(*wrong).returncode, says in release(*wrong).stderr) == (1, True)
+    done = release("7.8.9")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert sorted(path.name for path in (tmp_path / "dist").iterdir()) == [
+        "kilo_etcd-7.8.9-py3-none-any.whl", "kilo_etcd-7.8.9.tar.gz",
+    ]  # fmt: skip
+    assert git("describe", "--tags").strip() == "v7.8.9"
+    assert git("status", "--porcelain") == ""
+    assert re.search(
+        r"^## \[Unreleased\]\n\n## \[7\.8\.9\] - 20..-..-..$", (tmp_path / "CHANGELOG.md").read_text(), re.M
+    )
+    assert "there is a tag v7.8.9 already" in release("7.8.9").stderr

@@ -355,7 +355,8 @@ class World:
             if len(members) > 1:
                 standing = {candidate.node for candidate in truth.candidates.get(segment.location, ())}
                 assert members <= standing, f"{members - standing} do not stand at {segment.location!r}"
-                recorded = truth.leaders.get(segment.location, ())
+                # A location may have other segments, whose leaders are on record too.
+                recorded = tuple(name for name in truth.leaders.get(segment.location, ()) if name in members)
                 assert recorded[:1] == (segment.leader.name,), (
                     f"{recorded} and not {segment.leader.name} are on record at {segment.location!r}"
                 )
