@@ -9,18 +9,22 @@ from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from errno import ENODEV, EROFS
 from functools import partial
+from ipaddress import ip_network
 
 import pytest
 import trio
 from attrs import evolve
 from click.testing import CliRunner, Result
+from test_arrivals import mesh as arrivals_mesh
 from test_kgctl_explain import probed, world
 
 from helpers import put_kept
 from kilo_etcd.ctl.main import main
 from kilo_etcd.ctl.reports import draw, live
-from kilo_etcd.ctl.reports.live import ago, amount
+from kilo_etcd.ctl.reports.hops import suspicions
+from kilo_etcd.ctl.reports.live import Live, ago, amount
 from kilo_etcd.ctl.reports.report import Report
+from kilo_etcd.ctl.reports.trace import Plans, explain
 from kilo_etcd.etcd import Client, Config, PermissionDenied
 from kilo_etcd.kernel.errors import cannot_ping, failure
 from kilo_etcd.kernel.state import AllowPings, SetForwarding
@@ -33,6 +37,7 @@ from kilo_etcd.store.records import (
     DiagnosticsResponse,
     Role,
     StatusRecord,
+    TakenRoute,
     Tunnel,
     decode_status,
     encode,
@@ -493,6 +498,21 @@ def test_check_names_what_probers_report_only_if_it_finds_no_cause(mesh: Mesh) -
     mesh.says["gcp-1"] = DiagnosticsResponse(time=now(), tunnels=(mesh.tunnel("home-1", -1),))
     mesh.lost = lambda source, target: source[:3] != target[:3]
     assert found() == [("error", "gcp-1 - home-1", "no tunnel between them: no handshake yet")]
+
+
+def test_explain_names_another_route_for_the_traced_address_and_not_for_others() -> None:
+    topology = build_topology(evolve(arrivals_mesh().snapshot, subnets=(ip_network("10.4.0.0/16"),)))
+    plans = Plans(topology, {})
+    traces = explain(plans, "a2", "b2")
+    address = str(topology.snapshot.nodes["b2"].mesh_addresses[0])
+
+    def named(*routes: TakenRoute) -> list[str]:
+        live = Live(answers={"a2": DiagnosticsResponse(reached=(address,), routes=routes)})
+        return [text for name, text in suspicions(traces, topology, {}, live, {"a2", "a1", "b1", "b2"}) if name == "a2"]
+
+    (text,) = named(TakenRoute(address, "", "none: Invalid argument", True))
+    assert "its kernel sends packets for" in text
+    assert named(TakenRoute("10.4.0.6", "", "none: Invalid argument", True)) == [], "the traced packet arrives"
 
 
 def test_explain_says_that_packets_arrive_only_if_they_were_seen_to(mesh: Mesh) -> None:

@@ -95,7 +95,7 @@ def explain_command(mesh: Mesh, source: str, target: str, output: str, live: boo
         names_asked = statuses.keys() if few else names & statuses.keys()
         targets = ends((*traces, *internal), snapshot)
         gathered = mesh.ask(partial(gather, names=names_asked, tries=TRIES if few else 0, targets=targets))
-        all_suspicions = suspicions(traces, topology, statuses, gathered, names)
+        all_suspicions = suspicions((*traces, *internal), topology, statuses, gathered, names)
         against = tuple(dict.fromkeys(suspicion for suspicion in all_suspicions if suspicion not in remarks))
     traces, internal = (weigh(group, source, plans, gathered) for group in (traces, internal))
     urgent = tuple(problem.text for problem in unaware_problems(topology))

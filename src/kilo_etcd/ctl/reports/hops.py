@@ -235,9 +235,11 @@ def suspicions(
 
 
 def _is_lost(trace: Trace, live: Live) -> bool:
-    """Whether the source of a trace got no answer."""
-    answer = live.answers.get(trace.there.start)
-    return answer is not None and trace.there.destination in answer.unreached
+    """Whether the source of a trace got no answer, or its kernel sends the packet elsewhere."""
+    answer, address = live.answers.get(trace.there.start), trace.there.destination
+    return answer is not None and (
+        address in answer.unreached or any(route.foreign and route.address == address for route in answer.routes)
+    )
 
 
 def _is_about(subject: str, topology: Topology, names: Collection[str]) -> bool:

@@ -374,7 +374,7 @@ def _outward(topology: Topology, plans: Plans, source: str, destination: IPAddre
     if node.exit_node and not _stays(topology, plans, node, destination):
         return _by_exit_node(topology, plans, node, destination)
     leaves, misdelivered = _by_own_table(topology, node, destination)
-    there = Way(source=source, destination=str(destination), leaves=leaves, misdelivered=misdelivered)
+    there = Way(source=source, destination=str(destination), start=source, leaves=leaves, misdelivered=misdelivered)
     return Trace(there=there, unasked="what is outside the mesh is not known here")
 
 
