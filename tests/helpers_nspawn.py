@@ -24,7 +24,7 @@ from helpers import require
 NETWORK = "203.0.113"
 _BOOT_SECONDS = 120.0
 _OWN = ("etc/systemd/system", "etc/kilo-etcd", "opt/kilo-etcd", "var/lib/kilo-etcd", "var/lib/etcd/default", "run")
-"""What a host does not take over from this machine."""
+"""Directories that a host does not take over from this machine."""
 
 
 @frozen

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import socket
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from functools import partial
 from ipaddress import ip_address, ip_interface, ip_network
@@ -32,6 +32,22 @@ from kilo_etcd.store.records import (
 from kilo_etcd.testing.fake_kernel import FakeKernel
 
 pytestmark = pytest.mark.autojump
+
+
+@pytest.fixture
+def supervisor(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Callable[[], Iterator[bytes]]]:
+    """Stands for systemd: each call gives the messages since the last one. Few fit into the socket."""
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as listening:
+        listening.bind(str(tmp_path / "notify"))
+        listening.setblocking(False)
+        monkeypatch.setenv("NOTIFY_SOCKET", str(tmp_path / "notify"))
+
+        def received() -> Iterator[bytes]:
+            with suppress(BlockingIOError):
+                while True:
+                    yield listening.recv(4096)
+
+        yield received
 
 
 @pytest.mark.parametrize("etcd_is_there", [True, False])
@@ -330,7 +346,7 @@ async def test_writes_to_etcd_are_counted_and_there_are_none_in_steady_state(wor
 
 
 async def test_a_host_leads_in_spite_of_a_route_that_collides_and_its_status_line_counts_the_problem(
-    world: World, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    world: World, supervisor: Callable[[], Iterator[bytes]]
 ) -> None:
     def put(name: str, record: NodeRecord) -> None:
         world.etcd.put(f"/kilo/by/{name}/addresses/10.4.0.{name[1:]}", "")
@@ -343,78 +359,57 @@ async def test_a_host_leads_in_spite_of_a_route_that_collides_and_its_status_lin
     world.host.refuse = lambda change: (
         "it collides" if isinstance(change, AddRoute) and change.route.destination == collides else None
     )
-    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as supervisor:
-        supervisor.bind(str(tmp_path / "notify"))
-        supervisor.setblocking(False)
-        monkeypatch.setenv("NOTIFY_SOCKET", str(tmp_path / "notify"))
 
-        def leads_with_a_problem() -> Iterator[bool]:
-            """Of each message since the last call, whether it says so."""
-            with suppress(BlockingIOError):
-                while True:
-                    message = supervisor.recv(4096)
-                    yield message.startswith(b"STATUS=leader of ") and message.endswith(b"; 1 problem")
+    def leads_with_a_problem() -> bool:
+        return any(
+            message.startswith(b"STATUS=leader of ") and message.endswith(b"; 1 problem") for message in supervisor()
+        )
 
-        async with running(world):
-            await eventually(lambda: world.logged("it collides") == 1, 10, every=0.1)
-            # One more in the location: this host registered first, so it leads for want of candidates, and stands.
-            put("h2", NodeRecord(public_key=beside, internal_ips=(ip_interface("192.168.1.2/24"),)))
-            await eventually(lambda: any(leads_with_a_problem()), 10, every=0.1)
-            await eventually(lambda: world.etcd.keys("/kilo/by/h1/elections/") != [], 10, every=0.1)
+    async with running(world):
+        await eventually(lambda: world.logged("it collides") == 1, 10, every=0.1)
+        # One more in the location: this host registered first, so it leads for want of candidates, and stands.
+        put("h2", NodeRecord(public_key=beside, internal_ips=(ip_interface("192.168.1.2/24"),)))
+        await eventually(leads_with_a_problem, 10, every=0.1)
+        await eventually(lambda: world.etcd.keys("/kilo/by/h1/elections/") != [], 10, every=0.1)
 
 
 async def test_systemd_has_a_ready_agent_that_feeds_the_watchdog_while_etcd_is_away(
-    world: World, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    world: World, monkeypatch: pytest.MonkeyPatch, supervisor: Callable[[], Iterator[bytes]]
 ) -> None:
-    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as supervisor:
-        supervisor.bind(str(tmp_path / "notify"))
-        supervisor.setblocking(False)
-        monkeypatch.setenv("NOTIFY_SOCKET", str(tmp_path / "notify"))
-        monkeypatch.setenv("WATCHDOG_USEC", "10000000")
-        world.etcd.down()
-        async with running(world, joined=False):
-            messages = []
-            for _ in range(12):
-                await trio.sleep(5)
-                # Few fit into the socket.
-                with suppress(BlockingIOError):
-                    while True:
-                        messages.append(supervisor.recv(4096))
-        assert messages[0] == b"READY=1\nSTATUS=joining the mesh"
-        assert messages.count(b"WATCHDOG=1") >= 11
-        assert any(message.startswith(b"STATUS=waiting for etcd: ") for message in messages)
+    monkeypatch.setenv("WATCHDOG_USEC", "10000000")
+    world.etcd.down()
+    async with running(world, joined=False):
+        messages: list[bytes] = []
+        for _ in range(12):
+            await trio.sleep(5)
+            messages += supervisor()
+    assert messages[0] == b"READY=1\nSTATUS=joining the mesh"
+    assert messages.count(b"WATCHDOG=1") >= 11
+    assert any(message.startswith(b"STATUS=waiting for etcd: ") for message in messages)
 
 
 async def test_the_watchdog_is_fed_by_the_reconciler(
-    world: World, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    world: World, monkeypatch: pytest.MonkeyPatch, supervisor: Callable[[], Iterator[bytes]]
 ) -> None:
-    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as supervisor:
-        supervisor.bind(str(tmp_path / "notify"))
-        supervisor.setblocking(False)
-        monkeypatch.setenv("NOTIFY_SOCKET", str(tmp_path / "notify"))
-        monkeypatch.setenv("WATCHDOG_USEC", "10000000")
+    monkeypatch.setenv("WATCHDOG_USEC", "10000000")
 
-        def beats() -> int:
-            found = 0
-            with suppress(BlockingIOError):
-                while True:
-                    found += b"WATCHDOG=1" in supervisor.recv(4096)
-            return found
+    def beats() -> int:
+        return sum(b"WATCHDOG=1" in message for message in supervisor())
 
-        async with running(world, resync_period=3600.0) as daemon:
+    async with running(world, resync_period=3600.0) as daemon:
+        await trio.sleep(20)
+        beats()
+        reconciles = world.metrics.registry.get_sample_value("kilo_reconciles_total", {"result": "success"})
+        await trio.sleep(20)
+        assert beats() >= 3
+        assert reconciles == world.metrics.registry.get_sample_value("kilo_reconciles_total", {"result": "success"})
+        assert isinstance(daemon.kernel, FakeKernel)
+        async with daemon.kernel._lock:
+            daemon._nudge(fresh=True)
             await trio.sleep(20)
             beats()
-            reconciles = world.metrics.registry.get_sample_value("kilo_reconciles_total", {"result": "success"})
             await trio.sleep(20)
-            assert beats() >= 3
-            assert reconciles == world.metrics.registry.get_sample_value("kilo_reconciles_total", {"result": "success"})
-            assert isinstance(daemon.kernel, FakeKernel)
-            async with daemon.kernel._lock:
-                daemon._nudge(fresh=True)
-                await trio.sleep(20)
-                beats()
-                await trio.sleep(20)
-                assert beats() == 0
+            assert beats() == 0
 
 
 async def test_a_leader_that_cannot_hand_over_says_so(world: World) -> None:

@@ -175,7 +175,7 @@ def test_the_table_has_every_flag_once_and_says_what_it_is_for() -> None:
     flags = list(all_flags())
     assert len({flag.name for flag in flags}) == len({flag.env for flag in flags}) == len(flags)
     assert all(flag.help.endswith(".") for flag in flags)
-    # What the table calls the default is what happens where nothing is given.
+    # The default in the table is what happens if nothing is given.
     spelt: dict[str, Any] = {
         flag.parameter: flag.default for flag in agent_flags() if not flag.switch and not flag.several
     }

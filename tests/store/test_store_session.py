@@ -61,6 +61,19 @@ async def running(*sessions: Session) -> AsyncIterator[None]:
 
 
 @asynccontextmanager
+async def rejoined(etcd: FakeEtcd, location: str) -> AsyncIterator[tuple[Session, Mirror]]:
+    """The next run of host a, registered in `location`, and a mirror that has seen it."""
+    mirror, again = Mirror(etcd.client(), KEYS), session(etcd.client())
+    async with running(again), trio.open_nursery() as nursery:
+        await nursery.start(mirror.run)
+        await again.claim_addresses(SUBNETS)
+        await again.register(record("a", location=location))
+        await eventually(lambda: mirror.current and mirror.current.nodes["a"].location == location)
+        yield again, mirror
+        nursery.cancel_scope.cancel()
+
+
+@asynccontextmanager
 async def member(etcd: FakeEtcd, client: FakeClient | None = None, **options: Any) -> AsyncIterator[Session]:
     """Registered, reported and standing for gcp."""
     it = session(client or etcd.client(), **options)
@@ -156,17 +169,11 @@ async def test_a_host_that_was_relabelled_while_it_was_away_gives_its_leader_rec
         await it.record_leader("gcp", known_revision=etcd.revision)
         await it.leave()
     etcd.put(KEYS.subnets, "10.4.0.0/16")
-    mirror, again = Mirror(etcd.client(), KEYS), session(etcd.client())
-    async with running(again), trio.open_nursery() as nursery:
-        await nursery.start(mirror.run)
-        await again.claim_addresses(SUBNETS)
-        await again.register(record("a", location="aws"))
-        await eventually(lambda: mirror.current and mirror.current.nodes["a"].location == "aws")
+    async with rejoined(etcd, "aws") as (again, mirror):
         assert mirror.current is not None
         assert LED in etcd
         await again.compare(mirror.current, mirror, on_record=False)
         assert LED not in etcd
-        nursery.cancel_scope.cancel()
 
 
 @pytest.mark.parametrize("last", [True, False])
@@ -181,12 +188,7 @@ async def test_a_leader_record_under_an_earlier_runs_lease_is_kept_by_the_next_r
     etcd.put(KEYS.subnets, "10.4.0.0/16")
     etcd.put(NODE, etcd.data[NODE.encode()].value)
     etcd.put_kept(KEYS.leader("gcp", "b"), "")
-    mirror, again = Mirror(etcd.client(), KEYS), session(etcd.client())
-    async with running(again), trio.open_nursery() as nursery:
-        await nursery.start(mirror.run)
-        await again.claim_addresses(SUBNETS)
-        await again.register(record("a", location="gcp"))
-        await eventually(lambda: mirror.current and mirror.current.nodes["a"].location == "gcp")
+    async with rejoined(etcd, "gcp") as (again, mirror):
         assert mirror.current is not None
         assert etcd.data[LED.encode()].lease != etcd.data[NODE.encode()].lease
         await again.compare(mirror.current, mirror, on_record=last)
@@ -197,7 +199,6 @@ async def test_a_leader_record_under_an_earlier_runs_lease_is_kept_by_the_next_r
             assert etcd.data[LED.encode()].lease == etcd.data[NODE.encode()].lease
         else:
             assert LED not in etcd
-        nursery.cancel_scope.cancel()
 
 
 async def test_a_changed_record_is_one_write_and_keeps_its_create_revision() -> None:

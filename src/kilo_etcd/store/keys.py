@@ -1,8 +1,8 @@
 """Where things are in etcd: every key that kilo-etcd writes or reads, built and parsed in one place (docs/design.md,
 "Keys and records").
 
-What a host writes is below `by/<node>/`, under the watched prefix and beside it, so that a role of etcd's can confine
-each host to its own keys (decision 0034). All other keys are the operator's.
+A host writes its own keys below `by/<node>/`, under the watched prefix and under the status prefix, so a role in etcd
+can confine each host to its own keys (decision 0034). All other keys are the operator's.
 
 Names inside keys (nodes, peers, locations, annotations, observers) are percent-encoded: letters, digits and `_.-~`
 stand for themselves, every other byte of the UTF-8 text is `%XX`, so a name never adds a level. The default location,

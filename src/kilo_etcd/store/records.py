@@ -140,8 +140,8 @@ class StatusRecord:
 
 @frozen(kw_only=True)
 class StageRecord:
-    """What a living agent has its host do of the switch to `encrypted`, at `/kilo-status/by/<node>/stage`: small, since
-    whoever waits for others watches it, which a status with each revision would be too much for."""
+    """How far a host with a living agent is in the switch to `encrypted`, at `/kilo-status/by/<node>/stage`.
+    It is a key of its own because hosts that wait for others watch it, and a status would be too large for that."""
 
     revision: int = 0
     """A snapshot that its kernel holds, no older than the newest by which others take packets from the tunnels."""

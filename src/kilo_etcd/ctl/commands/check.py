@@ -336,7 +336,7 @@ def _claims(claims: Mapping[str, int]) -> Iterator[Finding]:
             severity=Severity.WARNING, subject=name,
             text=f"it claims {number} mesh addresses, which no other host can have, and no node of that name is "
                  "registered",
-            remedy=f"find out who writes below /kilo/by/{name}/; kgctl node forget {name} takes the claims away",
+            remedy=f"find out who writes the keys of {name} in etcd; kgctl node forget {name} takes the claims away",
         )  # fmt: skip
     if few := sorted(claims.keys() - many.keys()):
         yield Finding(
@@ -564,7 +564,7 @@ def _tunnels(topology: Topology, down: Iterable[Pair]) -> Iterator[Finding]:
             )  # fmt: skip
     alike: dict[str, list[frozenset[str]]] = {}
     for names, pair in remaining.items():
-        # What is said of several tunnels has to be true of each.
+        # A sentence about several tunnels must be true of each.
         alike.setdefault("never" if pair.handshake is None else "once", []).append(names)
     hosts = [(host, others) for pairs in alike.values() for host, others in by_host(pairs)]
     for host, others in hosts[:PAIRS]:
