@@ -132,7 +132,14 @@ async def test_what_drops_packets_by_internal_ips_alone_is_found() -> None:
         async def well() -> bool:
             return await findings() == [] and (await explained("gcp-2", "home-2"))["answered"] is True
 
+        async def under_own_address() -> bool:
+            """As long as a host that is called at a private endpoint leads, or is about to, gcp-2 sends from its mesh
+            address instead."""
+            trace = await explained("gcp-2", "home-2")
+            return bool(trace["there"]["source"] == f"gcp-2 ({addresses['gcp-2']})")
+
         await eventually(well, 60, every=0.5, what="all is well, and internal IPs are tried")
+        await eventually(under_own_address, 60, every=0.5, what="the public hosts lead")
         for to in ("home-2", addresses["home-2"]):
             found = await explained("gcp-2", to)
             assert (found["works"], found["all"], found["answered"]) == (True, True, True)

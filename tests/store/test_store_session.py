@@ -1327,6 +1327,28 @@ async def test_thousands_of_keys_in_a_host_s_name_are_deleted_in_a_few_writes_an
         nursery.cancel_scope.cancel()
 
 
+@pytest.mark.parametrize("value", ["junk", '{"rank":0,"leader":7}'])
+async def test_what_nobody_can_read_in_a_host_s_name_is_deleted_under_whatever_lease_it_stands(value: str) -> None:
+    etcd = FakeEtcd()
+    mirror = Mirror(etcd.client(), KEYS)
+    own = KEYS.probe_report("home", "a"), KEYS.election("aws", "a"), KEYS.endpoint("b", "a")
+    others = KEYS.election("aws", "b"), KEYS.location("c")
+    async with member(etcd) as it, trio.open_nursery() as nursery:
+        await nursery.start(mirror.run)
+        await trio.sleep(60)
+        for key in (*own, *others):
+            etcd.put_kept(key, value)
+        await eventually(lambda: mirror.current and mirror.current.revision == etcd.revision)
+        assert mirror.current is not None
+        assert {rejected.key for rejected in mirror.current.rejected} >= set(own) - {KEYS.election("aws", "a")}
+        await it.compare(mirror.current, mirror, on_record=False)
+        await eventually(lambda: not set(own) & set(etcd.keys()))
+        assert set(others) <= set(etcd.keys()), "these are not its own to delete"
+        assert GCP in etcd
+        assert it.healthy
+        nursery.cancel_scope.cancel()
+
+
 async def test_a_report_that_another_writer_changes_is_restored_and_a_forged_one_is_deleted() -> None:
     etcd = FakeEtcd()
     mirror = Mirror(etcd.client(), KEYS)

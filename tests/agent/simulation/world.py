@@ -18,7 +18,7 @@ from __future__ import annotations
 import random
 from collections.abc import Callable, Iterable, Mapping
 from ipaddress import ip_network
-from itertools import permutations
+from itertools import pairwise, permutations
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -38,7 +38,6 @@ from kilo_etcd.planning.walk import walk
 from kilo_etcd.store import Keys
 from kilo_etcd.store.keys import leased_by
 from kilo_etcd.store.records import decode_status
-from kilo_etcd.store.session.foreign_keys import places
 from kilo_etcd.store.session.leased_keys import QUIET_SECONDS
 from kilo_etcd.store.view import View
 from kilo_etcd.testing.fake_etcd import Backup, FakeEtcd
@@ -343,8 +342,7 @@ class World:
             assert not differ, f"{name} sees another mesh than etcd: {'; '.join(differ)}"
             assert agent.topology.segments == fresh.segments, f"{name} draws another mesh"
             assert agent.raw_plan == host_plan(fresh, name), f"{name} has another plan than what is planned afresh"
-            # A record of which only some fields are rejected is in force, so its host takes it away.
-            self._own_leases(name, agent, {note.key for note in truth.rejected}.difference(places(KEYS, name, truth)))
+            self._own_leases(name, agent)
             trouble = agent._etcd_trouble()
             assert trouble in (None, agent.session.contested), f"{name} is in trouble: {trouble}"
             silent = () if agent._reachability is None else agent._reachability.silent
@@ -377,14 +375,13 @@ class World:
         assert not lost, lost[0]
         return True
 
-    def _own_leases(self, name: str, agent: SimulatedAgent, rejected: set[str]) -> None:
-        """What stands in a host's name stands under its lease, and is what it has to say. What is `rejected`, all of
-        it, at places where the host has nothing to say, is the operator's to remove."""
+    def _own_leases(self, name: str, agent: SimulatedAgent) -> None:
+        """What stands in a host's name stands under its lease, and is what it has to say."""
         held, lease = agent.session._leased, agent.session._short.id
         assert not held.changed, f"{name} has yet to restore {held.changed[0]}"
         for raw, kv in self.etcd.data.items():
             key = raw.decode(errors="replace")
-            if leased_by(KEYS.parse(key)) == name and key not in rejected - held.values.keys():
+            if leased_by(KEYS.parse(key)) == name:
                 assert kv.lease == lease, f"{key} stands under lease {kv.lease:x}, that of {name} is {lease:x}"
                 assert held.values.get(key) == kv.value, f"{key} has a value that {name} did not write: {kv.value!r}"
 
@@ -495,7 +492,7 @@ class World:
         # Time that a host was demoted for may have ended this moment, and leadership has just moved.
         await eventually(self.at_rest, FOLLOWED_SECONDS, every=1.0)
         written = [len(host.machine.history) for host in self.members()]
-        resting = dict(self.etcd.data)
+        resting, revision = dict(self.etcd.data), self.etcd.revision
         await trio.sleep(self.shape.quiet)
         assert self.at_rest()
         made = [
@@ -506,24 +503,30 @@ class World:
         assert not made, f"kernels were written to at rest: {'; '.join(made)}"
         held = dict(self.etcd.data)
         news = {key.decode(): held.get(key) for key in changes(resting, held)}
-        # Without keepalive on both sides two hosts behind NATs meet if they happen to send at one moment.
+        # Without keepalive on both sides two hosts behind NATs meet if they happen to send at one moment, and may part.
+        puts = [event.kv for event in self.etcd._log if event.kv.mod_revision > revision]
         news = {
             key: kv
             for key, kv in news.items()
-            if not (key.startswith(KEYS.status_root) and _pairs_behind_nat_met(resting.get(key.encode()), kv))
+            if not (
+                kv is not None
+                and key.startswith(KEYS.status_root)
+                and (before := resting.get(key.encode()))
+                and _pairs_behind_nat_met([before, *(put for put in puts if put.key == before.key)])
+            )
         }
         assert not news, f"etcd was written to at rest: {news}"
 
 
-def _pairs_behind_nat_met(before: KeyValue | None, after: KeyValue | None) -> bool:
-    """Whether two statuses differ in what they report of pairs behind NATs, and in nothing else."""
-    if before is None or after is None or before.value == after.value:
+def _pairs_behind_nat_met(history: list[KeyValue]) -> bool:
+    """Whether each status differs from the one before in what it reports of pairs behind NATs, and in nothing else."""
+    if len(history) < 2 or any(before.value == after.value for before, after in pairwise(history)):
         return False
-    old, new = (
+    first, *rest = (
         evolve(status, errors=tuple(error for error in status.errors if about_partner(error) is None))
-        for status in (decode_status(before.value), decode_status(after.value))
+        for status in (decode_status(kv.value) for kv in history)
     )
-    return old == new
+    return all(status == first for status in rest)
 
 
 async def run_schedule(seed: int) -> list[str]:
