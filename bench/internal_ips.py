@@ -17,6 +17,7 @@ from attrs import evolve
 from rich.console import Console
 from rich.table import Table
 
+from kilo_etcd.base.mappings import Changed
 from kilo_etcd.model import Candidate, EncryptionStage, Endpoint, InternalIPs, Node, Snapshot
 from kilo_etcd.model.hostplan import HostPlan
 from kilo_etcd.planning import host_plan
@@ -59,8 +60,18 @@ def mesh(mode: InternalIPs) -> Snapshot:
 def changes(snapshot: Snapshot) -> Iterator[tuple[str, Snapshot]]:
     """One snapshot after the other, and what has changed in it."""
 
+    def after(name: str, node: Node | None) -> Snapshot:
+        """As the view makes it, which knows in what the nodes differ from those before."""
+        nodes = {**snapshot.nodes}
+        if node is None:
+            del nodes[name]
+        else:
+            nodes[name] = node
+        changed = Changed(snapshot.nodes, nodes, frozenset({name}))
+        return evolve(snapshot, revision=snapshot.revision + 1, nodes=nodes, nodes_changed=changed)
+
     def put(node: Node) -> Snapshot:
-        return evolve(snapshot, revision=snapshot.revision + 1, nodes={**snapshot.nodes, node.name: node})
+        return after(node.name, node)
 
     for run in range(RUNS):
         location = 5 + run
@@ -81,8 +92,7 @@ def changes(snapshot: Snapshot) -> Iterator[tuple[str, Snapshot]]:
             )
         )
         yield "a node joins", snapshot
-        rest = {name: node for name, node in snapshot.nodes.items() if name != leaver}
-        snapshot = evolve(snapshot, revision=snapshot.revision + 1, nodes=rest)
+        snapshot = after(leaver, None)
         yield "a node leaves", snapshot
         key = f"location-{location}"
         standing = tuple(candidate for candidate in snapshot.candidates[key] if candidate.node != first)

@@ -12,8 +12,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from store_world import KEYS, World, record, wg_key
 
+from kilo_etcd.base.mappings import changes
 from kilo_etcd.etcd.api import Header
-from kilo_etcd.model import CandidateClass, EncryptionStage, Endpoint, Granularity, InternalIPs
+from kilo_etcd.model import CandidateClass, EncryptionStage, Endpoint, Granularity, InternalIPs, Snapshot
 from kilo_etcd.store import CandidateRecord, NodeRecord, ObservedEndpointRecord, ProbeReportRecord, encode
 from kilo_etcd.store.addresses import oldest
 from kilo_etcd.store.annotations import ANNOTATIONS, Registered, join
@@ -688,20 +689,33 @@ puts = st.one_of(
 steps = st.one_of(puts, st.builds(lambda put: (put[0], None), puts))
 
 
+def _next(world: World, before: Snapshot) -> Snapshot:
+    """The next snapshot, which says in which nodes it differs."""
+    snapshot = world.view.snapshot()
+    if snapshot.nodes is not before.nodes:
+        changed = snapshot.nodes_changed
+        assert changed is not None
+        assert changed.before is before.nodes
+        assert changed.now is snapshot.nodes
+        assert set(changes(before.nodes, snapshot.nodes)) <= changed.keys
+    return snapshot
+
+
 @settings(max_examples=100, deadline=None)
 @given(st.lists(st.tuples(steps, st.booleans(), st.booleans()), max_size=40))
 def test_one_change_at_a_time_comes_to_the_same_as_reading_all(
     sequence: list[tuple[Write, bool, bool]],
 ) -> None:
     world = World()
+    snapshot = world.view.snapshot()
     for (key, value), look, leased in sequence:
         if value is not None:
             world.put(key, value, lease=9 * leased)
         elif key != KEYS.subnets:
             world.delete(key)
         if look:
-            world.view.snapshot()
-    snapshot = world.view.snapshot()
+            snapshot = _next(world, snapshot)
+    snapshot = _next(world, snapshot)
     assert snapshot == world.from_scratch().snapshot()
     keys = [node.public_key for node in snapshot.nodes.values()] + [peer.public_key for peer in snapshot.peers.values()]
     assert len(keys) == len(set(keys)), "one key, one owner"

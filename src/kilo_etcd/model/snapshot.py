@@ -6,6 +6,7 @@ from collections.abc import Mapping
 
 from attrs import field, frozen
 
+from kilo_etcd.base.mappings import Changed
 from kilo_etcd.model.addresses import IPNetwork
 from kilo_etcd.model.candidate import Candidate, ProbeReport
 from kilo_etcd.model.endpoint import Endpoint
@@ -72,3 +73,5 @@ class Snapshot:
     probe_reports: Mapping[str, tuple[ProbeReport, ...]] = field(factory=dict)
     """Location -> the probe reports on its leader, by prober."""
     rejected: tuple[RejectedRecord, ...] = ()
+    nodes_changed: Changed[str, Node] | None = field(default=None, eq=False, repr=False)
+    """In what `nodes` differ from those of the snapshot before, as far as is known. It only saves work."""

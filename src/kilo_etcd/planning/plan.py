@@ -22,7 +22,7 @@ from typing import TypeVar
 
 from attrs import evolve, frozen
 
-from kilo_etcd.base.mappings import changes
+from kilo_etcd.base.mappings import Changed, changes
 from kilo_etcd.model import (
     IPAddress,
     IPInterface,
@@ -32,7 +32,7 @@ from kilo_etcd.model import (
 )
 from kilo_etcd.model.hostplan import TAKEOVER_CHECK_KEEPALIVE, HostPlan, PeerPlan, Problem, RoutePlan, Via
 from kilo_etcd.planning.exit_node import ineligible, inside
-from kilo_etcd.planning.route_filter import Changed, FilterMemo, RoutesMemo
+from kilo_etcd.planning.route_filter import FilterMemo, RoutesMemo
 from kilo_etcd.topology.chosen_endpoint import chosen_endpoint
 from kilo_etcd.topology.families import apart, same_site
 from kilo_etcd.topology.granularity import GranularityPolicy
@@ -89,9 +89,8 @@ class _Remote:
     peers: dict[str, PeerPlan]
     routes: dict[IPNetwork, RoutePlan]
     problems: dict[str, Problem]
-    routes_after: Mapping[IPNetwork, RoutePlan] | None = None
-    """The routes that these differ from, as far as is known, in no more than `routes_changed`."""
-    routes_changed: frozenset[IPNetwork] = frozenset()
+    changed: Changed[IPNetwork, RoutePlan] | None = None
+    """In what `routes` differ from those before, as far as is known."""
 
 
 @frozen(kw_only=True, eq=False)
@@ -121,12 +120,12 @@ def host_plan(topology: Topology, name: str, previous: HostPlan | None = None) -
     if memo is None or local is not memo.local:
         peers, routes = _merged(remote.peers, local.peers), _merged(remote.routes, local.routes)
         if memo is not None and remote.routes is memo.remote.routes:
-            changed = Changed(memo.routes, frozenset(changes(memo.local.routes, local.routes)))
+            changed = Changed(memo.routes, routes, frozenset(changes(memo.local.routes, local.routes)))
     else:
         peers = memo.peers if remote.peers is memo.remote.peers else _merged(remote.peers, local.peers)
         routes = memo.routes if remote.routes is memo.remote.routes else _merged(remote.routes, local.routes)
-        if remote.routes_after is memo.remote.routes:
-            changed = Changed(memo.routes, remote.routes_changed)
+        if remote.changed is not None and remote.changed.before is memo.remote.routes:
+            changed = Changed(memo.routes, routes, remote.changed.keys)
     families: set[int] = set()
     if len(segment.members) > 1 or segment.networks or topology.peers:
         families.update(topology.families)
@@ -520,8 +519,7 @@ def _follow(
         peers=peers,
         routes=result,
         problems=problems,
-        routes_after=remote.routes,
-        routes_changed=frozenset((*routes, *lost)),
+        changed=Changed(remote.routes, result, frozenset((*routes, *lost))),
     )
 
 

@@ -20,7 +20,7 @@ from typing import TypeVar
 
 from attrs import evolve, frozen
 
-from kilo_etcd.base.mappings import changes
+from kilo_etcd.base.mappings import Changed, changes
 from kilo_etcd.model import IPNetwork
 from kilo_etcd.model.hostplan import HostPlan, PeerPlan, PlanMemo, Problem, RoutePlan
 
@@ -60,19 +60,12 @@ class _Ranges:
         return self.networks[version][at] if at >= 0 and self.furthest[version][at] >= start else None
 
 
-@frozen(eq=False)
-class Changed:
-    """That a plan's routes differ from `base`, another plan's, in no more than `keys`."""
-
-    base: Mapping[IPNetwork, RoutePlan]
-    keys: frozenset[IPNetwork]
-
-
 @frozen(kw_only=True, eq=False)
 class RoutesMemo(PlanMemo):
     """What the route filter finds in the memo of a plan that it is handed."""
 
-    changed: Changed | None = None
+    changed: Changed[IPNetwork, RoutePlan] | None = None
+    """In what its routes differ from those of the plan before."""
 
 
 @frozen(eq=False)
@@ -164,11 +157,7 @@ def _still_clean(plan: HostPlan, protected: tuple[IPNetwork, ...], previous: Hos
     if not isinstance(memo, FilterMemo) or memo.protected != protected or previous.addresses != plan.addresses:
         return None
     changed_routes = plan.memo.changed if isinstance(plan.memo, RoutesMemo) else None
-    if changed_routes is not None and changed_routes.base is previous.routes:
-        differing: Iterable[IPNetwork] = changed_routes.keys
-    else:
-        differing = changes(previous.routes, plan.routes)
-    routes = {key for key in differing if key in plan.routes}
+    routes = {key for key in changes(previous.routes, plan.routes, changed_routes) if key in plan.routes}
     if any(own in network for network in routes for own in plan.addresses if own.version == network.version):
         return None
     changed_peers = [key for key in changes(previous.peers, plan.peers) if key in plan.peers]

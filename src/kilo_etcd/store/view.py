@@ -39,7 +39,7 @@ from typing import TypeVar
 
 from attrs import evolve, frozen
 
-from kilo_etcd.base.mappings import copied
+from kilo_etcd.base.mappings import Changed, copied
 from kilo_etcd.etcd.api import Event, EventType, Header, KeyValue
 from kilo_etcd.model import (
     ACCEPTING,
@@ -163,6 +163,7 @@ class View:
         self._dirty_aside = False
         # What the last snapshot gave out: replaced, never changed.
         self._nodes: Mapping[str, Node] = {}
+        self._nodes_changed: Changed[str, Node] | None = None
         self._peers: Mapping[str, Peer] = {}
         self._candidates: Mapping[str, tuple[Candidate, ...]] = {}
         self._leaders_given: Mapping[str, tuple[str, ...]] = {}
@@ -287,17 +288,19 @@ class View:
             observed_endpoints=self._observed_endpoints,
             probe_reports=self._probe_reports,
             rejected=self._rejected,
+            nodes_changed=self._nodes_changed,
         )
 
     def _join_all(self) -> None:
         nodes, peers = copied(self._nodes), copied(self._peers)
-        nodes_changed = peers_changed = False
+        nodes_changed, peers_changed = set[str](), False
         while self._dirty:
             owner = self._dirty.pop()
             kind, name = owner
             if kind == "node":
                 before = nodes.get(name)
-                nodes_changed |= _replace(nodes, name, self._join_node(name, nodes))
+                if _replace(nodes, name, self._join_node(name, nodes)):
+                    nodes_changed.add(name)
                 if (before is None) != (name not in nodes):
                     self._dirty |= self._key_index.peers(owner)
                 if name in self._subjects and _public(before) != _public(nodes.get(name)):
@@ -306,6 +309,7 @@ class View:
             else:
                 peers_changed |= _replace(peers, name, self._join_peer(name, nodes))
         if nodes_changed:
+            self._nodes_changed = Changed(self._nodes, nodes, frozenset(nodes_changed))
             self._nodes = nodes
         if peers_changed:
             self._peers = peers

@@ -122,13 +122,9 @@ class Links:
 class Internals:
     """All internal IPs of the mesh, and all addresses that are endpoints in use, how often each."""
 
-    _held: Holders = field(factory=Holders)
+    holders: Holders = field(factory=Holders)
+    """Of internal IPs."""
     endpoints: Mapping[IPAddress, int] = field(factory=dict)
-
-    @property
-    def holders(self) -> Mapping[IPAddress, tuple[str, ...]]:
-        """Internal IP -> the nodes that have it, by name."""
-        return self._held.names
 
     def after(
         self,
@@ -138,7 +134,7 @@ class Internals:
         endpoints_come: Iterable[IPAddress],
     ) -> tuple[Internals, set[IPAddress]]:
         """The index after a change, and the addresses whose result may differ now."""
-        held, moved = self._held.after(
+        held, moved = self.holders.after(
             ((node.name, ip.ip) for node in gone for ip in node.internal_ips),
             ((node.name, ip.ip) for node in come for ip in node.internal_ips),
         )
@@ -160,14 +156,14 @@ class Internals:
 
     def within(self, networks: Iterable[IPNetwork]) -> Iterator[IPAddress]:
         """The internal IPs within some networks."""
-        return self._held.within(networks)
+        return self.holders.within(networks)
 
     def obstacle(
         self, address: IPAddress, node: str, segment: str, allocation: PrefixAllocation, *, endpoints: bool = True
     ) -> tuple[str, str] | None:
         """Why an internal IP of `node` is routed to nobody, and the remedy; None: it may be routed.
         `endpoints`: whether being one is an obstacle."""
-        if len(holders := self.holders[address]) > 1:
+        if len(holders := self.holders.of(address)) > 1:
             more = f", {len(holders) - MOST_HOLDERS} more" if len(holders) > MOST_HOLDERS else ""
             return f"{' and '.join(holders[:MOST_HOLDERS])}{more} have it", REMEDY
         if endpoints and address in self.endpoints:

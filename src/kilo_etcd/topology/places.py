@@ -70,7 +70,7 @@ class Places:
 
     def holder(self, address: IPAddress) -> str:
         """The first node that has an address; empty: none."""
-        return next(iter(self._holders.names.get(address, ())), "")
+        return next(iter(self._holders.of(address)), "")
 
     def near(self, place: Place) -> Iterator[IPAddress]:
         """The addresses of nodes on the links of a segment."""
@@ -96,7 +96,7 @@ class Places:
         if topology.allocation is not last.allocation:
             moved.update(holders.within(_granted_otherwise(last.allocation, topology.allocation)))
         nodes = topology.snapshot.nodes
-        names = {*chain.from_iterable((*self._holders.names.get(a, ()), *holders.names.get(a, ())) for a in moved)}
+        names = {*chain.from_iterable((*self._holders.of(a), *holders.of(a)) for a in moved)}
         keys.update(segment_key(node, topology.snapshot) for name in names if (node := nodes.get(name)) is not None)
         places = copied(self.of)
         for key in keys:
@@ -238,7 +238,7 @@ def _place(
             for network in networks
             if id(network) in former
             or (
-                len(holders.names[network.network_address]) == 1
+                len(holders.of(network.network_address)) == 1
                 and _belongs_to(network.network_address, node, segment.key, topology.allocation)
             )
         )

@@ -225,7 +225,7 @@ def build_topology(snapshot: Snapshot, previous: Topology | None = None) -> Topo
     if previous is None or _settings(previous.snapshot) != _settings(snapshot):
         previous = _nothing(snapshot)
     before = previous.snapshot
-    changed = changes(before.nodes, snapshot.nodes)
+    changed = changes(before.nodes, snapshot.nodes, snapshot.nodes_changed)
     unaware = _unaware(previous.unaware, changed, snapshot)
     encrypting = previous.encrypting + _encrypting(snapshot, changed) - _encrypting(before, changed)
     in_force = _in_force(snapshot, unaware, encrypting)
@@ -344,7 +344,7 @@ def _route_internal_ips(
         for owner in changes(previous.allocation.granted, allocation.granted):
             networks = {*previous.allocation(owner)} ^ {*allocation(owner)}
             suspects.update(internals.within(networks))
-    suspected = {name for address in suspects for name in internals.holders.get(address, ())}
+    suspected = {name for address in suspects for name in internals.holders.of(address)}
     affected = {*really, *(segment_key(snapshot.nodes[name], snapshot) for name in suspected)}
     for key in affected:
         if (segment := segments.get(key)) is not None:

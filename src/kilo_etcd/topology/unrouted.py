@@ -247,7 +247,7 @@ def _addresses(
         elif host not in routed and host not in segment.networks:
             why = obstacle(topology, ip.ip, node.name, segment, ends)
             if why is not None:
-                holders = topology.internals.holders.get(ip.ip, (node.name,))
+                holders = topology.internals.holders.of(ip.ip) or (node.name,)
                 concerned = {named(topology.segment_of(name)) for name in holders}
                 yield Unrouted(
                     network=host, nodes=holders, segments=tuple(sorted(concerned)), reason=why[0], remedy=why[1]

@@ -298,7 +298,7 @@ def _trace(topology: Topology, plans: Plans, source: str, own: IPAddress, destin
         return Trace(there=there, unasked="what does not arrive is not answered")
     if end not in nodes:
         unasked = f"{end} answers by its own configuration, which is not in etcd"
-        if holders := topology.internals.holders.get(destination, ()):
+        if holders := topology.internals.holders.of(destination):
             unasked += f"; it is the internal IP of {first_of(holders, 2)} too, which the peer's allowed IPs hide"
         return Trace(there=there, unasked=unasked)
     if destination in (ip.ip for ip in nodes[end].internal_ips):
