@@ -108,8 +108,8 @@ def host_plan(topology: Topology, name: str, previous: HostPlan | None = None) -
     """The plan of node `name`. `previous` is its last plan, guarded or not. UnknownNode: it is not in the mesh."""
     segment = topology.segment_of(name)
     own = topology.snapshot.nodes[name]
-    local = _Local(topology, segment, own)
     memo = _memo_of(previous)
+    local = _Local(topology, segment, own, None if memo is None else memo.local)
     remote = _remote_part(topology, local, memo)
     # To copy and to compare what has not changed costs more than all the rest.
     if memo is not None and local.same_as(memo.local) and (remote is memo.remote or not local.leans_on_remote):
@@ -177,11 +177,23 @@ def _merged(many: dict[K, V], few: dict[K, V]) -> dict[K, V]:
     return result
 
 
+@frozen
+class _Ways:
+    """Between a host and a neighbour: in IPv4 and in IPv6."""
+
+    node: Node
+    there: tuple[NextHop | None, NextHop | None]
+    back: tuple[NextHop | None, NextHop | None]
+
+
 class _Local:
     """The part of a plan that the node's own location needs, being put together."""
 
-    def __init__(self, topology: Topology, segment: Segment, own: Node) -> None:
+    def __init__(self, topology: Topology, segment: Segment, own: Node, before: _Local | None) -> None:
         self.topology, self.segment, self.own = topology, segment, own
+        self._sources = {version: own.mesh_address(version) for version in (4, 6)}
+        self._ways: dict[str, _Ways] = {}
+        self._ways_before = before._ways if before is not None and before.own is own else {}
         self.peers: dict[str, PeerPlan] = {}
         self.routes: dict[IPNetwork, RoutePlan] = {}
         self.problems: list[Problem] = []
@@ -257,8 +269,19 @@ class _Local:
         members = (node for node in self.segment.members if node.name != self.own.name and not tunneled(self.own, node))
         return frozenset(ip.ip for node in members for ip in node.internal_ips if _within(ip.ip, networks))
 
+    def _ways_of(self, node: Node) -> _Ways:
+        """To and from a neighbour; of two nodes that are the same objects they are the same."""
+        ways = self._ways.get(node.name) or self._ways_before.get(node.name)
+        if ways is None or ways.node is not node:
+            own = self.own
+            there = next_hop(own, node, 4), next_hop(own, node, 6)
+            ways = _Ways(node, there, (next_hop(node, own, 4), next_hop(node, own, 6)))
+        self._ways[node.name] = ways
+        return ways
+
     def _neighbour(self, node: Node, addresses: tuple[IPNetwork, ...], networks: tuple[IPNetwork, ...]) -> None:
-        hops = {version: next_hop(self.own, node, version) for version in self.families}
+        there = self._ways_of(node).there
+        hops = {version: there[version == 6] for version in self.families}
         for address in addresses:
             way = hops.get(address.version)
             outward = self.outward.get(address.version)
@@ -285,7 +308,7 @@ class _Local:
     def _return(self, node: Node) -> None:
         """Send on what comes out of the tunnel for a member's internal IPs as the member sends what is for there."""
         for destination in self._reached_at(node):
-            way = next_hop(node, self.own, destination.version)
+            way = self._ways_of(node).back[destination.version == 6]
             if way is not None and way.way is not Via.UNDERLAY:
                 gateway = destination.network_address if way.way is Via.IPIP else None
                 self.returns[destination] = RoutePlan(destination=destination, way=way.way, gateway=gateway)
@@ -310,9 +333,8 @@ class _Local:
 
     def _route(self, destination: IPNetwork, way: NextHop | None) -> None:
         if way is not None:
-            source = self.own.mesh_address(destination.version)
             self.routes[destination] = RoutePlan(
-                destination=destination, way=way.way, gateway=way.gateway, source=source
+                destination=destination, way=way.way, gateway=way.gateway, source=self._sources[destination.version]
             )
 
 

@@ -160,8 +160,8 @@ def _still_clean(plan: HostPlan, protected: tuple[IPNetwork, ...], previous: Hos
     routes = {key for key in changes(previous.routes, plan.routes, changed_routes) if key in plan.routes}
     if any(own in network for network in routes for own in plan.addresses if own.version == network.version):
         return None
-    changed_peers = [key for key in changes(previous.peers, plan.peers) if key in plan.peers]
-    peers = [plan.peers[key] for key in changed_peers]
+    changed_peers = changes(previous.peers, plan.peers)
+    peers = [plan.peers[key] for key in changed_peers if key in plan.peers]
     if len(routes) + len(peers) > len(plan.peers) // 8:
         return None
     covered = {id(n) for key in changed_peers if (old := previous.peers.get(key)) for n in old.allowed_ips}

@@ -518,10 +518,14 @@ def _carried_of(segment: Segment) -> Mapping[str, tuple[IPNetwork, ...]]:
 def _carried(members: tuple[Node, ...], leader: Node, old: Segment | None) -> Mapping[str, tuple[IPNetwork, ...]]:
     if old is not None and old.leader is not leader:
         host_networks = {network.network_address: network for networks in old.carried.values() for network in networks}
-        return {
-            node.name: tuple(host_networks.get(address) or host_network(address) for address in carried(node, leader))
-            for node in members
-        }
+        result = {}
+        for node in members:
+            addresses = carried(node, leader)
+            networks = tuple(host_networks.get(address) or host_network(address) for address in addresses)
+            before = old.carried.get(node.name, ())
+            # What is the same object needs no second look at whether it may be routed.
+            result[node.name] = before if networks == before else networks
+        return result
     return _same_as_before(members, old, _carried_of, lambda node: tuple(map(host_network, carried(node, leader))))
 
 
