@@ -156,7 +156,7 @@ def test_an_address_of_the_main_table_and_of_ours_is_never_without_a_way() -> No
 def test_one_address_more_is_a_few_changes_and_no_new_table() -> None:
     more = evolve(
         ENCRYPTION,
-        nodes=ENCRYPTION.nodes | {ip_address("192.168.9.4")},
+        nodes={*ENCRYPTION.nodes, ip_address("192.168.9.4")},
         send={**ENCRYPTION.send, ip_network("192.168.9.3/32"): tunnel("192.168.9.3/32", "192.168.9.1")},
         hold=frozenset(),
         refuse=frozenset({ip_address("192.168.9.3"), ip_address("fd00:9::2")}),
@@ -473,7 +473,7 @@ async def test_what_is_believed_is_what_is_there_and_element_changes_are_small()
     async with open_kernel(Setup(private_key=PRIVATE)) as kernel:
         for refuse in (frozenset(), many, many - {ip_address("10.0.0.9")}, ENCRYPTION.refuse):
             anywhere = tuple(map(Exemption.parse, ("udp/161@0.0.0.0/0", "tcp@::/0")))
-            known = evolve(ENCRYPTION, refuse=refuse, nodes=refuse | ENCRYPTION.nodes, clear=anywhere)
+            known = evolve(ENCRYPTION, refuse=refuse, nodes={*refuse, *ENCRYPTION.nodes}, clear=anywhere)
             wanted = evolve(PLAIN, encryption=known)
             assert (await kernel.apply(wanted)).failures == ()
             believed = await kernel.apply(wanted)

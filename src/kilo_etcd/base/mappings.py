@@ -9,6 +9,8 @@ from typing import Any, Generic, TypeVar
 
 from attrs import frozen
 
+from kilo_etcd.base.blocks import Blocks
+
 K = TypeVar("K")
 V = TypeVar("V")
 
@@ -38,6 +40,8 @@ def changes(old: Mapping[K, V], new: Mapping[K, V], changed: Changed[K, V] | Non
     """
     if old is new:
         return []
+    if isinstance(old, Blocks) and isinstance(new, Blocks):
+        return list(old.changes(new))
     if changed is not None and changed.before is old and changed.now is new:
         return [key for key in changed.keys if _differs(old, new, key)]
     here, there = list(old), list(new)

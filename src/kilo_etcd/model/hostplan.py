@@ -6,7 +6,7 @@ brought about. It names devices by role, not by name, so that it is the same wha
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from enum import StrEnum
 from ipaddress import ip_network
 
@@ -146,14 +146,14 @@ class Encryption:
     the tunnel, in `send` once it accepts ours there, in `refuse` once it sends its own there.
     """
 
-    nodes: frozenset[IPAddress] = frozenset()
+    nodes: Collection[IPAddress] = ()
     """Internal and endpoint addresses of other segments' nodes that may come out of the tunnel, whichever stage they
     are at. What is forwarded to them (containers) gets this host's own address."""
     send: Mapping[IPNetwork, RoutePlan] = field(factory=dict)
     """Host networks (/32, /128) -> the route of this host's own table; it never falls back to the main table."""
     hold: frozenset[IPNetwork] = frozenset()
     """Host networks that nothing leaves for, neither through a tunnel nor in clear."""
-    refuse: frozenset[IPAddress] = frozenset()
+    refuse: Collection[IPAddress] = ()
     """Sources whose packets in clear are dropped, but for what is always left outside and `clear`. None of which this
     host gets packets by a leader that passes them on plain."""
     etcd: tuple[tuple[IPAddress, int], ...] = ()

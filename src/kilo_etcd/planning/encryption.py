@@ -13,6 +13,7 @@ from typing import TypeVar
 
 from attrs import evolve, field, frozen
 
+from kilo_etcd.base.blocks import Blocks
 from kilo_etcd.base.mappings import changes, copied
 from kilo_etcd.model import ACCEPTING, EncryptionStage, IPAddress, IPNetwork, Node
 from kilo_etcd.model.hostplan import Encryption, Exemption, HostPlan, PeerPlan, PlanMemo, Problem, RoutePlan, Via
@@ -292,11 +293,11 @@ def _route(address: Address, way: _Way, old: RoutePlan | None) -> RoutePlan:
 class _Whole:
     """The parts together."""
 
-    nodes: frozenset[IPAddress] = frozenset()
-    send: Mapping[IPNetwork, RoutePlan] = field(factory=dict)
+    nodes: Blocks[IPAddress, None] = field(factory=Blocks)
+    send: Blocks[IPNetwork, RoutePlan] = field(factory=Blocks)
     hold: frozenset[IPNetwork] = frozenset()
     exempted: frozenset[IPNetwork] = frozenset()
-    refuse: frozenset[IPAddress] = frozenset()
+    refuse: Blocks[IPAddress, None] = field(factory=Blocks)
     awaited: frozenset[str] = frozenset()
     troubled: frozenset[str] = frozenset()
     """The segments whose parts have problems."""
@@ -343,19 +344,15 @@ def _followed(
             parts.pop(key, None)
     whole = memo.whole
     pairs = [(old, new) for _, old, new in differing]
-    nodes = _changed(whole.nodes, ((old.nodes, new.nodes) for old, new in pairs))
-    if whole.refuse is whole.nodes and all(part.refuse is part.nodes for pair in pairs for part in pair):
-        # All are through with the switch: to copy 10,000 addresses costs a millisecond.
-        refuse = nodes
-    else:
-        refuse = _changed(whole.refuse, ((old.refuse, new.refuse) for old, new in pairs))
-        refuse = nodes if refuse == nodes else refuse
+    nodes = _exchanged(whole.nodes, ((old.nodes, new.nodes) for old, new in pairs))
+    refuse = _exchanged(whole.refuse, ((old.refuse, new.refuse) for old, new in pairs))
     return parts, _Whole(
         nodes=nodes,
         send=_sent(whole.send, pairs),
         hold=_changed(whole.hold, ((old.hold, new.hold) for old, new in pairs)),
         exempted=_changed(whole.exempted, ((old.exempted, new.exempted) for old, new in pairs)),
-        refuse=refuse,
+        # Once all are through with the switch the packet filter needs but one set of them.
+        refuse=nodes if refuse == nodes else refuse,
         awaited=_changed(whole.awaited, ((old.awaited, new.awaited) for old, new in pairs)),
         troubled=_changed(
             whole.troubled,
@@ -366,19 +363,30 @@ def _followed(
 
 def _changed(former: frozenset[T], pairs: Iterable[tuple[Collection[T], Collection[T]]]) -> frozenset[T]:
     """`former` itself if it comes out the same. `pairs`: what parts of it were, and are."""
-    less: set[T] = set()
-    more: set[T] = set()
-    for old, new in pairs:
-        # Most are the same objects, and hashes of addresses are slow.
-        new_ids, old_ids = set(map(id, new)), set(map(id, old))
-        less.update(item for item in old if id(item) not in new_ids)
-        more.update(item for item in new if id(item) not in old_ids)
+    less, more = _less_and_more(pairs)
     differing = frozenset(more - former) | ((less - more) & former)
-    # In this order the large one is copied once.
     return differing ^ former if differing else former
 
 
-def _sent(former: Mapping[IPNetwork, RoutePlan], pairs: Iterable[tuple[_Part, _Part]]) -> Mapping[IPNetwork, RoutePlan]:
+def _exchanged(former: Blocks[T, None], pairs: Iterable[tuple[Collection[T], Collection[T]]]) -> Blocks[T, None]:
+    """The same of the keys of `former`."""
+    less, more = _less_and_more(pairs)
+    return former.after(dict.fromkeys(more), less) if less or more else former
+
+
+def _less_and_more(pairs: Iterable[tuple[Collection[T], Collection[T]]]) -> tuple[set[T], set[T]]:
+    less: set[T] = set()
+    more: set[T] = set()
+    for old, new in pairs:
+        if old is not new:
+            # Most are the same objects, and hashes of addresses are slow.
+            new_ids, old_ids = set(map(id, new)), set(map(id, old))
+            less.update(item for item in old if id(item) not in new_ids)
+            more.update(item for item in new if id(item) not in old_ids)
+    return less, more
+
+
+def _sent(former: Blocks[IPNetwork, RoutePlan], pairs: Iterable[tuple[_Part, _Part]]) -> Blocks[IPNetwork, RoutePlan]:
     """`former` itself if it comes out the same."""
     less: dict[IPNetwork, RoutePlan] = {}
     more: dict[IPNetwork, RoutePlan] = {}
@@ -386,14 +394,7 @@ def _sent(former: Mapping[IPNetwork, RoutePlan], pairs: Iterable[tuple[_Part, _P
         new_ids, old_ids = set(map(id, new.send)), set(map(id, old.send))
         less.update((route.destination, route) for route in old.send if id(route) not in new_ids)
         more.update((route.destination, route) for route in new.send if id(route) not in old_ids)
-    if not more and not less:
-        return former
-    result = copied(former)
-    for network in less:
-        if network not in more:
-            del result[network]
-    result.update(more)
-    return result
+    return former.after(more, less) if more or less else former
 
 
 def _peers(
@@ -490,5 +491,5 @@ def _same(one: Encryption, other: Encryption) -> bool:
     """Whether two are equal, decided quickly: large parts are the same object if they are."""
     large = ("nodes", "send", "hold", "refuse")
     return all(getattr(one, name) is getattr(other, name) for name in large) and evolve(
-        one, nodes=frozenset(), send={}, hold=frozenset(), refuse=frozenset()
-    ) == evolve(other, nodes=frozenset(), send={}, hold=frozenset(), refuse=frozenset())
+        one, nodes=(), send={}, hold=frozenset(), refuse=()
+    ) == evolve(other, nodes=(), send={}, hold=frozenset(), refuse=())

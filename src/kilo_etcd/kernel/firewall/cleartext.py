@@ -71,7 +71,7 @@ def parts(plan: HostPlan, interface: str, ipip: str, strict: Collection[str], fo
     devices = (interface, ipip) if plan.ipip_remotes else (interface,)
     chains = [Chain(name=_FILTER, kind="filter", hook="prerouting", priority=NF_PRIORITIES["raw"])]
     sets = [
-        AddressSet(name=f"{name}{v}", version=v, addresses=_within(addresses, v))
+        AddressSet(name=f"{name}{v}", version=v, addresses=_within(_Same(addresses), v))
         for name, addresses in (("others", encryption.nodes), ("refuse", encryption.refuse))
         for v in (4, 6)
     ]
@@ -95,10 +95,22 @@ def parts(plan: HostPlan, interface: str, ipip: str, strict: Collection[str], fo
     return Parts(chains, sets, rules)
 
 
+class _Same:
+    """Equal to one of the same object. There may be 10,000 addresses, which are not looked at for that."""
+
+    def __init__(self, addresses: Collection[IPAddress]) -> None:
+        self.addresses = addresses
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _Same) and self.addresses is other.addresses
+
+    def __hash__(self) -> int:
+        return id(self.addresses)
+
+
 @lru_cache(8)
-def _within(addresses: frozenset[IPAddress], version: int) -> frozenset[IPAddress]:
-    # There may be 10,000, and a set knows its hash.
-    return _of(addresses, version)
+def _within(same: _Same, version: int) -> frozenset[IPAddress]:
+    return _of(same.addresses, version)
 
 
 def _of(addresses: Collection[IPAddress], version: int) -> frozenset[IPAddress]:
