@@ -16,11 +16,12 @@ from ipaddress import ip_address, ip_interface, ip_network
 
 import trio
 
-from kilo_etcd import etcd
+from kilo_etcd.etcd import api as etcd
+from kilo_etcd.etcd.client import open_client
 from kilo_etcd.model import CandidateClass, Endpoint, IPAddress
-from kilo_etcd.store import CandidateRecord, Keys, NodeRecord
 from kilo_etcd.store.claims import candidates
-from kilo_etcd.store.records import encode
+from kilo_etcd.store.keys import Keys
+from kilo_etcd.store.records import CandidateRecord, NodeRecord, encode
 
 PER_LOCATION = 10
 KEYS = Keys()
@@ -64,7 +65,7 @@ def records(count: int, private: str, lease: int) -> list[list[etcd.Put]]:
 
 async def main() -> None:
     config = etcd.Config(endpoints=tuple(os.environ["ETCDCTL_ENDPOINTS"].split(",")))
-    async with etcd.open_client(config) as client:
+    async with open_client(config) as client:
         hosts = records(int(sys.argv[1]), sys.argv[2], (await client.grant_lease(LEASE_SECONDS)).id)
         for start in range(0, len(hosts), 25):
             await client.txn([], [put for puts in hosts[start : start + 25] for put in puts])

@@ -30,10 +30,10 @@ from kilo_etcd.kernel.userspace import public_key_of
 from kilo_etcd.lab.client import Lab
 from kilo_etcd.lab.spec import Spec
 from kilo_etcd.model import EncryptionStage, Endpoint, Granularity, InternalIPs, Node, Snapshot
-from kilo_etcd.planning import host_plan
 from kilo_etcd.planning.encryption import Living, Outside, encrypt
+from kilo_etcd.planning.plan import host_plan
 from kilo_etcd.store.keys import NodeKey
-from kilo_etcd.topology import build_topology
+from kilo_etcd.topology.segments import build_topology
 
 HOSTS = ("a", "b")
 PRIVATE = {name: b64encode(bytes([number + 1]) * 32).decode() for number, name in enumerate(HOSTS)}

@@ -13,7 +13,8 @@ import trio
 from rich.console import Console
 from rich.table import Table
 
-from kilo_etcd.etcd import Put, open_client
+from kilo_etcd.etcd.api import Put
+from kilo_etcd.etcd.client import open_client
 from kilo_etcd.testing.etcd_server import EtcdServer
 
 CALLS = 2000

@@ -20,10 +20,10 @@ from rich.table import Table
 from kilo_etcd.base.mappings import Changed
 from kilo_etcd.model import Candidate, EncryptionStage, Endpoint, InternalIPs, Node, Snapshot
 from kilo_etcd.model.hostplan import HostPlan
-from kilo_etcd.planning import host_plan
 from kilo_etcd.planning.encryption import Living, Outside, encrypt
+from kilo_etcd.planning.plan import host_plan
 from kilo_etcd.planning.route_filter import filter_routes
-from kilo_etcd.topology import Topology, build_topology
+from kilo_etcd.topology.segments import Topology, build_topology
 
 LOCATIONS, PER_LOCATION = 100, 100
 RUNS = 10 if os.environ.get("KILO_BENCH_QUICK") else 40

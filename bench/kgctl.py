@@ -27,7 +27,7 @@ import trio
 
 from _fill import LEASE_SECONDS, records
 from _table import console, runs, spread, table
-from kilo_etcd.etcd import open_client
+from kilo_etcd.etcd.client import open_client
 from kilo_etcd.store import operator
 from kilo_etcd.store.keys import Keys
 from kilo_etcd.store.records import PeerRecord, Role, StatusRecord, encode

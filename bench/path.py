@@ -21,8 +21,8 @@ from _worlds import Backend, at, inside, run_in_worlds, sh
 from kilo_etcd.kernel import Setup, open_kernel
 from kilo_etcd.kernel.userspace import public_key_of
 from kilo_etcd.model import Candidate, Endpoint, Node, Snapshot
-from kilo_etcd.planning import host_plan
-from kilo_etcd.topology import build_topology
+from kilo_etcd.planning.plan import host_plan
+from kilo_etcd.topology.segments import build_topology
 
 HOSTS = ("a", "l1", "l2", "b")
 PRIVATE = {name: b64encode(bytes([number + 1]) * 32).decode() for number, name in enumerate(HOSTS)}

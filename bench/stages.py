@@ -20,13 +20,12 @@ import trio
 
 from _table import console, table
 from kilo_etcd.agent.stage_watch import MOST_AT_ONCE, StageWatch
-from kilo_etcd.etcd import Client, open_client
-from kilo_etcd.etcd.api import Put
-from kilo_etcd.etcd.client import PAGE
+from kilo_etcd.etcd.api import Client, Put
+from kilo_etcd.etcd.client import PAGE, open_client
 from kilo_etcd.model import EncryptionStage, Endpoint
 from kilo_etcd.runtime.logs import Once
-from kilo_etcd.store import Keys, NodeRecord, StageRecord, StatusRecord, encode
-from kilo_etcd.store.records import Role
+from kilo_etcd.store.keys import Keys
+from kilo_etcd.store.records import NodeRecord, Role, StageRecord, StatusRecord, encode
 from kilo_etcd.testing.etcd_server import EtcdServer
 
 NODES = 200 if os.environ.get("KILO_BENCH_QUICK") else 1000

@@ -17,9 +17,9 @@ from rich.console import Console
 from rich.table import Table
 
 from kilo_etcd.model import Candidate, Endpoint, Granularity, Node, Snapshot
-from kilo_etcd.planning import host_plan
+from kilo_etcd.planning.plan import host_plan
 from kilo_etcd.planning.route_filter import filter_routes
-from kilo_etcd.topology import build_topology
+from kilo_etcd.topology.segments import build_topology
 
 PER_LOCATION = 10
 

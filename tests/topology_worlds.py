@@ -10,9 +10,9 @@ from attrs import evolve
 
 from kilo_etcd.model import Candidate, Encapsulate, Endpoint, Granularity, Node, Peer, Snapshot
 from kilo_etcd.model.hostplan import HostPlan
-from kilo_etcd.planning import host_plan
+from kilo_etcd.planning.plan import host_plan
 from kilo_etcd.planning.render import render
-from kilo_etcd.topology import build_topology
+from kilo_etcd.topology.segments import build_topology
 
 MESH = ip_network("10.4.0.0/16")
 MESH6 = ip_network("fd00:4::/64")

@@ -12,11 +12,11 @@ from kilo_etcd.agent.apply import PlanApplier
 from kilo_etcd.kernel import KernelError
 from kilo_etcd.kernel.state import DeleteLink, RemovePeer, SetPeer, Setup
 from kilo_etcd.model import Endpoint
-from kilo_etcd.planning import host_plan
 from kilo_etcd.planning.handshake_order import STAGES
+from kilo_etcd.planning.plan import host_plan
 from kilo_etcd.runtime.key_file import generate
 from kilo_etcd.testing.fake_kernel import FakeHost, FakeKernel
-from kilo_etcd.topology import build_topology
+from kilo_etcd.topology.segments import build_topology
 
 pytestmark = pytest.mark.autojump
 

@@ -16,10 +16,10 @@ from test_agent_snapshot_cache import KEYS, PUBLIC, SECOND, WHO, holdings, put
 
 from kilo_etcd.agent import cachefile
 from kilo_etcd.agent.cachefile import FILE, TooLarge, Unusable, load, read, save
-from kilo_etcd.etcd import KeyValue
-from kilo_etcd.planning import host_plan
+from kilo_etcd.etcd.api import KeyValue
+from kilo_etcd.planning.plan import host_plan
 from kilo_etcd.store.records import MAX_VALUE, PeerRecord, encode
-from kilo_etcd.topology import build_topology
+from kilo_etcd.topology.segments import build_topology
 
 SECRET = "c2VjcmV0IHNlY3JldCBzZWNyZXQgc2VjcmV0IHNlY3I="
 FULL = holdings(**{

@@ -10,7 +10,7 @@ from test_agent_candidacy_policy import TWO
 
 from kilo_etcd.agent.leadership.candidacy import CandidacyTask
 from kilo_etcd.store.session.candidacy import Candidacy
-from kilo_etcd.topology import build_topology
+from kilo_etcd.topology.segments import build_topology
 
 
 class Session:

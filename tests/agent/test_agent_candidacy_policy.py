@@ -26,8 +26,8 @@ from kilo_etcd.agent.leadership.candidacy_policy import (
 from kilo_etcd.kernel.errors import failure
 from kilo_etcd.kernel.state import AddRoute, Route
 from kilo_etcd.model import Candidate, CandidateClass, Endpoint, Granularity, InternalIPs, Node, Snapshot
-from kilo_etcd.topology import build_topology
 from kilo_etcd.topology.mesh_settings import disagreements
+from kilo_etcd.topology.segments import build_topology
 
 PUBLIC = CandidateClass.PUBLIC
 DESIRED = DesiredCandidacy("gcp", PUBLIC)

@@ -15,20 +15,25 @@ from agent_world import World, running
 from attrs import evolve
 
 from helpers import eventually
-from kilo_etcd import etcd, kernel, store
+from kilo_etcd import kernel
 from kilo_etcd.agent import status
+from kilo_etcd.etcd import api as etcd
 from kilo_etcd.kernel.state import AddRoute, Change, DeleteLink, DeleteRoute, HostAddress
 from kilo_etcd.model import CandidateClass, Endpoint
 from kilo_etcd.runtime import key_file
 from kilo_etcd.runtime.host_facts import HostFacts
+from kilo_etcd.store.keys import Keys
 from kilo_etcd.store.records import (
     CandidateRecord,
     NodeRecord,
     ProbeReportRecord,
     StatusRecord,
+    decode_node,
+    decode_status,
     encode,
     encode_adoption,
 )
+from kilo_etcd.store.session.node_identity import NameTaken
 from kilo_etcd.testing.fake_kernel import FakeKernel
 
 pytestmark = pytest.mark.autojump
@@ -151,7 +156,7 @@ async def test_a_claim_that_cannot_be_restored_shows_in_the_health_and_the_statu
         raise etcd.PermissionDenied("user kilo may not write there")
 
     def named() -> bool:
-        found = store.records.decode_status(world.value("/kilo-status/by/h1/status")).errors
+        found = decode_status(world.value("/kilo-status/by/h1/status")).errors
         return any("cannot be restored" in sentence for sentence in found)
 
     async with running(world) as daemon:
@@ -195,7 +200,7 @@ async def test_whoever_deletes_a_claim_for_ever_is_not_fought_for_ever(world: Wo
 
 async def test_a_host_whose_key_is_that_of_an_older_record_says_so(world: World) -> None:
     """As after its own record has ended, and somebody else has put one with its key before it came back."""
-    keys = store.Keys()
+    keys = Keys()
     async with running(world) as daemon:
         world.etcd.delete(keys.node("h1"))
         world.etcd.put(keys.node("older"), encode(NodeRecord(public_key=daemon.public_key)))
@@ -211,7 +216,7 @@ async def test_a_host_whose_key_is_that_of_an_older_record_says_so(world: World)
 
 async def test_a_host_whose_key_is_that_of_a_host_that_runs_exchanges_no_packets(world: World) -> None:
     """As with a copied key file: to WireGuard both are one, and the mesh would send to whichever spoke last."""
-    keys = store.Keys()
+    keys = Keys()
     world.etcd.put(keys.address("h2", ip_interface("10.4.0.99").ip), "")
     world.etcd.put(
         keys.node("h2"), encode(NodeRecord(public_key="B" + "A" * 42 + "=", endpoint=Endpoint.parse("198.51.100.9:1")))
@@ -237,7 +242,7 @@ async def test_a_host_whose_key_is_that_of_a_host_that_runs_exchanges_no_packets
 
 async def test_a_record_with_another_key_at_this_hosts_name_is_not_followed(world: World) -> None:
     """As the snapshot of an agent that has a new key, before that is registered."""
-    keys = store.Keys()
+    keys = Keys()
     async with running(world) as daemon:
         own = world.etcd.get(keys.node("h1")) or b""
         peers, writes = dict(world.host.observed.peers), daemon.kernel.writes
@@ -252,7 +257,7 @@ async def test_a_record_with_another_key_at_this_hosts_name_is_not_followed(worl
 
 
 async def test_an_etcd_that_was_replaced_is_not_trusted_until_it_is_adopted(world: World) -> None:
-    keys = store.Keys()
+    keys = Keys()
     world.etcd.put(keys.address("h2", ip_interface("10.4.0.99").ip), "")
     world.etcd.put(
         keys.node("h2"), encode(NodeRecord(public_key="B" + "A" * 42 + "=", endpoint=Endpoint.parse("198.51.100.9:1")))
@@ -487,7 +492,7 @@ async def test_new_addresses_that_cannot_be_registered_do_not_end_the_agent(
 
         async def refused(record: NodeRecord) -> None:
             await trio.lowlevel.checkpoint()
-            raise store.NameTaken("the name h1 is taken")
+            raise NameTaken("the name h1 is taken")
 
         monkeypatch.setattr(daemon.session, "register", refused)
         world.facts = HostFacts(hostname="h1")
@@ -516,7 +521,7 @@ async def test_a_host_whose_name_another_took_says_so_until_that_one_is_gone(wor
         assert world.host.observed.addresses == addresses
         world.etcd.delete("/kilo-status/by/h1/status")
         await eventually(lambda: world.metrics.health() is None, 30, every=0.1)
-        assert store.records.decode_node(world.value("/kilo/by/h1/node")).public_key == world.daemon.public_key
+        assert decode_node(world.value("/kilo/by/h1/node")).public_key == world.daemon.public_key
 
 
 async def test_a_copy_of_this_machine_is_not_fought_for_ever_and_shows_in_its_health(world: World) -> None:
@@ -537,7 +542,7 @@ async def test_a_copy_of_this_machine_is_not_fought_for_ever_and_shows_in_its_he
 
 async def test_a_status_that_another_writes_again_and_again_is_restored_and_named(world: World) -> None:
     def sentences() -> tuple[str, ...]:
-        return store.records.decode_status(world.value("/kilo-status/by/h1/status")).errors
+        return decode_status(world.value("/kilo-status/by/h1/status")).errors
 
     async with running(world) as daemon:
         await eventually(lambda: "/kilo-status/by/h1/status" in world.etcd)
@@ -567,7 +572,7 @@ async def test_an_address_within_the_meshs_subnet_is_reported_until_it_goes(worl
 
     def reported() -> tuple[str, ...]:
         (kv,) = world.etcd.keys("/kilo-status/")
-        return store.records.decode_status(world.value(kv)).errors
+        return decode_status(world.value(kv)).errors
 
     async with running(world):
         await eventually(reported, 5, every=0.1)
@@ -587,7 +592,7 @@ async def test_an_internal_ip_that_the_operator_forces_and_the_host_does_not_hav
 
     def reported() -> tuple[str, ...]:
         (kv,) = world.etcd.keys("/kilo-status/by/h1/status")
-        return store.records.decode_status(world.value(kv)).errors
+        return decode_status(world.value(kv)).errors
 
     async with running(world):
         await eventually(lambda: world.metrics.health() is None, 30, every=0.1)

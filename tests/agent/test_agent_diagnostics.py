@@ -14,7 +14,7 @@ from attrs import evolve
 from helpers import eventually
 from kilo_etcd.agent import diagnostics
 from kilo_etcd.agent.diagnostics import MOST_TRIED, AppliedPlan, DiagnosticsServer
-from kilo_etcd.etcd import PermissionDenied, Unavailable
+from kilo_etcd.etcd.api import PermissionDenied, Unavailable
 from kilo_etcd.kernel.firewall.chains import Obstacle
 from kilo_etcd.kernel.routing.rules import ForeignRule
 from kilo_etcd.kernel.state import AddRoute, DeleteRoute, Route, Setup
@@ -35,7 +35,7 @@ from kilo_etcd.store.records import (
 )
 from kilo_etcd.testing.fake_etcd import FakeClient, FakeEtcd
 from kilo_etcd.testing.fake_kernel import FakeHost, FakeKernel
-from kilo_etcd.topology import Topology, build_topology
+from kilo_etcd.topology.segments import Topology, build_topology
 
 pytestmark = pytest.mark.autojump
 

@@ -29,17 +29,18 @@ from kilo_etcd.agent.encrypting import (
     write_members,
 )
 from kilo_etcd.agent.snapshot_cache import Disk
-from kilo_etcd.etcd import Config, Member, PermissionDenied, Unavailable
+from kilo_etcd.etcd.api import Config, PermissionDenied, Unavailable
+from kilo_etcd.etcd.values import Member
 from kilo_etcd.kernel.routing.encrypted import table_of
 from kilo_etcd.model import EncryptionStage, Endpoint, Granularity, InternalIPs, IPAddress, IPNetwork, Node, Snapshot
 from kilo_etcd.model.hostplan import Exemption, HostPlan
 from kilo_etcd.planning.encryption import StageReport
 from kilo_etcd.planning.pipeline import Surroundings, host_plans
 from kilo_etcd.runtime.logs import Once
-from kilo_etcd.store import Keys
+from kilo_etcd.store.keys import Keys
 from kilo_etcd.store.records import NodeRecord, StageRecord, decode_node, decode_status, encode
 from kilo_etcd.testing.fake_etcd import FakeClient, FakeEtcd
-from kilo_etcd.topology import Topology, build_topology
+from kilo_etcd.topology.segments import Topology, build_topology
 
 OTHER = base64.b64encode(bytes([9]) * 32).decode()
 TABLE = table_of("kilo0")

@@ -12,7 +12,7 @@ from agent_world import World, running
 from attrs import evolve
 
 from helpers import eventually
-from kilo_etcd.etcd import Config
+from kilo_etcd.etcd.api import Config
 from kilo_etcd.kernel.routing.exit_node import exit_table
 from kilo_etcd.kernel.state import DefaultRoute, DeleteLink, HostAddress, ObservedPeer
 from kilo_etcd.model import Endpoint, IPAddress

@@ -24,10 +24,11 @@ import trio
 from attrs import define
 
 from helpers import eventually, require
-from kilo_etcd.etcd import open_client
+from kilo_etcd.etcd.client import open_client
 from kilo_etcd.model import CandidateClass, Endpoint
-from kilo_etcd.store import Keys, NodeRecord, Session
-from kilo_etcd.store.records import CandidateRecord, encode
+from kilo_etcd.store.keys import Keys
+from kilo_etcd.store.records import CandidateRecord, NodeRecord, encode
+from kilo_etcd.store.session.session import Session
 from kilo_etcd.testing.certificates import Authority
 from kilo_etcd.testing.etcd_server import EtcdServer, ServerOptions
 

@@ -10,7 +10,6 @@ from attrs import evolve
 
 from kilo_etcd.model import Candidate, CandidateClass, Endpoint, Granularity, Node, Peer, Snapshot
 from kilo_etcd.model.hostplan import HostPlan
-from kilo_etcd.planning import host_plan
 from kilo_etcd.planning.handshake_order import (
     MOST_TRIGGERED,
     STAGES,
@@ -19,7 +18,8 @@ from kilo_etcd.planning.handshake_order import (
     peered_since,
     promotions,
 )
-from kilo_etcd.topology import Topology, build_topology
+from kilo_etcd.planning.plan import host_plan
+from kilo_etcd.topology.segments import Topology, build_topology
 
 LOW, HIGH = "A" * 43 + "=", "z" * 43 + "="
 

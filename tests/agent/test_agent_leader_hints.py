@@ -16,7 +16,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from helpers import eventually
-from kilo_etcd import store
 from kilo_etcd.agent.leader_hints import hints as leader_hints
 from kilo_etcd.agent.leader_hints.admission import stamp
 from kilo_etcd.agent.leader_hints.hints import (
@@ -34,9 +33,8 @@ from kilo_etcd.agent.leader_hints.peer_query import UdpTransport, served
 from kilo_etcd.agent.probing.reachability import AT_ONCE
 from kilo_etcd.model import Candidate, CandidateClass, Endpoint, Node, Snapshot
 from kilo_etcd.runtime import key_file
-from kilo_etcd.store import CandidateRecord
-from kilo_etcd.store.records import NodeRecord, encode
-from kilo_etcd.topology import build_topology
+from kilo_etcd.store.records import CandidateRecord, NodeRecord, decode_status, encode
+from kilo_etcd.topology.segments import build_topology
 
 SECRET = b"0123456789abcdef0123456789abcdef"
 
@@ -319,7 +317,7 @@ async def test_where_the_port_is_taken_that_is_said_and_the_agent_goes_on(mesh: 
         lost = trio.Event()
 
     def answers() -> bool:
-        return store.records.decode_status(mesh.etcd.get("/kilo-status/by/h1/status") or b"").answers
+        return decode_status(mesh.etcd.get("/kilo-status/by/h1/status") or b"").answers
 
     transport = Taken()
     async with running(mesh, transport=transport):

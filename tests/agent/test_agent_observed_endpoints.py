@@ -25,9 +25,9 @@ from kilo_etcd.agent.nat.observed_endpoints import (
 from kilo_etcd.kernel.state import ObservedPeer, PeerActivity
 from kilo_etcd.model import Endpoint, Granularity, Node, ObservedEndpoint, Peer, Snapshot
 from kilo_etcd.model.hostplan import HostPlan
-from kilo_etcd.planning import host_plan
+from kilo_etcd.planning.plan import host_plan
 from kilo_etcd.store.records import ObservedEndpointRecord
-from kilo_etcd.topology import build_topology
+from kilo_etcd.topology.segments import build_topology
 
 NOW = 1_000_000.0
 THERE, ELSEWHERE = "198.51.100.1:40001", "198.51.100.1:40777"

@@ -13,7 +13,7 @@ from simulation import KEYS, Shape, SimulatedHost, World, in_memory, seeded
 
 from helpers import eventually
 from kilo_etcd.runtime.logs import setup_logging
-from kilo_etcd.topology import build_topology
+from kilo_etcd.topology.segments import build_topology
 
 pytestmark = pytest.mark.autojump
 

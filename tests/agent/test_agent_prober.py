@@ -25,10 +25,8 @@ from kilo_etcd.kernel.firewall.chains import Obstacle
 from kilo_etcd.kernel.state import DeleteRoute, Route, SetPeer
 from kilo_etcd.model import CandidateClass, Endpoint, IPAddress, Node
 from kilo_etcd.runtime import key_file
-from kilo_etcd.store import CandidateRecord, ProbeReportRecord
-from kilo_etcd.store.records import NodeRecord, encode
-from kilo_etcd.topology import Segment
-from kilo_etcd.topology.segments import Topology
+from kilo_etcd.store.records import CandidateRecord, NodeRecord, ProbeReportRecord, encode
+from kilo_etcd.topology.segments import Segment, Topology
 
 pytestmark = pytest.mark.autojump
 

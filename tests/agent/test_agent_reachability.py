@@ -38,10 +38,9 @@ from kilo_etcd.model import CandidateClass, Encapsulate, Endpoint, IPAddress, No
 from kilo_etcd.model.hostplan import HostPlan, RoutePlan, Via
 from kilo_etcd.planning.reach import MemberAddress, Silent
 from kilo_etcd.runtime import key_file
-from kilo_etcd.store import CandidateRecord
-from kilo_etcd.store.records import NodeRecord, Unreachable, decode_status, encode
+from kilo_etcd.store.records import CandidateRecord, NodeRecord, Unreachable, decode_status, encode
 from kilo_etcd.testing.fake_kernel import FakeHost, FakeKernel
-from kilo_etcd.topology import build_topology
+from kilo_etcd.topology.segments import build_topology
 
 # -- the record of answers --------------------------------------------------------------------------------------------
 

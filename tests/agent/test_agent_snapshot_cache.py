@@ -27,7 +27,7 @@ from kilo_etcd.agent.config import AgentConfig
 from kilo_etcd.agent.daemon import Daemon
 from kilo_etcd.agent.metrics import Metrics
 from kilo_etcd.agent.snapshot_cache import Disk
-from kilo_etcd.etcd import Header, KeyValue
+from kilo_etcd.etcd.api import Header, KeyValue
 from kilo_etcd.kernel.state import DeleteRoute, HostAddress, Observed
 from kilo_etcd.model import Endpoint
 from kilo_etcd.runtime import key_file

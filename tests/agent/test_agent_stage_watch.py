@@ -13,7 +13,7 @@ from helpers import eventually
 from kilo_etcd.agent.stage_watch import FEW, GONE_SECONDS, READ_SECONDS, SAMPLE, StageWatch
 from kilo_etcd.etcd.api import Compare, Op, Text, TxnResult, Watch, prefix_end
 from kilo_etcd.runtime.logs import Once
-from kilo_etcd.store import Keys
+from kilo_etcd.store.keys import Keys
 from kilo_etcd.store.records import StageRecord, encode
 from kilo_etcd.testing.fake_etcd import FakeClient, FakeEtcd
 

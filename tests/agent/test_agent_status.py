@@ -12,29 +12,29 @@ from agent_world import World, running
 from attrs import evolve, frozen
 
 from helpers import eventually
-from kilo_etcd import store
 from kilo_etcd.agent import status
 from kilo_etcd.agent.leadership.candidacy_policy import SegmentRole
 from kilo_etcd.agent.status import State, StatusReporter
 from kilo_etcd.model import CandidateClass, Snapshot
 from kilo_etcd.model.hostplan import Exemption
-from kilo_etcd.store.records import CandidateRecord, NodeRecord, StatusRecord, encode
+from kilo_etcd.store.records import CandidateRecord, NodeRecord, Role, StatusRecord, decode_status, encode
+from kilo_etcd.store.session.session import Session
 
 EARLIER = "2026-11-22T10:00:00Z"
-LEADS = SegmentRole(kind=store.Role.LEADER, location="gcp", leader="h1")
-FOLLOWS = SegmentRole(kind=store.Role.MEMBER, location="gcp", leader="h2")
-BEFORE = StatusRecord(public_key="k", role=store.Role.LEADER, location="gcp", leader="h1", leads_since=EARLIER)
+LEADS = SegmentRole(kind=Role.LEADER, location="gcp", leader="h1")
+FOLLOWS = SegmentRole(kind=Role.MEMBER, location="gcp", leader="h2")
+BEFORE = StatusRecord(public_key="k", role=Role.LEADER, location="gcp", leader="h1", leads_since=EARLIER)
 STATE = State(role=LEADS, revision=1, failures=(), errors=(), programmed=True, address="", without_etcd="")
 
 
 @frozen
-class Session:
+class Published:
     status: StatusRecord | None
 
 
 def leads_since(before: StatusRecord | None, *roles: SegmentRole) -> str:
     """What is reported after these roles, by an agent that has found this status of an earlier one."""
-    reporter = StatusReporter(cast(store.Session, Session(before)), "k", None)
+    reporter = StatusReporter(cast(Session, Published(before)), "k", None)
     for role in roles:
         reporter.publish(Snapshot(revision=1), evolve(STATE, role=role), leaving=True)
     assert reporter._status is not None
@@ -45,7 +45,7 @@ def test_since_when_it_leads_outlasts_its_agent_and_no_leadership() -> None:
     assert leads_since(BEFORE, LEADS) == EARLIER
     assert leads_since(BEFORE, LEADS, LEADS) == EARLIER
     assert leads_since(BEFORE, FOLLOWS) == ""
-    for other in (None, evolve(BEFORE, location="home"), evolve(BEFORE, role=store.Role.MEMBER, leads_since="")):
+    for other in (None, evolve(BEFORE, location="home"), evolve(BEFORE, role=Role.MEMBER, leads_since="")):
         assert leads_since(other, LEADS) > EARLIER
     assert leads_since(BEFORE, FOLLOWS, LEADS) > EARLIER
 
@@ -56,7 +56,7 @@ async def test_it_reports_what_is_exempted_unless_that_is_too_much(world: World,
     exemptions = tuple(Exemption.parse(f"tcp/{22 + k}@10.0.0.0/24") for k in range(number))
     async with running(world, clear=exemptions):
         await eventually(lambda: world.etcd.get("/kilo-status/by/h1/status") is not None, 30, every=0.1)
-        reported = store.decode_status(world.etcd.get("/kilo-status/by/h1/status") or b"").clear
+        reported = decode_status(world.etcd.get("/kilo-status/by/h1/status") or b"").clear
     assert reported == (None if says is None else tuple(map(str, exemptions)))
 
 
@@ -70,7 +70,7 @@ async def test_it_leads_since_it_was_elected_and_not_since_it_stands(
             return cls.fromtimestamp(1_700_000_000 + trio.current_time() - began, tz)
 
     def published() -> StatusRecord:
-        return store.decode_status(world.etcd.get("/kilo-status/by/h1/status") or b"")
+        return decode_status(world.etcd.get("/kilo-status/by/h1/status") or b"")
 
     began = trio.current_time()
     monkeypatch.setattr(status, "datetime", VirtualTime)
@@ -86,7 +86,7 @@ async def test_it_leads_since_it_was_elected_and_not_since_it_stands(
         await trio.sleep(300)
         assert published().leads_since == ""
         world.etcd.delete("/kilo/by/h2/elections/@default")
-        await eventually(lambda: published().role is store.Role.LEADER, 10, every=0.1)
+        await eventually(lambda: published().role is Role.LEADER, 10, every=0.1)
         elected = datetime.fromisoformat(published().leads_since)
         assert 0 <= elected.timestamp() - 1_700_000_000 - 300 < 40
         assert elected.tzinfo == UTC

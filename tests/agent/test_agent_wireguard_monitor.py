@@ -19,8 +19,7 @@ from kilo_etcd.kernel.state import HostAddress, PeerActivity, SetPeer
 from kilo_etcd.model import Endpoint
 from kilo_etcd.runtime import key_file
 from kilo_etcd.runtime.host_facts import HostFacts
-from kilo_etcd.store import ObservedEndpointRecord
-from kilo_etcd.store.records import NodeRecord, encode
+from kilo_etcd.store.records import NodeRecord, ObservedEndpointRecord, encode
 
 pytestmark = pytest.mark.autojump
 

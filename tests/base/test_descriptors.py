@@ -13,12 +13,15 @@ from pathlib import Path
 import pytest
 import trio
 
-from kilo_etcd import etcd, kernel
+from kilo_etcd import kernel
 from kilo_etcd.agent import cachefile, discover
 from kilo_etcd.agent.config import ListenAddress
 from kilo_etcd.agent.leader_hints.peer_query import UdpTransport
 from kilo_etcd.agent.metrics import Metrics
 from kilo_etcd.base import descriptors
+from kilo_etcd.etcd.api import Tls
+from kilo_etcd.etcd.endpoint import parse_endpoint
+from kilo_etcd.etcd.grpc import TransportFailed
 from kilo_etcd.etcd.tls import Lookups, connect, tls_context
 from kilo_etcd.kernel import errors, sysctl, userspace
 from kilo_etcd.kernel.firewall import iptables
@@ -129,16 +132,16 @@ def test_key_and_kept_mesh_are_not_broken(tmp_path: Path, nothing_left: Callable
 async def test_etcd_is_not_misconfigured_and_names_do_resolve(
     nothing_left: Callable[[], None], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    endpoint = etcd.parse_endpoint("http://etcd.example:2379", tls=False)
+    endpoint = parse_endpoint("http://etcd.example:2379", tls=False)
 
     def unresolved(*_args: object, **_options: object) -> None:
         raise socket.gaierror(socket.EAI_AGAIN, "Temporary failure in name resolution")
 
     monkeypatch.setattr(socket, "getaddrinfo", unresolved)
-    with pytest.raises(etcd.grpc.TransportFailed, match="its name does not resolve"):
+    with pytest.raises(TransportFailed, match="its name does not resolve"):
         await connect(endpoint, None, Lookups())
     nothing_left()
-    with pytest.raises(etcd.grpc.TransportFailed) as caught:
+    with pytest.raises(TransportFailed) as caught:
         await connect(endpoint, None, Lookups())
     assert about_descriptors(caught.value)
     assert not caught.value.permanent
@@ -150,8 +153,8 @@ def test_certificates_that_cannot_be_opened_now_are_tried_again(monkeypatch: pyt
         raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
 
     monkeypatch.setattr("ssl.create_default_context", refuse)
-    with pytest.raises(etcd.grpc.TransportFailed) as caught:
-        tls_context(etcd.Tls(ca="/etc/ca.pem"))
+    with pytest.raises(TransportFailed) as caught:
+        tls_context(Tls(ca="/etc/ca.pem"))
     assert about_descriptors(caught.value)
     assert not caught.value.permanent
 

@@ -23,8 +23,7 @@ from kilo_etcd.connect import registration as registration_module
 from kilo_etcd.connect.connection import Edges, Names, PeerConnection, Settings
 from kilo_etcd.connect.registration import LEASE_SECONDS, DesiredPeer, Gone, PeerRegistration
 from kilo_etcd.ctl.context import Failure
-from kilo_etcd.etcd import PermissionDenied, Unavailable
-from kilo_etcd.etcd.api import Compare, Op, Put, TxnResult
+from kilo_etcd.etcd.api import Compare, Op, PermissionDenied, Put, TxnResult, Unavailable
 from kilo_etcd.kernel.routing.exit_node import exit_table
 from kilo_etcd.kernel.state import Change, DeleteLink, DeleteRoute, HostAddress
 from kilo_etcd.model import CandidateClass, Endpoint, IPAddress

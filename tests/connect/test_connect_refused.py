@@ -14,7 +14,7 @@ import pytest
 from attrs import define
 
 from helpers import eventually, require
-from kilo_etcd.etcd import open_client
+from kilo_etcd.etcd.client import open_client
 from kilo_etcd.model import Endpoint
 from kilo_etcd.runtime import key_file
 from kilo_etcd.store.keys import Keys

@@ -7,7 +7,7 @@ from contextlib import asynccontextmanager
 
 import pytest
 
-from kilo_etcd.etcd import Client, Config
+from kilo_etcd.etcd.api import Client, Config
 from kilo_etcd.testing.fake_etcd import FakeEtcd
 
 
@@ -20,5 +20,5 @@ def fake(monkeypatch: pytest.MonkeyPatch) -> FakeEtcd:
     async def opened(config: Config) -> AsyncIterator[Client]:
         yield fake.client()
 
-    monkeypatch.setattr("kilo_etcd.etcd.open_client", opened)
+    monkeypatch.setattr("kilo_etcd.etcd.client.open_client", opened)
     return fake

@@ -12,7 +12,7 @@ from kilo_etcd.ctl.reports.arrivals import losses, narrow
 from kilo_etcd.ctl.reports.live import Live
 from kilo_etcd.model import Candidate, CandidateClass, Endpoint, Node, Snapshot
 from kilo_etcd.store.records import DiagnosticsResponse, Tunnel
-from kilo_etcd.topology import Topology, build_topology
+from kilo_etcd.topology.segments import Topology, build_topology
 
 PLACES = {"a1": "a", "a2": "a", "a3": "a", "b1": "b", "b2": "b", "c1": "c"}
 NOTHING = "it leads its location and does not forward: through it nothing arrives "

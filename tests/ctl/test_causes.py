@@ -17,7 +17,7 @@ from kilo_etcd.model import Candidate, CandidateClass, Endpoint, Node, Snapshot
 from kilo_etcd.planning.plan import host_plan
 from kilo_etcd.planning.reach import Silent, targets, withhold
 from kilo_etcd.store.records import DiagnosticsResponse, Role, StatusRecord, Tunnel, Unreachable
-from kilo_etcd.topology import Topology, build_topology
+from kilo_etcd.topology.segments import Topology, build_topology
 
 KEYS = {name: f"{name:A<42}A=" for name in ("a", "b", "c", "d", "e", "f")}
 NOON = "2026-11-27T12:00:00Z"

@@ -49,9 +49,9 @@ from kilo_etcd.model import (
 from kilo_etcd.store.keys import Keys
 from kilo_etcd.store.records import DiagnosticsResponse, Role, StatusRecord
 from kilo_etcd.store.view import View
-from kilo_etcd.topology import build_topology
 from kilo_etcd.topology.internal import REMEDY
 from kilo_etcd.topology.mesh_settings import disagreements
+from kilo_etcd.topology.segments import build_topology
 
 KEYS = {name: f"{name:_<43}=" for name in ("a1", "a2", "a3", "b1", "b2")}
 

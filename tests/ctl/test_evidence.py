@@ -21,7 +21,7 @@ from kilo_etcd.model.hostplan import HostPlan
 from kilo_etcd.planning.reach import MemberAddress, Silent, withhold
 from kilo_etcd.store.records import DiagnosticsResponse, StatusRecord, TakenRoute, Unreachable
 from kilo_etcd.store.status_texts import NO_WIREGUARD
-from kilo_etcd.topology import Topology, build_topology
+from kilo_etcd.topology.segments import Topology, build_topology
 
 REFUSED = "none: Invalid argument"
 SESSIONS = (("a1", "b1"), ("a1", "c1"), ("b1", "c1"))

@@ -20,8 +20,8 @@ from kilo_etcd.ctl.reports.live import Live
 from kilo_etcd.ctl.reports.report import report
 from kilo_etcd.model import EncryptionStage, Granularity, InternalIPs
 from kilo_etcd.store.records import DiagnosticsResponse, StatusRecord, TakenRoute
-from kilo_etcd.topology import Topology, build_topology
 from kilo_etcd.topology.forced_addresses import missing_addresses, missing_in
+from kilo_etcd.topology.segments import Topology, build_topology
 
 Lost = Callable[[str, str], bool]
 

@@ -19,7 +19,8 @@ from click.testing import CliRunner, Result
 from helpers import put_kept, require
 from kilo_etcd import __version__
 from kilo_etcd.ctl.main import _COMMANDS, main
-from kilo_etcd.etcd import Client, Config, Unavailable, open_client
+from kilo_etcd.etcd.api import Client, Config, Unavailable
+from kilo_etcd.etcd.client import open_client
 from kilo_etcd.model import CandidateClass, Endpoint
 from kilo_etcd.store.keys import Keys
 from kilo_etcd.store.records import CandidateRecord, NodeRecord, Role, StatusRecord, encode
@@ -191,7 +192,7 @@ def test_several_failures_of_etcd_at_once_are_one_sentence(monkeypatch: pytest.M
         raise ExceptionGroup("tasks", [Unavailable("etcd is away"), Unavailable("etcd is away")])
         yield
 
-    monkeypatch.setattr("kilo_etcd.etcd.open_client", failing)
+    monkeypatch.setattr("kilo_etcd.etcd.client.open_client", failing)
     result = run("status")
     assert (result.exit_code, result.stderr) == (1, "kgctl: etcd is away\n")
 
@@ -202,7 +203,7 @@ def test_a_mistake_of_ours_is_not_dressed_up_as_the_operator_s(monkeypatch: pyte
         raise ExceptionGroup("tasks", [Unavailable("etcd is away"), ZeroDivisionError()])
         yield
 
-    monkeypatch.setattr("kilo_etcd.etcd.open_client", broken)
+    monkeypatch.setattr("kilo_etcd.etcd.client.open_client", broken)
     assert isinstance(run("status").exception, ExceptionGroup)
 
 

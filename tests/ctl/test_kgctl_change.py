@@ -12,7 +12,7 @@ from click.testing import CliRunner, Result
 
 from helpers import put_kept
 from kilo_etcd.ctl.main import main
-from kilo_etcd.etcd import Client, PermissionDenied
+from kilo_etcd.etcd.api import Client, PermissionDenied
 from kilo_etcd.model import CandidateClass, Endpoint, Snapshot
 from kilo_etcd.store import operator
 from kilo_etcd.store.keys import Keys

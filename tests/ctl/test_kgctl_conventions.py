@@ -19,7 +19,7 @@ from test_kgctl_explain import world
 from kilo_etcd.agent.main import main as kg
 from kilo_etcd.ctl.commands.man import page
 from kilo_etcd.ctl.main import main
-from kilo_etcd.etcd import open_client
+from kilo_etcd.etcd.client import open_client
 from kilo_etcd.testing.etcd_server import EtcdServer
 from kilo_etcd.testing.fake_etcd import FakeEtcd
 

@@ -15,7 +15,7 @@ from helpers import put_kept
 from kilo_etcd.ctl.main import main
 from kilo_etcd.ctl.reports.report import DROPPED
 from kilo_etcd.ctl.reports.trace import Plans, ends, explain, routing_table
-from kilo_etcd.etcd import Client
+from kilo_etcd.etcd.api import Client
 from kilo_etcd.kernel.routing.encrypted import rule_priorities, table_of
 from kilo_etcd.kernel.routing.returns import return_priority, return_table
 from kilo_etcd.model import CandidateClass, Encapsulate, EncryptionStage, Endpoint
@@ -33,8 +33,8 @@ from kilo_etcd.store.records import (
     read,
 )
 from kilo_etcd.testing.fake_etcd import FakeEtcd
-from kilo_etcd.topology import build_topology
 from kilo_etcd.topology.internal import REMEDY
+from kilo_etcd.topology.segments import build_topology
 from kilo_etcd.topology.unrouted import ENCRYPTED_REMEDY, ENDPOINT_REMEDY
 
 HOSTS = {

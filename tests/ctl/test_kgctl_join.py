@@ -18,15 +18,15 @@ from click.testing import CliRunner, Result
 from helpers import eventually, put_kept
 from kilo_etcd.ctl.commands.join import visitors
 from kilo_etcd.ctl.main import main
-from kilo_etcd.etcd import Client, Unavailable, open_client
-from kilo_etcd.etcd.api import Compare, Op, TxnResult
+from kilo_etcd.etcd.api import Client, Compare, Op, TxnResult, Unavailable
+from kilo_etcd.etcd.client import open_client
 from kilo_etcd.model import CandidateClass, Endpoint
 from kilo_etcd.store import operator
 from kilo_etcd.store.keys import Keys
 from kilo_etcd.store.records import CandidateRecord, NodeRecord, decode_peer, encode
 from kilo_etcd.testing.etcd_server import EtcdServer
 from kilo_etcd.testing.fake_etcd import FakeClient, FakeEtcd
-from kilo_etcd.topology import build_topology
+from kilo_etcd.topology.segments import build_topology
 
 A, B = Keys("/a"), Keys("/b")
 

@@ -25,7 +25,7 @@ from kilo_etcd.ctl.reports.hops import suspicions
 from kilo_etcd.ctl.reports.live import Live, ago, amount
 from kilo_etcd.ctl.reports.report import Report
 from kilo_etcd.ctl.reports.trace import Plans, explain
-from kilo_etcd.etcd import Client, Config, PermissionDenied
+from kilo_etcd.etcd.api import Client, Config, PermissionDenied
 from kilo_etcd.kernel.errors import cannot_ping, failure
 from kilo_etcd.kernel.state import AllowPings, SetForwarding
 from kilo_etcd.model import Snapshot
@@ -137,7 +137,7 @@ def mesh(monkeypatch: pytest.MonkeyPatch) -> Mesh:
         await trio.lowlevel.checkpoint()
         raise PermissionDenied("user eve may not grant a lease in etcd")
 
-    monkeypatch.setattr("kilo_etcd.etcd.open_client", opened)
+    monkeypatch.setattr("kilo_etcd.etcd.client.open_client", opened)
     monkeypatch.setattr(live, "gather", partial(live.gather, patience=0.3))
     monkeypatch.setattr("kilo_etcd.ctl.commands.graph.PATIENCE_SECONDS", 0.3)
     return made

@@ -18,7 +18,7 @@ from helpers import put_kept, require
 from kilo_etcd.ctl.commands import peer
 from kilo_etcd.ctl.context import Failure
 from kilo_etcd.ctl.main import main
-from kilo_etcd.etcd import Client
+from kilo_etcd.etcd.api import Client
 from kilo_etcd.model import CandidateClass, Endpoint
 from kilo_etcd.store.keys import Keys
 from kilo_etcd.store.records import CandidateRecord, NodeRecord, decode_peer, encode, read

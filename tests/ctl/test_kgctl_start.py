@@ -8,11 +8,9 @@ from __future__ import annotations
 
 import subprocess
 import sys
-from types import ModuleType
 
 import pytest
 
-from kilo_etcd import planning, topology
 from kilo_etcd.store.keys import Keys
 from kilo_etcd.store.records import NodeRecord, PeerRecord, Role, StatusRecord, encode, parse_networks
 
@@ -28,7 +26,7 @@ WORLD = {
 }
 
 ETCD_IN_MEMORY = """
-import kilo_etcd.etcd
+import kilo_etcd.etcd.client
 from contextlib import asynccontextmanager
 from kilo_etcd.testing.fake_etcd import FakeEtcd
 
@@ -40,7 +38,7 @@ for key, value in {world!r}.items():
 async def opened(config):
     yield fake.client()
 
-kilo_etcd.etcd.open_client = opened
+kilo_etcd.etcd.client.open_client = opened
 """
 RUN = """
 import sys
@@ -120,12 +118,3 @@ def test_no_command_that_only_reads_imports_the_agent_or_what_draws(arguments: s
     modules = imported(arguments, etcd=True)
     assert not modules.intersection(NEVER)
     assert not [module for module in modules if module.startswith("kilo_etcd.agent")]
-
-
-@pytest.mark.parametrize("package", [topology, planning], ids=lambda package: package.__name__)
-def test_the_names_of_a_package_are_those_of_its_parts(package: ModuleType) -> None:
-    parts: dict[str, tuple[str, ...]] = package._PARTS
-    assert sorted(package.__all__) == sorted(name for names in parts.values() for name in names)
-    for part, names in parts.items():
-        for name in names:
-            assert getattr(package, name).__module__ == f"{package.__name__}.{part}"

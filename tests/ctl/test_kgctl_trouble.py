@@ -14,7 +14,7 @@ from click.testing import CliRunner, Result
 from test_kgctl_explain import world
 
 from kilo_etcd.ctl.main import main
-from kilo_etcd.etcd import PermissionDenied
+from kilo_etcd.etcd.api import PermissionDenied
 from kilo_etcd.lab import LabError
 from kilo_etcd.testing.fake_etcd import FakeClient, FakeEtcd
 

@@ -12,26 +12,25 @@ from attrs import evolve
 
 from helpers import eventually, require
 from helpers_load import soon
-from kilo_etcd.etcd import (
+from kilo_etcd.etcd.api import (
     BadRequest,
     Compacted,
     Compare,
     CompareTarget,
     Config,
     Delete,
-    EtcdClient,
     EventType,
     Get,
     Is,
     LeaseNotFound,
     Put,
+    RangeResult,
     Unavailable,
     WatchBatch,
     absent,
-    open_client,
     unchanged,
 )
-from kilo_etcd.etcd.api import RangeResult
+from kilo_etcd.etcd.client import EtcdClient, open_client
 from kilo_etcd.etcd.watch import Watcher
 from kilo_etcd.testing.etcd_server import EtcdServer, ServerOptions
 

@@ -15,9 +15,11 @@ import pytest
 import trio
 import trio.testing
 
-from kilo_etcd.etcd import Config, EtcdClient, Unauthenticated, Unavailable, open_client, parse_endpoint
+from kilo_etcd.etcd.api import Config, Unauthenticated, Unavailable
 from kilo_etcd.etcd.auth import Tokens
+from kilo_etcd.etcd.client import EtcdClient, open_client
 from kilo_etcd.etcd.connection import CONNECTION_WINDOW, HEALTH_CHECK, Connection
+from kilo_etcd.etcd.endpoint import parse_endpoint
 from kilo_etcd.etcd.grpc import TransportFailed, frame
 from kilo_etcd.etcd.pb import etcd_pb2 as pb
 

@@ -12,7 +12,8 @@ from attrs import define, evolve, field
 
 from helpers import eventually, require
 from helpers_load import measured, soon
-from kilo_etcd.etcd import Config, EtcdClient, EtcdError, LeaseNotFound, Unavailable, Watch, open_client
+from kilo_etcd.etcd.api import Config, EtcdError, LeaseNotFound, Unavailable, Watch
+from kilo_etcd.etcd.client import EtcdClient, open_client
 from kilo_etcd.testing.etcd_server import EtcdCluster, EtcdServer
 
 pytestmark = pytest.mark.etcd

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kilo_etcd.etcd import (
+from kilo_etcd.etcd.api import (
     BadRequest,
     Compacted,
     EtcdError,
@@ -17,10 +17,10 @@ from kilo_etcd.etcd import (
     PermissionDenied,
     Unauthenticated,
     Unavailable,
-    parse_endpoint,
     prefix_end,
 )
 from kilo_etcd.etcd.balancer import BACKOFF_MOST, Balancer, backoff
+from kilo_etcd.etcd.endpoint import parse_endpoint
 from kilo_etcd.etcd.grpc import Deframer, Doing, StatusError, TransportFailed, frame, status_of, to_error
 from kilo_etcd.etcd.pb import etcd_pb2 as pb
 from kilo_etcd.etcd.values import prefix_range

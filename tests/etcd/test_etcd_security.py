@@ -16,7 +16,7 @@ from cryptography.hazmat.primitives import serialization
 
 from helpers import eventually, require
 from helpers_load import soon
-from kilo_etcd.etcd import (
+from kilo_etcd.etcd.api import (
     Client,
     Config,
     ConnectionRefusedByTls,
@@ -29,8 +29,8 @@ from kilo_etcd.etcd import (
     Unavailable,
     Watch,
     WatchBatch,
-    open_client,
 )
+from kilo_etcd.etcd.client import open_client
 from kilo_etcd.etcd.grpc import TransportFailed
 from kilo_etcd.etcd.tls import tls_context
 from kilo_etcd.testing.certificates import Authority

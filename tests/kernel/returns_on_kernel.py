@@ -33,9 +33,9 @@ from kilo_etcd.kernel import Setup, open_kernel
 from kilo_etcd.kernel.userspace import public_key_of
 from kilo_etcd.model import Candidate, Encapsulate, Endpoint, InternalIPs, Node, Snapshot
 from kilo_etcd.model.hostplan import HostPlan, Via
-from kilo_etcd.planning import host_plan
+from kilo_etcd.planning.plan import host_plan
 from kilo_etcd.planning.route_filter import filter_routes
-from kilo_etcd.topology import build_topology
+from kilo_etcd.topology.segments import build_topology
 
 pytestmark = [pytest.mark.root, pytest.mark.usefixtures("own_namespaces"), pytest.mark.deadline(1000)]
 

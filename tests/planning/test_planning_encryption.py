@@ -14,10 +14,10 @@ from hypothesis import strategies as st
 
 from kilo_etcd.model import EncryptionStage, Endpoint, Granularity, InternalIPs, IPNetwork, Node, Snapshot
 from kilo_etcd.model.hostplan import Exemption, HostPlan, RoutePlan, Via
-from kilo_etcd.planning import host_plan
 from kilo_etcd.planning.encryption import Living, Outside, StageReport, encrypt, report, waited_for
-from kilo_etcd.topology import Topology, build_topology
+from kilo_etcd.planning.plan import host_plan
 from kilo_etcd.topology.inclear import endpoints_in_clear
+from kilo_etcd.topology.segments import Topology, build_topology
 from kilo_etcd.topology.unaware import unaware_problems, waiting
 from kilo_etcd.topology.unrouted import unrouted
 from topology_worlds import node, pair, snapshot

@@ -11,11 +11,12 @@ from attrs import evolve
 from kilo_etcd.kernel.firewall.packet_filter import table_for
 from kilo_etcd.model import DEFAULT_LOCATION, Encapsulate, Endpoint, Granularity, Node, Snapshot
 from kilo_etcd.model.hostplan import ExitRoute, HostPlan, Via
-from kilo_etcd.planning import host_plan, peer_plan
 from kilo_etcd.planning.exit_node import as_exit_node, no_common_family, through, trouble_of, unusable, with_exit_node
+from kilo_etcd.planning.peerplan import peer_plan
+from kilo_etcd.planning.plan import host_plan
 from kilo_etcd.planning.render import render
 from kilo_etcd.planning.route_filter import filter_routes
-from kilo_etcd.topology import build_topology
+from kilo_etcd.topology.segments import build_topology
 from topology_worlds import PHONE, candidates_of, node, pair, peer, snapshot
 
 EXIT = node("gcp-1", 1, "gcp", "10.1.0.1/24", "203.0.113.1", subnets="172.20.0.0/24", advertises_exit_node=True)

@@ -9,9 +9,9 @@ from attrs import evolve
 
 from kilo_etcd.model import Endpoint, Granularity, Node, Snapshot
 from kilo_etcd.model.hostplan import HostPlan
-from kilo_etcd.planning import peer_plan
+from kilo_etcd.planning.peerplan import peer_plan
 from kilo_etcd.planning.pipeline import protected_plan
-from kilo_etcd.topology import build_topology
+from kilo_etcd.topology.segments import build_topology
 from topology_worlds import MESH, MESH6, candidates_of, node, peer, snapshot
 
 GCP = [

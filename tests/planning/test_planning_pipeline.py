@@ -18,7 +18,7 @@ from kilo_etcd.planning.pipeline import (
     host_plans,
     peer_plans,
 )
-from kilo_etcd.topology import UnknownNode, build_topology
+from kilo_etcd.topology.segments import UnknownNode, build_topology
 from topology_worlds import candidates_of, node, peer, snapshot
 
 EXIT = node("gcp-1", 1, "gcp", "10.1.0.1/24", "203.0.113.1", subnets="172.20.0.0/24", advertises_exit_node=True)

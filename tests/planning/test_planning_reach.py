@@ -10,10 +10,10 @@ from attrs import evolve
 from kilo_etcd.agent.status import bounded
 from kilo_etcd.model import Encapsulate, Granularity, Snapshot
 from kilo_etcd.model.hostplan import ExitRoute, HostPlan, RoutePlan, Via
-from kilo_etcd.planning import host_plan
+from kilo_etcd.planning.plan import host_plan
 from kilo_etcd.planning.reach import MOST_NAMED, MemberAddress, Silent, about_member, targets, withhold
 from kilo_etcd.planning.walk import walk
-from kilo_etcd.topology import build_topology
+from kilo_etcd.topology.segments import build_topology
 from topology_worlds import MESH, SIX, WORLDS, candidates_of, node, snapshot
 
 LED = snapshot(SIX, candidates=candidates_of(*SIX))

@@ -13,8 +13,8 @@ from kilo_etcd.model.hostplan import Via
 from kilo_etcd.planning.reach import MemberAddress, Silent, withhold
 from kilo_etcd.planning.render import render
 from kilo_etcd.planning.walk import walk
-from kilo_etcd.topology import build_topology
 from kilo_etcd.topology.next_hop import next_hop
+from kilo_etcd.topology.segments import build_topology
 from topology_worlds import node, plans, snapshot
 
 NEVER, ALWAYS, CROSS, WIREGUARD = Encapsulate.NEVER, Encapsulate.ALWAYS, Encapsulate.CROSSSUBNET, Encapsulate.WIREGUARD

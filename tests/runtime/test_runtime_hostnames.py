@@ -21,7 +21,7 @@ from kilo_etcd.model.hostplan import HostPlan, RoutePlan, Via
 from kilo_etcd.runtime import hostsfile
 from kilo_etcd.runtime.hostnames import domain, known_names, with_block
 from kilo_etcd.runtime.hostsfile import HostsFileError, write_names
-from kilo_etcd.topology import build_topology
+from kilo_etcd.topology.segments import build_topology
 
 GCP, HOME = ip_address("10.4.0.1"), ip_address("10.4.0.2")
 SIX = ip_address("fd00:4::2")

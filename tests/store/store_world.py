@@ -9,8 +9,9 @@ from typing import Any
 
 from kilo_etcd.etcd.api import Event, EventType, Header, KeyValue
 from kilo_etcd.model import Endpoint
-from kilo_etcd.store import Keys, NodeRecord, View, encode
-from kilo_etcd.store.records import parse_interface, parse_networks
+from kilo_etcd.store.keys import Keys
+from kilo_etcd.store.records import NodeRecord, encode, parse_interface, parse_networks
+from kilo_etcd.store.view import View
 
 KEYS = Keys()
 

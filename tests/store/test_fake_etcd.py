@@ -7,7 +7,6 @@ import trio
 import trio.testing
 
 from helpers import require
-from kilo_etcd.etcd import open_client
 from kilo_etcd.etcd.api import (
     Client,
     Compacted,
@@ -27,6 +26,7 @@ from kilo_etcd.etcd.api import (
     prefix_end,
     unchanged,
 )
+from kilo_etcd.etcd.client import open_client
 from kilo_etcd.testing.etcd_server import EtcdServer
 from kilo_etcd.testing.fake_etcd import FakeEtcd
 

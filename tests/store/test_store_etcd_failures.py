@@ -15,9 +15,12 @@ from attrs import define, evolve, field
 from store_world import KEYS, record, wg_key
 
 from helpers import eventually, require
-from kilo_etcd.etcd import Client, EtcdClient, Unavailable, open_client
+from kilo_etcd.etcd.api import Client, Unavailable
+from kilo_etcd.etcd.client import EtcdClient, open_client
 from kilo_etcd.model import CandidateClass, Granularity, MeshSettings
-from kilo_etcd.store import Mirror, Session, StatusRecord
+from kilo_etcd.store.mirror import Mirror
+from kilo_etcd.store.records import StatusRecord
+from kilo_etcd.store.session.session import Session
 from kilo_etcd.testing.etcd_server import EtcdCluster, EtcdServer, ServerOptions
 
 pytestmark = [pytest.mark.etcd, pytest.mark.deadline(600)]

@@ -13,8 +13,8 @@ from store_world import KEYS, record
 from helpers import eventually
 from kilo_etcd.etcd.api import Header
 from kilo_etcd.model import EncryptionStage, Granularity, InternalIPs, Snapshot
-from kilo_etcd.store import ClusterNotTrusted, LastSeen, Mirror, encode
-from kilo_etcd.store.records import encode_adoption
+from kilo_etcd.store.mirror import ClusterNotTrusted, LastSeen, Mirror
+from kilo_etcd.store.records import encode, encode_adoption
 from kilo_etcd.testing.fake_etcd import FakeClient, FakeEtcd
 
 pytestmark = pytest.mark.autojump

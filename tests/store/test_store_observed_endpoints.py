@@ -10,8 +10,8 @@ from store_world import KEYS, World, record, wg_key
 from test_store_session import member, running, session
 
 from kilo_etcd.model import Endpoint
-from kilo_etcd.store import ObservedEndpointRecord, encode
 from kilo_etcd.store.annotations import MOST_SEEN
+from kilo_etcd.store.records import ObservedEndpointRecord, encode
 from kilo_etcd.store.session.registration import MOST_AT_ONCE
 from kilo_etcd.testing.fake_etcd import FakeEtcd
 

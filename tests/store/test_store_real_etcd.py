@@ -9,21 +9,14 @@ import trio
 from store_world import KEYS, record, wg_key
 
 from helpers import eventually, require
-from kilo_etcd.etcd import KeyValue, open_client
+from kilo_etcd.etcd.api import KeyValue
+from kilo_etcd.etcd.client import open_client
 from kilo_etcd.model import CandidateClass, Granularity, MeshSettings
-from kilo_etcd.store import (
-    Mirror,
-    NameTaken,
-    PeerRecord,
-    Session,
-    StatusRecord,
-    encode,
-    locations,
-    set_location,
-    snapshot,
-    statuses,
-    unset_location,
-)
+from kilo_etcd.store.mirror import Mirror
+from kilo_etcd.store.operator import locations, set_location, snapshot, statuses, unset_location
+from kilo_etcd.store.records import PeerRecord, StatusRecord, encode
+from kilo_etcd.store.session.node_identity import NameTaken
+from kilo_etcd.store.session.session import Session
 from kilo_etcd.testing.etcd_server import EtcdServer
 
 pytestmark = [pytest.mark.etcd]

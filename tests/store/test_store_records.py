@@ -14,9 +14,10 @@ from hypothesis import strategies as st
 from store_world import record, wg_key
 
 from kilo_etcd.model import CandidateClass, Endpoint
-from kilo_etcd.store import (
+from kilo_etcd.store import keys as k
+from kilo_etcd.store.keys import Keys
+from kilo_etcd.store.records import (
     CandidateRecord,
-    Keys,
     NodeRecord,
     PeerRecord,
     RecordError,
@@ -24,17 +25,14 @@ from kilo_etcd.store import (
     StatusRecord,
     Unreachable,
     decode_candidate,
-    decode_node,
-    decode_peer,
-    decode_status,
-    encode,
-)
-from kilo_etcd.store import keys as k
-from kilo_etcd.store.records import (
     decode_granularity,
     decode_internal_ips,
     decode_label,
+    decode_node,
+    decode_peer,
+    decode_status,
     decode_subnets,
+    encode,
     parse_networks,
 )
 

@@ -13,22 +13,23 @@ from attrs import evolve
 from store_world import KEYS, record, wg_key
 
 from helpers import eventually, require
-from kilo_etcd.etcd import Client, Config, PermissionDenied, open_client
-from kilo_etcd.etcd.api import Put
+from kilo_etcd.etcd.api import Client, Config, PermissionDenied, Put
+from kilo_etcd.etcd.client import open_client
 from kilo_etcd.model import CandidateClass, Endpoint, Granularity, MeshSettings
-from kilo_etcd.store import (
-    Mirror,
+from kilo_etcd.store.claims import ensure_mesh
+from kilo_etcd.store.diagnostics import request_diagnostics, serve
+from kilo_etcd.store.mirror import Mirror
+from kilo_etcd.store.operator import statuses
+from kilo_etcd.store.records import (
+    DiagnosticsRequest,
+    DiagnosticsResponse,
     ObservedEndpointRecord,
     ProbeReportRecord,
-    Session,
     StageRecord,
     StatusRecord,
     encode,
-    statuses,
 )
-from kilo_etcd.store.claims import ensure_mesh
-from kilo_etcd.store.diagnostics import request_diagnostics, serve
-from kilo_etcd.store.records import DiagnosticsRequest, DiagnosticsResponse
+from kilo_etcd.store.session.session import Session
 from kilo_etcd.testing.etcd_server import EtcdServer
 
 pytestmark = [pytest.mark.etcd]

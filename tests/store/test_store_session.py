@@ -18,27 +18,25 @@ from store_world import KEYS, record, wg_key
 from helpers import eventually
 from kilo_etcd.etcd.api import Compare, Op, PermissionDenied, Put, TxnResult, Unavailable
 from kilo_etcd.model import CandidateClass, EncryptionStage, Endpoint, Granularity, InternalIPs, IPAddress, MeshSettings
-from kilo_etcd.store import (
+from kilo_etcd.store.claims import NoAddressLeft, candidates
+from kilo_etcd.store.mirror import ClusterNotTrusted, Mirror
+from kilo_etcd.store.records import (
     CandidateRecord,
-    Mirror,
-    NameTaken,
-    NoAddressLeft,
     ObservedEndpointRecord,
     ProbeReportRecord,
     RecordError,
-    Session,
     StageRecord,
     StatusRecord,
+    decode_candidate,
     decode_node,
     decode_stage,
     decode_status,
     encode,
 )
-from kilo_etcd.store.claims import candidates
-from kilo_etcd.store.mirror import ClusterNotTrusted
-from kilo_etcd.store.records import decode_candidate
 from kilo_etcd.store.session.cluster_guard import NoGuard
 from kilo_etcd.store.session.contested import about_status_key
+from kilo_etcd.store.session.node_identity import NameTaken
+from kilo_etcd.store.session.session import Session
 from kilo_etcd.testing.fake_etcd import FakeClient, FakeEtcd
 
 pytestmark = pytest.mark.autojump

@@ -11,14 +11,22 @@ from store_world import KEYS, record, wg_key
 
 from kilo_etcd.etcd.api import Put
 from kilo_etcd.model import CandidateClass, Endpoint
-from kilo_etcd.store import NameTaken, ObservedEndpointRecord, StageRecord, StatusRecord, decode_node, encode
-from kilo_etcd.store.records import CandidateRecord, decode_candidate
+from kilo_etcd.store.records import (
+    CandidateRecord,
+    ObservedEndpointRecord,
+    StageRecord,
+    StatusRecord,
+    decode_candidate,
+    decode_node,
+    encode,
+)
 from kilo_etcd.store.session.candidacy import WantedCandidacy
 from kilo_etcd.store.session.cluster_guard import NoGuard
 from kilo_etcd.store.session.contested import about_status_key, contested_sentence
 from kilo_etcd.store.session.leased_keys import LeasedKeys
 from kilo_etcd.store.session.leased_writer import LeasedWriter
 from kilo_etcd.store.session.mesh_addresses import MeshAddresses
+from kilo_etcd.store.session.node_identity import NameTaken
 from kilo_etcd.store.session.published_records import Published
 from kilo_etcd.store.session.registration import RecordChanged, Registration, Written
 from kilo_etcd.testing.fake_etcd import FakeEtcd

@@ -15,10 +15,16 @@ from store_world import KEYS, World, record, wg_key
 from kilo_etcd.base.mappings import changes
 from kilo_etcd.etcd.api import Header
 from kilo_etcd.model import CandidateClass, EncryptionStage, Endpoint, Granularity, InternalIPs, Snapshot
-from kilo_etcd.store import CandidateRecord, NodeRecord, ObservedEndpointRecord, ProbeReportRecord, encode
 from kilo_etcd.store.addresses import oldest
 from kilo_etcd.store.annotations import ANNOTATIONS, Registered, join
-from kilo_etcd.store.records import parse_interface
+from kilo_etcd.store.records import (
+    CandidateRecord,
+    NodeRecord,
+    ObservedEndpointRecord,
+    ProbeReportRecord,
+    encode,
+    parse_interface,
+)
 from kilo_etcd.store.view import View
 
 SEEN = Endpoint.parse("203.0.113.9:51820")

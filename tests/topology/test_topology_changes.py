@@ -10,9 +10,9 @@ import pytest
 from attrs import evolve
 
 from kilo_etcd.model import Endpoint, Granularity, Node, Snapshot
-from kilo_etcd.planning import host_plan
+from kilo_etcd.planning.plan import host_plan
 from kilo_etcd.planning.route_filter import filter_routes
-from kilo_etcd.topology import build_topology
+from kilo_etcd.topology.segments import build_topology
 from topology_worlds import node, peer, snapshot
 
 NODES = [

@@ -7,9 +7,9 @@ from itertools import product
 import pytest
 
 from kilo_etcd.model import Endpoint, Node
-from kilo_etcd.planning import host_plan
-from kilo_etcd.topology import build_topology
+from kilo_etcd.planning.plan import host_plan
 from kilo_etcd.topology.families import apart, endpoint_for, families, pair_family
+from kilo_etcd.topology.segments import build_topology
 from topology_worlds import MESH, MESH6, node, plans, snapshot
 
 V4, V6, NAT4, ULA = "203.0.113.1", "[2001:db8::1]", "192.168.0.7", "[fd00::7]"

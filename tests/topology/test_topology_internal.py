@@ -10,10 +10,10 @@ from attrs import evolve
 
 from kilo_etcd.model import Encapsulate, Endpoint, Granularity, InternalIPs, Node, Snapshot
 from kilo_etcd.model.hostplan import Via
-from kilo_etcd.planning import host_plan, peer_plan
+from kilo_etcd.planning.peerplan import peer_plan
+from kilo_etcd.planning.plan import host_plan
 from kilo_etcd.planning.route_filter import FilterMemo, filter_routes
-from kilo_etcd.topology import Topology, build_topology
-from kilo_etcd.topology.segments import routed_at
+from kilo_etcd.topology.segments import Topology, build_topology, routed_at
 from kilo_etcd.topology.unrouted import named, private_leaders
 from topology_worlds import MESH, MESH6, candidates_of, node, peer, snapshot
 

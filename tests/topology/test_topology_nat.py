@@ -12,10 +12,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kilo_etcd.model import Endpoint, Granularity, Node, Snapshot
-from kilo_etcd.planning import host_plan, walk_both
+from kilo_etcd.planning.plan import host_plan
 from kilo_etcd.planning.route_filter import filter_routes
-from kilo_etcd.topology import build_topology
+from kilo_etcd.planning.walk import walk_both
 from kilo_etcd.topology.nat import about_partner, hidden_pair, hopeless, traversal_failures
+from kilo_etcd.topology.segments import build_topology
 from topology_worlds import MESH, MESH6, node, peer, plans, snapshot
 
 

@@ -11,11 +11,12 @@ from attrs import evolve
 
 from kilo_etcd.model import Candidate, CandidateClass, Endpoint, Granularity, InternalIPs, IPNetwork
 from kilo_etcd.model.hostplan import HostPlan
-from kilo_etcd.planning import host_plan
+from kilo_etcd.planning.plan import host_plan
 from kilo_etcd.planning.route_filter import filter_routes
-from kilo_etcd.topology import Edge, EdgeKind, Reason, build_topology, clusters, edges, elect
-from kilo_etcd.topology.graph import graph
+from kilo_etcd.topology.election import Reason, elect
+from kilo_etcd.topology.graph import Edge, EdgeKind, clusters, edges, graph
 from kilo_etcd.topology.prefix_allocation import NetworkRequest, PrefixAllocation, allocate
+from kilo_etcd.topology.segments import build_topology
 from topology_worlds import PHONE, SIX, WORLDS, node, peer, plans, snapshot
 
 A1, A2, A3, _, _, LONE = SIX

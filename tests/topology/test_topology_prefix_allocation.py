@@ -12,8 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kilo_etcd.model import IPNetwork, Peer, Snapshot
-from kilo_etcd.topology import build_topology
 from kilo_etcd.topology.prefix_allocation import NetworkOwner, NetworkRequest, PrefixAllocation, allocate
+from kilo_etcd.topology.segments import build_topology
 from topology_worlds import MESH, node, peer, plans, snapshot
 
 A = node("a", 1, "gcp", "10.0.0.1/24", "203.0.113.1")

@@ -12,10 +12,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from kilo_etcd.model import Candidate, CandidateClass, Encapsulate, ProbeReport
-from kilo_etcd.planning import host_plan
+from kilo_etcd.planning.plan import host_plan
 from kilo_etcd.planning.render import render
-from kilo_etcd.topology import build_topology
 from kilo_etcd.topology.election import Election, Reason, elect
+from kilo_etcd.topology.segments import build_topology
 from topology_worlds import candidates_of, node, snapshot
 
 A = [node(f"a{n}", n, "a", f"10.0.0.{n}/24", f"203.0.113.{n}") for n in range(1, 9)]

@@ -30,20 +30,20 @@ from kilo_etcd.model import (
     is_public,
 )
 from kilo_etcd.model.hostplan import HostPlan, Via
-from kilo_etcd.planning import host_plan, peer_plan, walk_both
 from kilo_etcd.planning.encryption import Living, Outside, awaited, encrypt, waited_for
 from kilo_etcd.planning.exit_node import with_exit_node
+from kilo_etcd.planning.peerplan import peer_plan
+from kilo_etcd.planning.plan import host_plan
 from kilo_etcd.planning.render import render
 from kilo_etcd.planning.route_filter import filter_routes
-from kilo_etcd.planning.walk import walk
-from kilo_etcd.topology import Topology, build_topology, edges
-from kilo_etcd.topology.graph import graph
+from kilo_etcd.planning.walk import walk, walk_both
+from kilo_etcd.topology.graph import edges, graph
 from kilo_etcd.topology.inclear import back_in_clear, in_clear
 from kilo_etcd.topology.next_hop import NextHop as Way
 from kilo_etcd.topology.next_hop import next_hop as way_to
 from kilo_etcd.topology.places import Places, exchanged
 from kilo_etcd.topology.prefix_allocation import network_key
-from kilo_etcd.topology.segments import host_network, routed_at
+from kilo_etcd.topology.segments import Topology, build_topology, host_network, routed_at
 from topology_worlds import MESH, MESH6, node, snapshot
 
 QUICK = settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.too_slow])

@@ -11,10 +11,10 @@ from attrs import evolve
 
 from kilo_etcd.model import Endpoint, Granularity
 from kilo_etcd.model.hostplan import HostPlan, Via
-from kilo_etcd.planning import host_plan, walk_both
+from kilo_etcd.planning.plan import host_plan
 from kilo_etcd.planning.render import render
-from kilo_etcd.planning.walk import walk
-from kilo_etcd.topology import UnknownNode, build_topology
+from kilo_etcd.planning.walk import walk, walk_both
+from kilo_etcd.topology.segments import UnknownNode, build_topology
 from topology_worlds import PHONE, SIX, WORLDS, candidates_of, node, peer, plans, seen_by_all, snapshot
 
 PICTURES = Path(__file__).parent / "worlds"

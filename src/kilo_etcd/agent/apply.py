@@ -17,7 +17,7 @@ from kilo_etcd.model import IPAddress
 from kilo_etcd.model.hostplan import TAKEOVER_CHECK_KEEPALIVE, HostPlan
 from kilo_etcd.planning.handshake_order import MOST_TRIGGERED, handshake_order, peered_since, promotions
 from kilo_etcd.runtime.handshakes import moved, trigger_handshakes
-from kilo_etcd.topology import Topology
+from kilo_etcd.topology.segments import Topology
 
 
 class PlanApplier:

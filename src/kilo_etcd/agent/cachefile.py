@@ -29,14 +29,16 @@ from typing import IO, Any, TypeVar
 
 from attrs import frozen
 
-from kilo_etcd import store
 from kilo_etcd.base import descriptors
 from kilo_etcd.base.regularfile import NotRegular, open_regular
-from kilo_etcd.etcd import Header, KeyValue
+from kilo_etcd.etcd.api import Header, KeyValue
 from kilo_etcd.model import Granularity, InternalIPs, IPNetwork, Snapshot
 from kilo_etcd.runtime.key_file import sync_directory
 from kilo_etcd.runtime.parsing import shown_duration
+from kilo_etcd.store.keys import Keys
+from kilo_etcd.store.mirror import LastSeen
 from kilo_etcd.store.records import MAX_VALUE
+from kilo_etcd.store.view import Holdings
 
 FILE = "mesh.jsonl.gz"
 FORMAT = 1
@@ -86,7 +88,7 @@ class CachedSnapshot:
         return "unknown" if seconds < 0 else shown_duration(seconds)
 
 
-def save(path: Path, identity: Identity, holdings: store.Holdings, *, now: float) -> None:
+def save(path: Path, identity: Identity, holdings: Holdings, *, now: float) -> None:
     """Replace the file at `path`. OSError; TooLarge, with the former file left as it was."""
     aside = path.with_name(f".{path.name}.new")
     with suppress(FileNotFoundError):
@@ -128,9 +130,9 @@ class CachedMesh:
     adopted: bytes | None
     lines: tuple[bytes, ...]
 
-    def last_seen(self) -> store.LastSeen:
+    def last_seen(self) -> LastSeen:
         """The state of etcd that an etcd which answers later is compared with."""
-        return store.LastSeen(
+        return LastSeen(
             header=self.header,
             granularity=self.granularity,
             subnets=self.subnets,
@@ -141,14 +143,14 @@ class CachedMesh:
     def decoded(self) -> CachedSnapshot:
         """The mesh. Unusable."""
         with _reading(self.path):
-            holdings = store.Holdings(
+            holdings = Holdings(
                 header=self.header,
                 kvs=tuple(map(_kv, self.lines)),
                 granularity=self.granularity,
                 subnets=self.subnets,
                 internal_ips=self.internal_ips,
             )
-            snapshot = holdings.snapshot(store.Keys(self.identity.prefix))
+            snapshot = holdings.snapshot(Keys(self.identity.prefix))
         node = snapshot.nodes.get(self.identity.node)
         if node is None or node.public_key != self.identity.public_key:
             raise Unusable(f"the mesh in {self.path} does not have this host")
@@ -207,7 +209,7 @@ def remove(state_dir: Path) -> bool:
     return True
 
 
-def _lines(identity: Identity, holdings: store.Holdings, now: float) -> Iterator[bytes]:
+def _lines(identity: Identity, holdings: Holdings, now: float) -> Iterator[bytes]:
     header = holdings.header
     yield _line(
         {
@@ -284,7 +286,7 @@ def _cached(path: Path, identity: Identity, lines: list[bytes]) -> CachedMesh:
     written = head.get("written")
     if isinstance(written, bool) or not isinstance(written, int | float) or not 0 <= written < 1e12:
         raise _Wrong("its time is no time")
-    start = f"[{json.dumps(store.Keys(identity.prefix).adopted)},".encode()
+    start = f"[{json.dumps(Keys(identity.prefix).adopted)},".encode()
     return CachedMesh(
         path=path,
         identity=identity,

@@ -20,7 +20,7 @@ from typing import TypeVar
 import trio
 from attrs import evolve
 
-from kilo_etcd import etcd, kernel, store
+from kilo_etcd import kernel
 from kilo_etcd.agent.apply import PlanApplier
 from kilo_etcd.agent.cachefile import CachedSnapshot, Identity
 from kilo_etcd.agent.config import AgentConfig, too_small_for
@@ -42,6 +42,7 @@ from kilo_etcd.agent.registration import HostRegistration
 from kilo_etcd.agent.restore import REFUSALS, Restorer
 from kilo_etcd.agent.snapshot_cache import Disk, SnapshotCache
 from kilo_etcd.agent.status import State, StatusReporter
+from kilo_etcd.etcd import api as etcd
 from kilo_etcd.kernel.firewall.cleartext import refused_sources
 from kilo_etcd.kernel.state import Observed
 from kilo_etcd.model import Granularity, InternalIPs, IPAddress, IPNetwork, MeshSettings, Snapshot
@@ -55,10 +56,16 @@ from kilo_etcd.runtime.exit_node_monitor import ExitNodeMonitor
 from kilo_etcd.runtime.logs import Once, get_logger, write_due, write_rest
 from kilo_etcd.runtime.reconciler import Reconciler
 from kilo_etcd.runtime.resolve import Resolver
+from kilo_etcd.store.keys import Keys
+from kilo_etcd.store.mirror import ClusterNotTrusted, Mirror
+from kilo_etcd.store.operator import statuses
+from kilo_etcd.store.records import RecordError, Role, Unreachable, decode_node
+from kilo_etcd.store.session.session import Session
 from kilo_etcd.store.status_texts import FORWARDING_LOOK
-from kilo_etcd.topology import Topology, UnknownNode, build_topology
+from kilo_etcd.store.view import Holdings
 from kilo_etcd.topology.forced_addresses import missing_addresses
 from kilo_etcd.topology.mesh_settings import disagreements
+from kilo_etcd.topology.segments import Topology, UnknownNode, build_topology
 
 T = TypeVar("T")
 
@@ -155,9 +162,9 @@ class Daemon:
         self.metrics = metrics
         self.name = config.hostname
         self.public_key = public_key
-        self.keys = store.Keys(config.prefix)
-        self.mirror = store.Mirror(client, self.keys)
-        self.session = store.Session(
+        self.keys = Keys(config.prefix)
+        self.mirror = Mirror(client, self.keys)
+        self.session = Session(
             client,
             self.keys,
             self.name,
@@ -449,7 +456,7 @@ class Daemon:
         on_disk = await self.cache.read()
         if on_disk is None:
             return None
-        self.mirror = store.Mirror(self.client, self.keys, last_seen=on_disk.last_seen())
+        self.mirror = Mirror(self.client, self.keys, last_seen=on_disk.last_seen())
         follows = None
         with trio.move_on_after(ETCD_PATIENCE_SECONDS):
             follows = await self._insist(self.mirror.verify_cluster)
@@ -491,8 +498,8 @@ class Daemon:
         if kv is None:
             return StageReport()
         try:
-            record = store.decode_node(kv.value)
-        except store.RecordError:
+            record = decode_node(kv.value)
+        except RecordError:
             return StageReport()
         if record.public_key != self.public_key:
             return StageReport()
@@ -524,7 +531,7 @@ class Daemon:
         while True:
             try:
                 result = await call()
-            except store.ClusterNotTrusted as error:
+            except ClusterNotTrusted as error:
                 missing = str(error)  # The mirror has logged it.
             except etcd.Unavailable as error:
                 missing = str(error)
@@ -593,7 +600,7 @@ class Daemon:
                     await self._applied.wait()
                 revision = self.applied_revision
                 while not candidacy_policy.confirmed(  # noqa: ASYNC110 - what is waited for happens on other hosts
-                    {node: status.revision for node, status in (await store.statuses(self.client, self.keys)).items()},
+                    {node: status.revision for node, status in (await statuses(self.client, self.keys)).items()},
                     revision,
                     self.name,
                 ):
@@ -797,7 +804,7 @@ class Daemon:
         except (OSError, kernel.KernelError):
             return frozenset()
 
-    def _holdings(self) -> store.Holdings | None:
+    def _holdings(self) -> Holdings | None:
         return self.mirror.holdings()
 
     async def _living_twin(self, snapshot: Snapshot) -> str | None:
@@ -866,7 +873,7 @@ class Daemon:
             return
         self.role = role
         self.log = self._reconciler.log = get_logger().bind(node=self.name, location=role.location)
-        if role.kind is store.Role.ALONE:
+        if role.kind is Role.ALONE:
             self.log.info("this host is a segment of its own", revision=snapshot.revision)
         else:
             demoted = self.topology.segment_of(self.name).election.demoted
@@ -874,7 +881,7 @@ class Daemon:
                 "leader elected", leader=role.leader, role=role.kind, demoted=demoted,
                 revision=snapshot.revision,
             )  # fmt: skip
-        self.metrics.leads(role.kind is store.Role.LEADER)
+        self.metrics.leads(role.kind is Role.LEADER)
 
     def _note_traversal_failures(self, sentences: tuple[str, ...]) -> None:
         self.traversal_failures = sentences
@@ -950,10 +957,10 @@ class Daemon:
         )
         self._reporter.publish(snapshot, state, leaving=self._leaving)
 
-    def _unreachable(self) -> tuple[store.Unreachable, ...]:
+    def _unreachable(self) -> tuple[Unreachable, ...]:
         silent = () if self._reachability is None else self._reachability.silent
         named = (
-            store.Unreachable(member.target.node, str(member.target.address), not member.withheld)
+            Unreachable(member.target.node, str(member.target.address), not member.withheld)
             for member in silent
             if member.named
         )
@@ -1077,7 +1084,7 @@ class Daemon:
             due = None
             if self.snapshot is not None and self.topology is not None and not self._leaving:
                 ready = self._ready and self.applied_revision >= self.snapshot.revision
-                leads = self.role is not None and self.role.kind is store.Role.LEADER
+                leads = self.role is not None and self.role.kind is Role.LEADER
                 due = await self._candidacy.update(self.snapshot, self.topology, leads=leads, ready=ready)
             with trio.move_on_at(due if due is not None else float("inf")):
                 await applied.wait()

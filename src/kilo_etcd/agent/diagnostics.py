@@ -17,9 +17,10 @@ from itertools import islice
 import trio
 from attrs import define, field, frozen
 
-from kilo_etcd import etcd, kernel
+from kilo_etcd import kernel
 from kilo_etcd.agent.probing.ping_targets import addresses_to_try, nodes_to_try
 from kilo_etcd.agent.probing.taken_routes import taken_directly, taken_route, with_rule
+from kilo_etcd.etcd import api as etcd
 from kilo_etcd.kernel.echo import EchoRequests
 from kilo_etcd.kernel.routing.rules import ForeignRule
 from kilo_etcd.kernel.state import Observed, ObservedPeer
@@ -31,8 +32,7 @@ from kilo_etcd.runtime.logs import Once
 from kilo_etcd.store.diagnostics import serve
 from kilo_etcd.store.keys import Keys
 from kilo_etcd.store.records import DiagnosticsRequest, DiagnosticsResponse, TakenRoute, Tunnel
-from kilo_etcd.topology import Topology
-from kilo_etcd.topology.segments import host_network
+from kilo_etcd.topology.segments import Topology, host_network
 
 SHOWN = 20
 """How many changes an answer names; it counts all."""

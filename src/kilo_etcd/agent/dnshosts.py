@@ -22,7 +22,7 @@ from kilo_etcd.model.hostplan import HostPlan
 from kilo_etcd.runtime.hostnames import BY_AGENT, NAMES_TROUBLE, MeshNames, known_names
 from kilo_etcd.runtime.hostsfile import HOSTS, HostsFileError, write_names
 from kilo_etcd.runtime.logs import Logger, Once
-from kilo_etcd.topology import Topology
+from kilo_etcd.topology.segments import Topology
 
 PAUSE_SECONDS = 1.0
 """Between two writes of the file."""

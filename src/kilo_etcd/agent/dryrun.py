@@ -12,20 +12,23 @@ from collections.abc import Callable
 import click
 from attrs import evolve
 
-from kilo_etcd import etcd, kernel, store
+from kilo_etcd import kernel
 from kilo_etcd.agent import discover
 from kilo_etcd.agent.config import AgentConfig, too_small_for
 from kilo_etcd.agent.encrypting import concerns, outside, read_members
+from kilo_etcd.etcd import api as etcd
 from kilo_etcd.model import InternalIPs, Node, Snapshot
-from kilo_etcd.planning import host_plan
 from kilo_etcd.planning.pipeline import EncryptionInputs, host_plans
+from kilo_etcd.planning.plan import host_plan
 from kilo_etcd.runtime import key_file
 from kilo_etcd.runtime.hostnames import known_names
 from kilo_etcd.runtime.logs import MOST_NAMED
 from kilo_etcd.runtime.resolve import etcd_networks, resolve_once
+from kilo_etcd.store import operator
 from kilo_etcd.store.claims import candidates
-from kilo_etcd.topology import UnknownNode, build_topology
+from kilo_etcd.store.keys import Keys
 from kilo_etcd.topology.forced_addresses import missing_addresses
+from kilo_etcd.topology.segments import UnknownNode, build_topology
 
 
 async def dry_run(config: AgentConfig, client: etcd.Client, setup: Callable[[AgentConfig, str], kernel.Setup]) -> None:
@@ -39,8 +42,8 @@ async def dry_run(config: AgentConfig, client: etcd.Client, setup: Callable[[Age
     chosen = discover.choose(facts, config)
     for reason in chosen.reasons:
         click.echo(f"# {reason}")
-    keys = store.Keys(config.prefix)
-    snapshot, view = await store.snapshot(client, keys)
+    keys = Keys(config.prefix)
+    snapshot, view = await operator.snapshot(client, keys)
     if not snapshot.subnets:
         click.echo(f"# no mesh in etcd under {config.prefix} yet: the agent will make one")
         snapshot = evolve(

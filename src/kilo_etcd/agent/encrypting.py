@@ -21,22 +21,25 @@ from pathlib import Path
 import trio
 from attrs import evolve, frozen
 
-from kilo_etcd import etcd, store
 from kilo_etcd.agent.config import AgentConfig
 from kilo_etcd.agent.leader_hints.peer_query import PORT
 from kilo_etcd.agent.snapshot_cache import Disk
 from kilo_etcd.agent.stage_watch import StageWatch
 from kilo_etcd.base.fast_ip import ip_address, ip_network
 from kilo_etcd.base.mappings import changes
+from kilo_etcd.etcd import api as etcd
+from kilo_etcd.etcd.endpoint import EtcdEndpoint, parse_endpoint
+from kilo_etcd.etcd.values import Member
 from kilo_etcd.model import EncryptionStage, InternalIPs, IPAddress, Node
 from kilo_etcd.model.hostplan import Exemption, HostPlan
 from kilo_etcd.planning.encryption import Living, Outside, StageReport, awaited, report
 from kilo_etcd.planning.names import Table
 from kilo_etcd.planning.pipeline import EncryptionInputs
 from kilo_etcd.runtime.logs import Once
-from kilo_etcd.store import StageRecord
-from kilo_etcd.topology import Topology
+from kilo_etcd.store.keys import Keys
+from kilo_etcd.store.records import StageRecord
 from kilo_etcd.topology.places import own_addresses
+from kilo_etcd.topology.segments import Topology
 
 MEMBERS_FILE = "etcd-members.json"
 MEMBERS_PERIOD, MEMBERS_RETRY = 60.0, 2.0
@@ -65,7 +68,7 @@ class Members:
     peer: tuple[str, ...] = ()
 
     @classmethod
-    def of(cls, members: Iterable[etcd.Member]) -> Members:
+    def of(cls, members: Iterable[Member]) -> Members:
         """As etcd says."""
         listed = tuple(members)
         return cls(
@@ -146,11 +149,11 @@ def outside(
     )  # fmt: skip
 
 
-def _endpoints(urls: Iterable[str]) -> Iterator[tuple[str, etcd.EtcdEndpoint]]:
+def _endpoints(urls: Iterable[str]) -> Iterator[tuple[str, EtcdEndpoint]]:
     """Those that are etcd endpoints: another scheme may be, and a file of ours may have been damaged."""
     for url in urls:
         with suppress(etcd.BadRequest):
-            yield url, etcd.parse_endpoint(url, tls=False)
+            yield url, parse_endpoint(url, tls=False)
 
 
 def _named(urls: Iterable[str]) -> Iterator[tuple[str, int]]:
@@ -191,7 +194,7 @@ class Encrypting:
         self,
         config: AgentConfig,
         client: etcd.Client,
-        keys: store.Keys,
+        keys: Keys,
         once: Once,
         *,
         disk: Disk | None,

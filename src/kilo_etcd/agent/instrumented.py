@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any, cast
 
-from kilo_etcd import etcd
+from kilo_etcd.etcd import api as etcd
 
 
 def instrumented(client: etcd.Client, wrote: Callable[[], object], answered: Callable[[], object]) -> etcd.Client:

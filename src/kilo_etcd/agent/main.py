@@ -17,7 +17,7 @@ from collections.abc import Awaitable, Callable
 import click
 import trio
 
-from kilo_etcd import __version__, etcd, kernel, store
+from kilo_etcd import __version__, kernel
 from kilo_etcd.agent import cachefile, snapshot_cache
 from kilo_etcd.agent.config import AgentConfig
 from kilo_etcd.agent.daemon import Daemon, Fatal, Reload, StoppedAtOnce
@@ -30,10 +30,14 @@ from kilo_etcd.agent.notify import notify
 from kilo_etcd.agent.options import agent_options
 from kilo_etcd.agent.restore import REFUSALS
 from kilo_etcd.base.descriptors import OutOfDescriptors
+from kilo_etcd.etcd import api as etcd
+from kilo_etcd.etcd.client import open_client
 from kilo_etcd.runtime import key_file
 from kilo_etcd.runtime.hostsfile import HostsFileError
 from kilo_etcd.runtime.lock_file import AlreadyRunning, agent_lock
 from kilo_etcd.runtime.logs import get_logger, setup_logging
+from kilo_etcd.store.keys import Keys
+from kilo_etcd.store.session.session import Session
 
 EXPECTED = (
     Fatal,
@@ -131,7 +135,7 @@ async def _only_agent(config: AgentConfig) -> None:
     private = key_file.load_or_create(config.state_dir)
     log.info("starting", version=__version__, node=config.hostname, interface=config.interface)
     async with (
-        etcd.open_client(config.etcd) as client,
+        open_client(config.etcd) as client,
         kernel.open_kernel(_setup(config, private)) as device,
     ):
         metrics = Metrics()
@@ -162,7 +166,7 @@ def _all_is_loaded() -> None:
 
 
 async def _dry_run(config: AgentConfig) -> None:
-    async with etcd.open_client(config.etcd) as client:
+    async with open_client(config.etcd) as client:
         await dry_run(config, client, _setup)
 
 
@@ -189,8 +193,8 @@ async def _cleanup(config: AgentConfig) -> None:
             raise unusable
         if public is None:
             return
-        async with etcd.open_client(config.etcd) as client:
-            session = store.Session(client, store.Keys(config.prefix), config.hostname, public)
+        async with open_client(config.etcd) as client:
+            session = Session(client, Keys(config.prefix), config.hostname, public)
             try:
                 await session.forget()
             except etcd.EtcdError as error:

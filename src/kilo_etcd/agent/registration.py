@@ -11,15 +11,19 @@ from collections.abc import Callable
 import trio
 from attrs import evolve
 
-from kilo_etcd import __version__, etcd, kernel, store
+from kilo_etcd import __version__, kernel
 from kilo_etcd.agent import discover
 from kilo_etcd.agent.config import AgentConfig
 from kilo_etcd.base import descriptors
+from kilo_etcd.etcd import api as etcd
 from kilo_etcd.model import IPNetwork
 from kilo_etcd.planning.encryption import StageReport
 from kilo_etcd.runtime.host_facts import HostFacts, Reached
 from kilo_etcd.runtime.logs import Logger, Once
 from kilo_etcd.runtime.resolve import etcd_networks
+from kilo_etcd.store.records import NodeRecord
+from kilo_etcd.store.session.node_identity import NameTaken
+from kilo_etcd.store.session.session import Session
 
 
 class HostRegistration:
@@ -30,7 +34,7 @@ class HostRegistration:
         self,
         config: AgentConfig,
         public_key: str,
-        session: store.Session,
+        session: Session,
         log: Logger,
         once: Once,
         *,
@@ -48,7 +52,7 @@ class HostRegistration:
         self._untold = False
         """Whether the session may hold another record than `record`."""
         self.subnets: tuple[IPNetwork, ...] = ()
-        self.record: store.NodeRecord | None = None
+        self.record: NodeRecord | None = None
         self.report = StageReport()
         """The stage of the switch to `encrypted` in the record."""
         self.facts = HostFacts()
@@ -61,7 +65,7 @@ class HostRegistration:
         """The registered endpoint, for people; empty: none."""
         return str(self.record.endpoint or "") if self.record else ""
 
-    async def look(self) -> store.NodeRecord:
+    async def look(self) -> NodeRecord:
         """The record that the host should have, for the caller to register. OSError, KernelError."""
         record, reasons = await self._find(await etcd_networks(self._config.etcd))
         self._keep(record, reasons if record != self.record else ())
@@ -86,7 +90,7 @@ class HostRegistration:
                         accepts_since=record.accepts_since,
                     )
                     self._keep(record, () if alike else reasons)
-            except (etcd.EtcdError, store.NameTaken) as error:
+            except (etcd.EtcdError, NameTaken) as error:
                 self._once.warning("addresses", "the changed addresses are not registered yet", error=str(error))
             except (OSError, kernel.KernelError, descriptors.OutOfDescriptors) as error:
                 self._once.warning(
@@ -95,9 +99,7 @@ class HostRegistration:
             else:
                 self._once.clear("addresses", "the host's addresses are registered again")
 
-    async def _find(
-        self, etcd_at: tuple[IPNetwork, ...]
-    ) -> tuple[store.NodeRecord, tuple[tuple[str, dict[str, str]], ...]]:
+    async def _find(self, etcd_at: tuple[IPNetwork, ...]) -> tuple[NodeRecord, tuple[tuple[str, dict[str, str]], ...]]:
         """The record, and what to say of the choices in it."""
         config = self._config
         facts = await discover.gather(config)
@@ -111,7 +113,7 @@ class HostRegistration:
             facts.reached(etcd_at), self._reached, None if self.record is None else self.record.underlay
         )
         self._once.errors("overlaps", self.overlaps, level="warning")
-        record = store.NodeRecord(
+        record = NodeRecord(
             public_key=self._public_key,
             endpoint=chosen.endpoint,
             more_endpoints=chosen.more_endpoints,
@@ -130,7 +132,7 @@ class HostRegistration:
             notes.append(("default location chosen", {"default_location": location, "reason": why}))
         return record, tuple(notes)
 
-    def _keep(self, record: store.NodeRecord, reasons: tuple[tuple[str, dict[str, str]], ...]) -> None:
+    def _keep(self, record: NodeRecord, reasons: tuple[tuple[str, dict[str, str]], ...]) -> None:
         self.record = record
         for event, fields in reasons:
             self._log.info(event, **fields)

@@ -12,12 +12,18 @@ from collections.abc import Callable
 
 import trio
 
-from kilo_etcd import etcd, store
 from kilo_etcd.agent.leadership import candidacy_policy
 from kilo_etcd.base.backoff import RepairBackoff
+from kilo_etcd.etcd import api as etcd
 from kilo_etcd.model import Granularity, MeshSettings, Snapshot
 from kilo_etcd.runtime.logs import Once, get_logger
 from kilo_etcd.store.addresses import named
+from kilo_etcd.store.claims import NoAddressLeft
+from kilo_etcd.store.keys import Keys
+from kilo_etcd.store.mirror import Mirror
+from kilo_etcd.store.records import RecordError
+from kilo_etcd.store.session.node_identity import NameTaken
+from kilo_etcd.store.session.session import Session
 
 SETTINGS_SECONDS = 2.0
 """Within which the agents put lost settings of the mesh back, each at its own moment."""
@@ -28,7 +34,7 @@ LOOK_SECONDS = 30.0
 RETRY_SECONDS = 5.0
 """After a claim could not be restored."""
 
-REFUSALS = (store.NameTaken, store.NoAddressLeft, store.RecordError)
+REFUSALS = (NameTaken, NoAddressLeft, RecordError)
 """What etcd holds and the agent cannot get past without the operator."""
 
 
@@ -38,12 +44,12 @@ class Restorer:
 
     def __init__(
         self,
-        session: store.Session,
-        keys: store.Keys,
+        session: Session,
+        keys: Keys,
         name: str,
         once: Once,
         *,
-        mirror: Callable[[], store.Mirror],
+        mirror: Callable[[], Mirror],
         rng: random.Random,
         on_news: Callable[[], object] = lambda: None,
     ) -> None:
@@ -161,7 +167,7 @@ class Restorer:
                     # Else another etcd was adopted before anybody saw them in the first one.
                     settings = settings._replace(granularity=snapshot.granularity, subnets=snapshot.subnets)
                 await self._session.ensure_mesh(settings, restores=True)
-            except (etcd.EtcdError, store.RecordError) as error:
+            except (etcd.EtcdError, RecordError) as error:
                 self._once.error("settings lost", "the mesh's settings are not in etcd, and cannot be put there",
                                  error=str(error))  # fmt: skip
             else:

@@ -16,10 +16,10 @@ from typing import Any, TypeVar
 import trio
 from attrs import field, frozen
 
-from kilo_etcd import store
 from kilo_etcd.agent.cachefile import FILE, CachedMesh, CachedSnapshot, Identity, Unusable, read, remove, save
 from kilo_etcd.model import Snapshot
 from kilo_etcd.runtime.logs import Once
+from kilo_etcd.store.view import Holdings
 
 T = TypeVar("T")
 
@@ -60,7 +60,7 @@ class SnapshotCache:
         self._identity = identity
         self._once = once
         self._noted: Snapshot | None = None
-        self._holdings: Callable[[], store.Holdings | None] = lambda: None
+        self._holdings: Callable[[], Holdings | None] = lambda: None
         self._due = trio.Event()
         self._writing = trio.Lock()
 
@@ -98,7 +98,7 @@ class SnapshotCache:
         """How old it is, as text."""
         return decoded.age(time.time() if self._disk is None else self._disk.clock())
 
-    def note(self, snapshot: Snapshot, holdings: Callable[[], store.Holdings | None]) -> None:
+    def note(self, snapshot: Snapshot, holdings: Callable[[], Holdings | None]) -> None:
         """`snapshot` is in force, and is to be kept; `holdings`, asked when it is written, is what it was made of."""
         if snapshot is not self._noted:
             self._noted, self._holdings = snapshot, holdings

@@ -22,10 +22,11 @@ from typing import NamedTuple
 
 import trio
 
-from kilo_etcd import etcd, store
+from kilo_etcd.etcd import api as etcd
 from kilo_etcd.planning.encryption import Living
 from kilo_etcd.runtime.logs import Once
-from kilo_etcd.store.keys import StageKey
+from kilo_etcd.store.keys import Keys, StageKey
+from kilo_etcd.store.records import RecordError, decode_stage
 
 GONE_SECONDS = 20.0
 """How long a node has to be without its key before its agent counts as gone: more than a restart takes, or than a lease
@@ -67,7 +68,7 @@ class StageWatch:
     def __init__(
         self,
         client: etcd.Client,
-        keys: store.Keys,
+        keys: Keys,
         once: Once,
         on_news: Callable[[], None],
         rng: random.Random | None = None,
@@ -287,8 +288,8 @@ class StageWatch:
         if not isinstance(key, StageKey) or not kv.lease:
             return None
         try:
-            return _Key(key.node, store.decode_stage(kv.value).revision)
-        except store.RecordError:
+            return _Key(key.node, decode_stage(kv.value).revision)
+        except RecordError:
             return _Key(key.node, 0)
 
     def _lives(self, key: _Key) -> None:

@@ -11,10 +11,12 @@ from datetime import UTC, datetime
 import trio
 from attrs import evolve, frozen
 
-from kilo_etcd import __version__, store
+from kilo_etcd import __version__
 from kilo_etcd.agent.leadership.candidacy_policy import SegmentRole
 from kilo_etcd.agent.notify import notify
 from kilo_etcd.model import Granularity, Snapshot
+from kilo_etcd.store.records import Role, StatusRecord, Unreachable
+from kilo_etcd.store.session.session import Session
 
 MOST_ERRORS = 20
 MOST_CHARACTERS = 1000
@@ -39,7 +41,7 @@ class State:
     """All that is wrong with this host, failures among it."""
     programmed: bool
     address: str
-    unreachable: tuple[store.Unreachable, ...] = ()
+    unreachable: tuple[Unreachable, ...] = ()
     """Members of the location that do not answer."""
     unsigned: tuple[str, ...] = ()
     """Those that answer without their key."""
@@ -54,12 +56,12 @@ class State:
 class StatusReporter:
     """Reports on one agent. `run` is its task."""
 
-    def __init__(self, session: store.Session, public_key: str, granularity_flag: Granularity | None) -> None:
+    def __init__(self, session: Session, public_key: str, granularity_flag: Granularity | None) -> None:
         self._session = session
         self._public_key = public_key
         self._granularity_flag = granularity_flag
         self._since = _now()
-        self._status: store.StatusRecord | None = None
+        self._status: StatusRecord | None = None
         self._nodes = 0
         self._due = trio.Event()
 
@@ -73,12 +75,12 @@ class StatusReporter:
                 + (f"; {state.without_etcd}" if state.without_etcd else ""),
             )
         self._nodes = nodes
-        self._status = store.StatusRecord(
+        self._status = StatusRecord(
             public_key=self._public_key,
             revision=state.revision,
-            role=role.kind if role else store.Role.ALONE,
+            role=role.kind if role else Role.ALONE,
             location=role.location if role else "",
-            leader=role.leader if role and role.kind is not store.Role.ALONE else "",
+            leader=role.leader if role and role.kind is not Role.ALONE else "",
             granularity_flag=self._granularity_flag,
             errors=bounded(state.errors),
             rejected=len(snapshot.rejected),
@@ -95,7 +97,7 @@ class StatusReporter:
 
     def _since_when(self, role: SegmentRole | None) -> str:
         """Since when this host leads. An agent that takes over from a former one of this host goes on counting."""
-        if role is None or role.kind is not store.Role.LEADER:
+        if role is None or role.kind is not Role.LEADER:
             return ""
         before = self._status or self._session.status
         if before is not None and (before.role, before.location) == (role.kind, role.location) and before.leads_since:
@@ -104,7 +106,7 @@ class StatusReporter:
 
     async def run(self) -> None:
         """Write the newest status until cancelled."""
-        written: store.StatusRecord | None = None
+        written: StatusRecord | None = None
         while True:
             await self._due.wait()
             self._due = trio.Event()

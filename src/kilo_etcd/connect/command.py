@@ -189,7 +189,8 @@ def connect_command(
 def _run(mesh: Mesh, options: Options) -> None:
     import trio
 
-    from kilo_etcd import etcd, kernel
+    from kilo_etcd import kernel
+    from kilo_etcd.etcd import api as etcd
     from kilo_etcd.runtime.key_file import KeyFileError
     from kilo_etcd.runtime.lock_file import AlreadyRunning
 
@@ -211,13 +212,14 @@ def _leaves(error: BaseException) -> list[BaseException]:
 
 
 async def _connect(mesh: Mesh, options: Options) -> None:
-    from kilo_etcd import etcd, kernel
+    from kilo_etcd import kernel
     from kilo_etcd.connect.connection import Edges, PeerConnection, Settings
     from kilo_etcd.connect.registration import DesiredPeer, PeerRegistration
+    from kilo_etcd.etcd.client import open_client
     from kilo_etcd.planning.exit_node import unusable
     from kilo_etcd.runtime.key_file import generate, load_or_create_file, peek_file, public_key
     from kilo_etcd.store.keys import Keys
-    from kilo_etcd.topology import build_topology
+    from kilo_etcd.topology.segments import build_topology
 
     _may_change_the_network(options)
     with _alone(options, "interface", options.interface, f"the interface {options.interface}"):
@@ -234,7 +236,7 @@ async def _connect(mesh: Mesh, options: Options) -> None:
             clean_up=options.clean_up,
             replace=options.yes,
         )
-        async with etcd.open_client(mesh.etcd) as client:
+        async with open_client(mesh.etcd) as client:
             registration = PeerRegistration(client, Keys(mesh.prefix), desired, lambda: None)
             decision, before, after = await registration.prospect()
             if options.exit_node is not None and (trouble := unusable(build_topology(after), options.exit_node)):

@@ -14,11 +14,12 @@ from contextlib import suppress
 import trio
 from attrs import frozen
 
-from kilo_etcd import etcd, kernel, store
+from kilo_etcd import kernel
 from kilo_etcd.base.descriptors import OutOfDescriptors
 from kilo_etcd.connect.registration import KEEPALIVE, LEASE_SECONDS, DesiredPeer, PeerRegistration
 from kilo_etcd.ctl.commands.wait import applied
 from kilo_etcd.ctl.context import Failure
+from kilo_etcd.etcd import api as etcd
 from kilo_etcd.model import IPAddress, IPInterface, Snapshot
 from kilo_etcd.model.hostplan import HostPlan
 from kilo_etcd.planning.exit_node import BYPASSES_OF_A_PEER
@@ -31,7 +32,9 @@ from kilo_etcd.runtime.hostnames import known_names
 from kilo_etcd.runtime.logs import Once, get_logger
 from kilo_etcd.runtime.reconciler import Reconciler
 from kilo_etcd.runtime.resolve import LOOKUP_TIMEOUT, Resolver
-from kilo_etcd.topology import Topology, build_topology
+from kilo_etcd.store.keys import Keys
+from kilo_etcd.store.mirror import Mirror
+from kilo_etcd.topology.segments import Topology, build_topology
 
 KNOWN_SECONDS = 2.0
 """How long to wait for all agents to know this machine's key: a first handshake that nobody answers costs five."""
@@ -97,8 +100,8 @@ class PeerConnection:
         self.edges = edges
         self.client = client
         self.prefix = prefix
-        self.keys = store.Keys(prefix)
-        self.mirror = store.Mirror(client, self.keys)
+        self.keys = Keys(prefix)
+        self.mirror = Mirror(client, self.keys)
         self.resolver = Resolver()
         self.facts = HostFacts()
         self.log = get_logger()

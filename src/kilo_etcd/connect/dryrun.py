@@ -4,18 +4,19 @@ from __future__ import annotations
 
 import click
 
-from kilo_etcd import etcd, kernel
+from kilo_etcd import kernel
 from kilo_etcd.connect.connection import Edges, Settings, peer_options
 from kilo_etcd.connect.registration import DesiredPeer
 from kilo_etcd.ctl.context import Failure
 from kilo_etcd.ctl.impact import impact, new_trouble
 from kilo_etcd.ctl.reports.render import clean
+from kilo_etcd.etcd import api as etcd
 from kilo_etcd.model import Snapshot
-from kilo_etcd.planning import peer_plan
+from kilo_etcd.planning.peerplan import peer_plan
 from kilo_etcd.planning.pipeline import peer_plans
 from kilo_etcd.runtime.hostnames import known_names
 from kilo_etcd.runtime.resolve import etcd_networks, resolve_once
-from kilo_etcd.topology import build_topology
+from kilo_etcd.topology.segments import build_topology
 
 
 async def show(

@@ -39,7 +39,7 @@ class Mesh:
     def ask(self, work: Callable[[Client, Keys], Awaitable[T]]) -> T:
         """Run `work` with a client, in a trio of its own. Failure, KeyboardInterrupt, or whatever `work` raises."""
 
-        from kilo_etcd.etcd import open_client
+        from kilo_etcd.etcd.client import open_client
         from kilo_etcd.store.keys import Keys
 
         async def session() -> T:

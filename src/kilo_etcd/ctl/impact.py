@@ -15,9 +15,9 @@ from kilo_etcd.ctl.reports.report import grouped_unrouted, unrouted_remarks, unr
 from kilo_etcd.model import InternalIPs, Node, Snapshot
 from kilo_etcd.planning.exit_node import trouble_of
 from kilo_etcd.store.annotations import ANNOTATIONS
-from kilo_etcd.topology import Segment, Topology, build_topology
 from kilo_etcd.topology.graph import EdgeKind, edges
 from kilo_etcd.topology.inclear import back_in_clear, endpoints_in_clear
+from kilo_etcd.topology.segments import Segment, Topology, build_topology
 from kilo_etcd.topology.unaware import unaware_problems
 
 MOST_REASONS = 4

@@ -27,7 +27,7 @@ from attrs import evolve, field, frozen
 
 from kilo_etcd.model import DEFAULT_LOCATION, IPAddress, Node, Snapshot, is_public
 from kilo_etcd.model.hostplan import HostPlan, PeerPlan
-from kilo_etcd.topology import Topology
+from kilo_etcd.topology.segments import Topology
 
 _NOBODY: Mapping[str, int] = MappingProxyType({})
 

@@ -20,7 +20,7 @@ from kilo_etcd.planning.peerplan import peer_plan
 from kilo_etcd.planning.plan import host_plan
 from kilo_etcd.planning.reach import Silent, withhold
 from kilo_etcd.planning.route_filter import filter_routes
-from kilo_etcd.topology import Topology
+from kilo_etcd.topology.segments import Topology
 
 
 @frozen(kw_only=True)

@@ -11,7 +11,7 @@ from kilo_etcd.kernel.state import SetPeer
 from kilo_etcd.model import IPAddress
 from kilo_etcd.model.hostplan import HostPlan
 from kilo_etcd.planning.handshake_order import begins
-from kilo_etcd.topology import Topology
+from kilo_etcd.topology.segments import Topology
 
 DISCARD_PORT = 9
 """RFC 863; whoever gets the packet may throw it away, since its arrival at the tunnel's far end is all it is for."""

@@ -17,7 +17,7 @@ from attrs import frozen
 from kilo_etcd.base.quoting import shown
 from kilo_etcd.model import IPAddress, is_dns_name
 from kilo_etcd.model.hostplan import HostPlan
-from kilo_etcd.topology import Topology
+from kilo_etcd.topology.segments import Topology
 
 _SYSTEM = (
     "localhost localdomain loopback broadcasthost local internal onion arpa alt _gateway _outbound wpad isatap "

@@ -24,7 +24,8 @@ from pathlib import Path
 import trio
 from attrs import define, evolve, field, frozen
 
-from kilo_etcd.etcd import Config, EtcdError, Tls, open_client
+from kilo_etcd.etcd.api import Config, EtcdError, Tls
+from kilo_etcd.etcd.client import open_client
 
 from .certificates import Authority
 

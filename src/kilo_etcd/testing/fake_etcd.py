@@ -23,7 +23,6 @@ from typing import TYPE_CHECKING, TypeVar
 import trio
 from attrs import define, evolve, field, frozen
 
-from kilo_etcd.etcd import Member
 from kilo_etcd.etcd.api import (
     BadRequest,
     Client,
@@ -54,6 +53,7 @@ from kilo_etcd.etcd.api import (
     WatchBatch,
     prefix_end,
 )
+from kilo_etcd.etcd.values import Member
 
 _T = TypeVar("_T")
 MAX_OPERATIONS = 128

@@ -29,11 +29,10 @@ from kilo_etcd.kernel.routing import encrypted
 from kilo_etcd.kernel.routing.exit_node import MARK
 from kilo_etcd.kernel.state import Observed
 from kilo_etcd.model import DEFAULT_INTERFACE, EncryptionStage, InternalIPs, IPAddress, Node, Snapshot
-from kilo_etcd.store import Keys
-from kilo_etcd.topology import Topology
+from kilo_etcd.store.keys import Keys
 from kilo_etcd.topology.families import same_site
 from kilo_etcd.topology.places import own_addresses
-from kilo_etcd.topology.segments import host_network
+from kilo_etcd.topology.segments import Topology, host_network
 from kilo_etcd.topology.unrouted import unrouted
 from simulation.network import T, refused
 

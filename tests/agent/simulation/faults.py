@@ -27,7 +27,7 @@ from kilo_etcd.kernel.state import (
     SetPeer,
 )
 from kilo_etcd.model import IPNetwork
-from kilo_etcd.store import Keys
+from kilo_etcd.store.keys import Keys
 
 if TYPE_CHECKING:
     from simulation.host import SimulatedHost

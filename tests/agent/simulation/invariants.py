@@ -41,10 +41,10 @@ from kilo_etcd.kernel.state import (
 )
 from kilo_etcd.model import SESSION_SECONDS, Endpoint, Granularity, InternalIPs, IPAddress, IPNetwork, Snapshot
 from kilo_etcd.model.hostplan import HostPlan
-from kilo_etcd.planning import host_plan
+from kilo_etcd.planning.plan import host_plan
 from kilo_etcd.planning.reach import Silent
-from kilo_etcd.store import Keys
-from kilo_etcd.topology import Topology, UnknownNode, build_topology
+from kilo_etcd.store.keys import Keys
+from kilo_etcd.topology.segments import Topology, UnknownNode, build_topology
 from simulation.encryption import Steady, sent_in_clear
 
 if TYPE_CHECKING:

@@ -39,7 +39,7 @@ from kilo_etcd.model import (
 from kilo_etcd.model.hostplan import Encryption, HostPlan, PeerPlan, RoutePlan, Via
 from kilo_etcd.planning.walk import Hop, longest_match, walk
 from kilo_etcd.testing.fake_kernel import FakeHost
-from kilo_etcd.topology import Topology, build_topology
+from kilo_etcd.topology.segments import Topology, build_topology
 
 _Followed = tuple[str, tuple[Hop, ...], tuple[Hop, ...]]
 """Why there is no answer, or the ways there and back."""

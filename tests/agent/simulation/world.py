@@ -33,17 +33,15 @@ from kilo_etcd.kernel.diff import difference
 from kilo_etcd.kernel.unanswered import TURN_SECONDS
 from kilo_etcd.model import IPNetwork, Snapshot
 from kilo_etcd.model.hostplan import HostPlan
-from kilo_etcd.planning import host_plan
+from kilo_etcd.planning.plan import host_plan
 from kilo_etcd.planning.walk import walk
-from kilo_etcd.store import Keys
-from kilo_etcd.store.keys import leased_by
+from kilo_etcd.store.keys import Keys, leased_by
 from kilo_etcd.store.records import decode_status
 from kilo_etcd.store.session.leased_keys import QUIET_SECONDS
 from kilo_etcd.store.view import View
 from kilo_etcd.testing.fake_etcd import Backup, FakeEtcd
-from kilo_etcd.topology import Topology, build_topology
 from kilo_etcd.topology.nat import about_partner
-from kilo_etcd.topology.segments import host_network
+from kilo_etcd.topology.segments import Topology, build_topology, host_network
 from simulation import encryption, faults
 from simulation.clockwork import freezable, seeded
 from simulation.faults import FAULTS, Fault

@@ -22,8 +22,7 @@ from hashlib import blake2b, blake2s
 from attrs import define, evolve, field, frozen
 
 from kilo_etcd.model import Candidate, CandidateClass, Snapshot
-from kilo_etcd.topology import Topology
-from kilo_etcd.topology.segments import Segment
+from kilo_etcd.topology.segments import Segment, Topology
 
 MOST_LEADERS = 60
 """Leaders in one answer, which then has 1,004 bytes."""

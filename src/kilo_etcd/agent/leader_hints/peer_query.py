@@ -40,7 +40,7 @@ from kilo_etcd.agent.leader_hints.hints import (
 from kilo_etcd.agent.probing.reachability import Reachability
 from kilo_etcd.base import descriptors
 from kilo_etcd.model import IPAddress, Node, is_public
-from kilo_etcd.topology import Topology, UnknownNode
+from kilo_etcd.topology.segments import Topology, UnknownNode
 
 PORT = 1107
 """UDP; Kilo's number."""

@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import trio
 
-from kilo_etcd import store
 from kilo_etcd.agent.leadership import candidacy_policy
 from kilo_etcd.model import CandidateClass, Snapshot
 from kilo_etcd.runtime.logs import get_logger
-from kilo_etcd.topology import Topology
+from kilo_etcd.store.session.session import Session
 from kilo_etcd.topology.probe_reports import sentence
+from kilo_etcd.topology.segments import Topology
 
 _CHOSEN = (CandidateClass.ANNOTATED_PUBLIC, CandidateClass.ANNOTATED)
 
@@ -27,7 +27,7 @@ def _newly_chosen(
 class CandidacyTask:
     """The candidacy of node `name`, entered and given up through `session`."""
 
-    def __init__(self, session: store.Session, name: str) -> None:
+    def __init__(self, session: Session, name: str) -> None:
         self._session = session
         self._name = name
         self._eligible: candidacy_policy.DesiredCandidacy | None = None

@@ -12,9 +12,8 @@ from attrs import evolve, frozen
 from kilo_etcd.base.quoting import first_of
 from kilo_etcd.model import CandidateClass, Granularity, InternalIPs, IPNetwork, Node, Snapshot
 from kilo_etcd.model.hostplan import HostPlan, Via
-from kilo_etcd.store import Role
-from kilo_etcd.topology import Topology
-from kilo_etcd.topology.segments import segment_key
+from kilo_etcd.store.records import Role
+from kilo_etcd.topology.segments import Topology, segment_key
 
 SETTLE_SECONDS = 2.0
 """How long a host that does not lead keeps its class unchanged before it stands for leader (no flapping)."""

@@ -13,13 +13,14 @@ from collections.abc import Callable, Collection, KeysView, Mapping
 import trio
 from attrs import frozen
 
-from kilo_etcd import kernel, store
+from kilo_etcd import kernel
 from kilo_etcd.agent.nat.nat_traversal import Attempts, partners
 from kilo_etcd.agent.nat.observed_endpoints import PublishSchedule, Watched, observed_here, to_publish, to_watch
 from kilo_etcd.kernel.state import PeerActivity
 from kilo_etcd.model import Node, Snapshot
 from kilo_etcd.model.hostplan import HostPlan
 from kilo_etcd.store.records import ObservedEndpointRecord
+from kilo_etcd.store.session.session import Session
 
 FIRST, LONGEST = 1.0, 10.0
 """Seconds between two readings: after a change, and when nothing has changed for long."""
@@ -69,7 +70,7 @@ class WireGuardMonitor:
     def __init__(
         self,
         device: kernel.Kernel,
-        session: store.Session,
+        session: Session,
         name: str,
         *,
         on_traversal_failures: Callable[[tuple[str, ...]], object],

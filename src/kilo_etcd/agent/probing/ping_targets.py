@@ -13,9 +13,8 @@ from zlib import crc32
 
 from kilo_etcd.model import IPAddress, Node
 from kilo_etcd.model.hostplan import HostPlan, RoutePlan
-from kilo_etcd.topology import Topology, UnknownNode
 from kilo_etcd.topology.places import own_endpoints
-from kilo_etcd.topology.segments import host_network
+from kilo_etcd.topology.segments import Topology, UnknownNode, host_network
 
 FEW = 4
 """Nodes that a member tries in a mesh that is larger than what was asked for: half of them leaders, by whom it can be

@@ -20,10 +20,9 @@ from zlib import crc32
 from attrs import define, field, frozen
 
 from kilo_etcd.model import IPAddress, Node, ProbeReport
-from kilo_etcd.topology import Topology, UnknownNode
 from kilo_etcd.topology.families import common_family, same_site
 from kilo_etcd.topology.probe_reports import VOTERS
-from kilo_etcd.topology.segments import Segment
+from kilo_etcd.topology.segments import Segment, Topology, UnknownNode
 
 PERIOD = 0.75
 """Seconds between two requests of a next in line: a packet of 32 bytes, which is 92 with WireGuard's headers (IPv4), so

@@ -15,7 +15,7 @@ from contextlib import suppress
 import trio
 from attrs import evolve
 
-from kilo_etcd import kernel, store
+from kilo_etcd import kernel
 from kilo_etcd.agent.probing import probe_assignment as periods
 from kilo_etcd.agent.probing.baseline import OPEN_SECONDS, NoBaseline
 from kilo_etcd.agent.probing.probe_assignment import (
@@ -30,8 +30,10 @@ from kilo_etcd.agent.probing.takeover import TakeoverCheck
 from kilo_etcd.kernel.echo import EchoRequests
 from kilo_etcd.model import IPAddress, Node
 from kilo_etcd.runtime.logs import Once
-from kilo_etcd.topology import Topology, UnknownNode
+from kilo_etcd.store.records import ProbeReportRecord
+from kilo_etcd.store.session.session import Session
 from kilo_etcd.topology.probe_reports import standing
+from kilo_etcd.topology.segments import Topology, UnknownNode
 
 SUSPECT_PERIOD = 0.5
 """Seconds between two looks while the report stands that the leader does not forward."""
@@ -68,7 +70,7 @@ class Prober:
     def __init__(
         self,
         device: kernel.Kernel,
-        session: store.Session,
+        session: Session,
         name: str,
         once: Once,
         *,
@@ -211,7 +213,7 @@ class Prober:
         if not (was_sound and self._was_sound):
             # Requests that were sent before all was there again say nothing about it either.
             return periods.PERIOD
-        report = store.ProbeReportRecord(
+        report = ProbeReportRecord(
             leader=assignment.leader.name,
             candidacy=assignment.candidacy,
             targets=tuple(sorted(node.name for node in targets)),
@@ -240,7 +242,7 @@ class Prober:
                     await self._put_reports(assignment.location, evolve(report, can_take_over=True))
         return SUSPECT_PERIOD
 
-    def _may_say(self, assignment: ProbeAssignment, report: store.ProbeReportRecord) -> bool:
+    def _may_say(self, assignment: ProbeAssignment, report: ProbeReportRecord) -> bool:
         """Whether silence is enough for a report. Without a baseline it takes a leader that answers on the location's
         network, or another member of the location that suspects it too; and there is an end to it if no target
         confirms it."""
@@ -400,7 +402,7 @@ class Prober:
             return
         await self._put_reports(
             cross_check.location,
-            store.ProbeReportRecord(
+            ProbeReportRecord(
                 leader=cross_check.leader.name,
                 candidacy=cross_check.candidacy,
                 targets=tuple(sorted(node.name for node in cross_check.members)),
@@ -410,7 +412,7 @@ class Prober:
 
     # -- reports -------------------------------------------------------------------------------------------
 
-    def _own_report(self, assignment: ProbeAssignment) -> store.ProbeReportRecord | None:
+    def _own_report(self, assignment: ProbeAssignment) -> ProbeReportRecord | None:
         own_report = self._session.probe_reports.get(assignment.location)
         return (
             own_report if own_report is not None and assignment.about(own_report.leader, own_report.candidacy) else None
@@ -448,7 +450,7 @@ class Prober:
         for location in [location for location in self._session.probe_reports if not self._holds(location)]:
             await self._put_reports(location, None)
 
-    async def _put_reports(self, location: str, record: store.ProbeReportRecord | None) -> None:
+    async def _put_reports(self, location: str, record: ProbeReportRecord | None) -> None:
         async with self._lock:
             before = self._session.probe_reports
             after = {name: own_report for name, own_report in before.items() if name != location}

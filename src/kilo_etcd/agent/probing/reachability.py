@@ -34,8 +34,7 @@ from kilo_etcd.kernel.state import Observed
 from kilo_etcd.model import SESSION_SECONDS, IPAddress, Node
 from kilo_etcd.model.hostplan import HostPlan
 from kilo_etcd.planning.reach import MemberAddress, Silent, local_members, targets_of
-from kilo_etcd.topology import Topology, UnknownNode
-from kilo_etcd.topology.segments import host_network
+from kilo_etcd.topology.segments import Topology, UnknownNode, host_network
 
 NAMED_AFTER = 4
 """Attempts in a row without an answer after which a target is reported: they take about six seconds."""

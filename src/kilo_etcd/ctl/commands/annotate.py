@@ -23,7 +23,7 @@ from kilo_etcd.store.annotations import ANNOTATIONS, Registered
 from kilo_etcd.store.keys import Keys
 from kilo_etcd.store.records import MAX_ANNOTATION, NodeRecord, RecordError, decode_node, decode_text
 from kilo_etcd.store.view import View
-from kilo_etcd.topology import build_topology
+from kilo_etcd.topology.segments import build_topology
 
 
 def parse_annotation(text: str) -> tuple[str, str | None]:

@@ -38,8 +38,8 @@ def graph_command(mesh: Mesh, output: str, plain: bool) -> None:
     """
     from kilo_etcd.ctl.reports.draw import CannotDraw, engine, graph_json, mermaid, picture
     from kilo_etcd.ctl.reports.live import edge_states
-    from kilo_etcd.topology import build_topology
     from kilo_etcd.topology.graph import graph
+    from kilo_etcd.topology.segments import build_topology
 
     if output == "png" and sys.stdout.isatty():
         raise Failure("a PNG is nothing to look at in a terminal: kgctl graph -o png > mesh.png")

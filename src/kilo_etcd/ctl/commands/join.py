@@ -37,7 +37,7 @@ from kilo_etcd.store.view import View
 from kilo_etcd.topology.internal import Links
 
 if TYPE_CHECKING:
-    from kilo_etcd.topology import Topology
+    from kilo_etcd.topology.segments import Topology
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -227,7 +227,7 @@ def _parted(_one: Side, _other: Side) -> tuple[Peers, Peers]:
 
 
 def _topology(side: Side) -> Topology:
-    from kilo_etcd.topology import build_topology
+    from kilo_etcd.topology.segments import build_topology
 
     return build_topology(side.mesh.ask(operator.snapshot)[0])
 
@@ -288,7 +288,7 @@ def _follow(one: Side, other: Side) -> None:
         changed = trio.Event()
 
         async def watch(side: Side) -> None:
-            from kilo_etcd.etcd import open_client
+            from kilo_etcd.etcd.client import open_client
 
             async with open_client(side.mesh.etcd) as client:
                 await watch_changes(client, Keys(side.mesh.prefix).root, changed_now, retry=RETRY_SECONDS)

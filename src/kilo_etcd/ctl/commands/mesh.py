@@ -20,7 +20,7 @@ from kilo_etcd.store import operator
 from kilo_etcd.store.keys import Keys
 from kilo_etcd.store.records import encode_adoption
 from kilo_etcd.store.view import View
-from kilo_etcd.topology import Topology, build_topology
+from kilo_etcd.topology.segments import Topology, build_topology
 from kilo_etcd.topology.stages import Switch, switch
 
 

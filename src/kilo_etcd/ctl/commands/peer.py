@@ -261,7 +261,7 @@ def _key_in(path: Path) -> str:
 
 def _print_configuration(mesh: Mesh, name: str, private: str, *, qr: bool) -> None:
     from kilo_etcd.ctl.formats.wgconf import of_peer, text
-    from kilo_etcd.topology import build_topology
+    from kilo_etcd.topology.segments import build_topology
 
     try:
         configuration = of_peer(build_topology(mesh.ask(operator.snapshot)[0]), name)
@@ -369,7 +369,7 @@ async def _look(
 
 def _notes(snapshot: Snapshot, keys: Keys) -> Mapping[str, list[str]]:
     """What peers are not given, by name."""
-    from kilo_etcd.topology import build_topology
+    from kilo_etcd.topology.segments import build_topology
 
     result = defaultdict(list)
     for note in snapshot.rejected:

@@ -30,8 +30,7 @@ from kilo_etcd.planning.exit_node import unusable
 from kilo_etcd.runtime.parsing import parse_node_name
 from kilo_etcd.store import operator
 from kilo_etcd.store.records import check_key
-from kilo_etcd.topology import Topology, build_topology
-from kilo_etcd.topology.segments import UnknownNode
+from kilo_etcd.topology.segments import Topology, UnknownNode, build_topology
 
 FORMATS = ("wireguard", "wg-quick", "json", "yaml")
 

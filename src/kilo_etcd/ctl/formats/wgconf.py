@@ -12,10 +12,11 @@ from attrs import evolve, field, frozen
 
 from kilo_etcd.model import Endpoint, IPNetwork
 from kilo_etcd.model.hostplan import HostPlan
-from kilo_etcd.planning import host_plan, peer_plan
 from kilo_etcd.planning.exit_node import by_exit_node, with_exit_node
+from kilo_etcd.planning.peerplan import peer_plan
+from kilo_etcd.planning.plan import host_plan
 from kilo_etcd.store.records import PeerRecord
-from kilo_etcd.topology import Topology
+from kilo_etcd.topology.segments import Topology
 
 
 @frozen(kw_only=True)
