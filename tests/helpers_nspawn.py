@@ -127,9 +127,13 @@ def _booted(process: subprocess.Popen[bytes], name: str, address: str, log: Path
     host = Host(name, address, init(), Path(f"/proc/{init()}/root"))
 
     def state() -> str:
-        return host.run("systemctl is-system-running", check=False).stdout.strip()
+        return host.run("systemctl is-system-running 2>&1", check=False).stdout.strip()
 
-    wait(lambda: state() in ("running", "degraded"), _BOOT_SECONDS, lambda: f"{name} is {state()}")
+    def why() -> str:
+        jobs = host.run("systemctl list-jobs --no-pager 2>&1; journalctl -b -n 20 --no-pager 2>&1", check=False).stdout
+        return f"{name} is {state()}\n{jobs}{log.read_text(errors='replace')}"
+
+    wait(lambda: state() in ("running", "degraded"), _BOOT_SECONDS, why)
     host.run(f"ip address add {address}/24 dev host0; ip link set host0 up; ip link set lo up; "
              f"ip route add default via {NETWORK}.254")  # fmt: skip
     return host

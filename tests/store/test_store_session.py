@@ -1254,7 +1254,7 @@ async def test_what_another_put_under_no_lease_is_not_deleted_after_the_host_has
     async with member(etcd) as it, trio.open_nursery() as nursery:
         await nursery.start(mirror.run)
         etcd.put(LED, "x")
-        await eventually(lambda: mirror.leaseless("a") == {LED})
+        await eventually(lambda: mirror.faulty("a") == {LED})
         nursery.cancel_scope.cancel()
     assert mirror.current is not None
     async with member(etcd) as it:
@@ -1327,23 +1327,81 @@ async def test_thousands_of_keys_in_a_host_s_name_are_deleted_in_a_few_writes_an
 
 @pytest.mark.parametrize("value", ["junk", '{"rank":0,"leader":7}'])
 async def test_what_nobody_can_read_in_a_host_s_name_is_deleted_under_whatever_lease_it_stands(value: str) -> None:
+    """But no key of another's, nor the host's own record and claims, which are not under a short lease."""
     etcd = FakeEtcd()
     mirror = Mirror(etcd.client(), KEYS)
-    own = KEYS.probe_report("home", "a"), KEYS.election("aws", "a"), KEYS.endpoint("b", "a")
-    others = KEYS.election("aws", "b"), KEYS.location("c")
+    etcd.put_kept("/kilo/by/older/addresses/10.4.0.77", "")
+    unreadable = KEYS.probe_report("home", "a"), KEYS.election("x" * 1100, "a"), KEYS.endpoint("b", "a")
+    candidacy = KEYS.election("aws", "a")
+    kept = KEYS.election("aws", "b"), KEYS.location("c"), KEYS.node("a"), "/kilo/by/a/addresses/10.4.0.77"
     async with member(etcd) as it, trio.open_nursery() as nursery:
         await nursery.start(mirror.run)
         await trio.sleep(60)
-        for key in (*own, *others):
+        for key in (*unreadable, candidacy, *kept[:2]):
             etcd.put_kept(key, value)
+        etcd.put_kept(kept[3], "")
         await eventually(lambda: mirror.current and mirror.current.revision == etcd.revision)
         assert mirror.current is not None
-        assert {rejected.key for rejected in mirror.current.rejected} >= set(own) - {KEYS.election("aws", "a")}
+        rejected = {record.key for record in mirror.current.rejected}
+        assert rejected >= {unreadable[0], unreadable[2], kept[3]}
         await it.compare(mirror.current, mirror, on_record=False)
-        await eventually(lambda: not set(own) & set(etcd.keys()))
-        assert set(others) <= set(etcd.keys()), "these are not its own to delete"
+        await eventually(lambda: not {*unreadable, candidacy} & set(etcd.keys()))
+        await trio.sleep(60)
+        assert set(kept) <= set(etcd.keys())
         assert GCP in etcd
         assert it.healthy
+        nursery.cancel_scope.cancel()
+
+
+@pytest.mark.parametrize("late", [False, True])
+async def test_a_forged_key_goes_although_the_host_has_just_deleted_something_that_the_mirror_does_not_watch(
+    late: bool,
+) -> None:
+    etcd = FakeEtcd()
+    mirror = Mirror(etcd.client(), KEYS)
+    forged = KEYS.election("aws", "a")
+    async with member(etcd) as it, trio.open_nursery() as nursery:
+        await nursery.start(mirror.run)
+        await it.put_stage(StageRecord(revision=1))
+        await trio.sleep(60 * late)
+        etcd.put_kept(forged, '{"rank":0}')
+        await it.put_stage(None)
+        await eventually(lambda: mirror.current and "aws" in mirror.current.candidates)
+        for _ in range(5):
+            await trio.sleep(30)
+            assert mirror.current is not None
+            await it.compare(mirror.current, mirror, on_record=False)
+        await eventually(lambda: forged not in etcd)
+        assert it.healthy
+        nursery.cancel_scope.cancel()
+
+
+async def test_a_forged_key_goes_although_it_was_written_again_while_it_was_being_deleted() -> None:
+    etcd = FakeEtcd()
+    mirror = Mirror(etcd.client(), KEYS)
+    forged = KEYS.election("aws", "a")
+
+    class Racing(FakeClient):
+        armed = True
+
+        async def txn(self, compare: Any, success: Any = (), failure: Any = ()) -> Any:
+            if Racing.armed and any(getattr(op, "key", None) == forged for op in success):
+                Racing.armed = False
+                etcd.put_kept(forged, '{"rank":1}')
+                etcd.put_kept(KEYS.status("b"), "{}")
+            return await super().txn(compare, success, failure)
+
+    async with member(etcd, Racing(etcd, "a")) as it, trio.open_nursery() as nursery:
+        await nursery.start(mirror.run)
+        await trio.sleep(60)
+        etcd.put_kept(forged, '{"rank":0}')
+        await eventually(lambda: mirror.current and "aws" in mirror.current.candidates)
+        for _ in range(5):
+            await trio.sleep(30)
+            assert mirror.current is not None
+            await it.compare(mirror.current, mirror, on_record=False)
+        assert not Racing.armed, "it was written again"
+        await eventually(lambda: forged not in etcd)
         nursery.cancel_scope.cancel()
 
 

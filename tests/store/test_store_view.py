@@ -634,14 +634,14 @@ def test_what_would_outlive_its_host_is_rejected_with_the_remedy(key: str, value
         assert evolve(snapshot, revision=without.revision, rejected=()) == without
         assert "it is under no lease" in world.aside[key]
         assert f"etcdctl del {key}" in world.aside[key]
-        assert world.view.leaseless("b") == {key}
+        assert world.view.faulty("b") == {key}
         assert snapshot == world.from_scratch().snapshot()
         world.put(key, value)
-        assert world.view.leaseless("b") == frozenset()
+        assert world.view.faulty("b") == ({key} if value == b"{" else set()), "nobody can read it"
         assert ("no lease" in world.aside.get(key, "")) is False
     world.put(key, value, lease=0)
     world.delete(key)
-    assert world.view.leaseless("b") == frozenset()
+    assert world.view.faulty("b") == frozenset()
     assert world.aside == {}
 
 

@@ -129,9 +129,10 @@ class Mirror:
         """The nodes and peers whose endpoints a node has observed, as it says as of the newest event."""
         return self._view.observed_by(observer)
 
-    def leaseless(self, node: str) -> frozenset[str]:
-        """What is in a node's name as of the newest event, and would have to be under its short lease and is not."""
-        return self._view.leaseless(node)
+    def faulty(self, node: str) -> frozenset[str]:
+        """What is in a node's name as of the newest event, would have to be under one of its leases, and is under none
+        or cannot be read."""
+        return self._view.faulty(node)
 
     def holder(self, address: IPAddress) -> Claimant | None:
         """Who has a mesh address as of the newest event; None: nobody."""

@@ -150,8 +150,9 @@ class View:
         self._subjects: dict[str, set[str]] = {}
         """Observer -> the subjects of its observed endpoints."""
         self._probers: dict[str, dict[str, ProbeReport]] = {}
-        self._leaseless: dict[str, set[bytes]] = {}
-        """Node -> keys that its agent alone may write, under a lease, and that are under none."""
+        self._faulty: dict[str, set[bytes]] = {}
+        """Node -> keys that its agent alone may write, under a lease, and that are under none or hold what cannot be
+        read."""
         self._key_index = KeyIndex()
         self._aside: dict[object, tuple[RejectedRecord, ...]] = {}  # raw key, owner or place
         # What has changed since the last snapshot.
@@ -240,9 +241,10 @@ class View:
         """The nodes and peers whose endpoints a node says it has observed."""
         return frozenset(self._subjects.get(observer, ()))
 
-    def leaseless(self, node: str) -> frozenset[str]:
-        """The keys in the name of a node that would have to be under one of its leases, and are under none."""
-        return frozenset(key.decode(errors="replace") for key in self._leaseless.get(node, ()))
+    def faulty(self, node: str) -> frozenset[str]:
+        """The keys in the name of a node that would have to be under one of its leases, and are under none or hold what
+        cannot be read, all of it or a part."""
+        return frozenset(key.decode(errors="replace") for key in self._faulty.get(node, ()))
 
     def kv(self, key: str | bytes) -> KeyValue | None:
         """The raw key-value, readable or not."""
@@ -424,23 +426,28 @@ class View:
         if notes or key in self._aside:
             author = k.written_by(parsed) or ""
             self._note(key, (RejectedRecord(_shown(key), note, author) for note in notes))
+            if (node := k.ends_with(parsed)) is not None:
+                self._note_faulty(node, key, faulty=bool(notes))
         return reason
+
+    def _note_faulty(self, node: str, key: bytes, *, faulty: bool) -> None:
+        # Changed in place: of one node there may be thousands.
+        keys = self._faulty.setdefault(node, set())
+        if faulty:
+            keys.add(key)
+        else:
+            keys.discard(key)
+        if not keys:
+            del self._faulty[node]
 
     def _check_lease(self, parsed: k.ParsedKey, kv: KeyValue | None, key: bytes) -> None:
         """RecordError for a value that would outlive its host: it would count until an operator deletes it."""
-        if (author := k.ends_with(parsed)) is None:
-            return
-        # Changed in place: of one node there may be thousands.
-        leaseless = self._leaseless.setdefault(author, set())
-        leaseless.discard(key)
-        if kv is not None and not kv.lease:
-            leaseless.add(key)
+        author = k.ends_with(parsed)
+        if author is not None and kv is not None and not kv.lease:
             raise RecordError(
                 f"it is under no lease, so no agent keeps it; the agent of {author} writes it under a lease, and "
                 f"restores or deletes it if it runs; else delete it: etcdctl del {_shown(key)}"
             )
-        if not leaseless:
-            del self._leaseless[author]
 
     def _decode_into_table(self, parsed: k.ParsedKey, kv: KeyValue | None) -> Sequence[str]:
         """One key's value into its table (None: out of it). RecordError before anything has changed."""

@@ -10,7 +10,7 @@ from collections.abc import Set
 
 from kilo_etcd.etcd.api import KeyValue
 from kilo_etcd.model import Snapshot
-from kilo_etcd.store.keys import Keys, leased_by
+from kilo_etcd.store.keys import Keys
 from kilo_etcd.store.mirror import Mirror
 
 
@@ -22,8 +22,6 @@ class ForeignKeys:
         self._name = name
         self._places_of: tuple[object, object, tuple[str, ...]] = (None, None, ())
         """Candidacies and probe reports of all, and the keys among them that have this host's name."""
-        self._rejected_of: tuple[object, tuple[str, ...]] = (None, ())
-        """All that is rejected, and the keys among it that only this host writes, under its lease."""
         self._led_in: tuple[object, tuple[str, ...]] = (None, ())
         """The leaders on record, and the locations where this host is one."""
 
@@ -32,13 +30,8 @@ class ForeignKeys:
         if self._places_of[0] is not snapshot.candidates or self._places_of[1] is not snapshot.probe_reports:
             keys = _places(self._keys, self._name, snapshot)
             self._places_of = snapshot.candidates, snapshot.probe_reports, keys
-        if self._rejected_of[0] is not snapshot.rejected:
-            by_this_host = (record.key for record in snapshot.rejected if record.author == self._name)
-            keys = tuple(key for key in by_this_host if leased_by(self._keys.parse(key)) == self._name)
-            self._rejected_of = snapshot.rejected, keys
         observed = [self._keys.endpoint(name, self._name) for name in mirror.observed_by(self._name)]
-        readable_or_not = {*self._places_of[2], *observed, *self._rejected_of[1]}
-        kvs = (mirror.kv(key) for key in (readable_or_not | mirror.leaseless(self._name)) - known_keys)
+        kvs = (mirror.kv(key) for key in {*self._places_of[2], *observed, *mirror.faulty(self._name)} - known_keys)
         return [kv for kv in kvs if kv is not None]
 
     def led(self, snapshot: Snapshot) -> tuple[str, ...]:

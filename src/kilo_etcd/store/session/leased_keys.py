@@ -67,8 +67,8 @@ class LeasedKeys:
         self._backoffs: dict[str, RepairBackoff] = {}
         self.foreign: set[str] = set()
         """Keys that `find` has brought: they are only to be deleted, so nobody watches them. There may be thousands."""
-        self._deleted_at = 0
-        """etcd's revision of the last own deletion."""
+        self._deleted_at: dict[str, int] = {}
+        """Key -> up to which mod revision its value is known to be gone, as long as who reads etcd may not know."""
         self.values: dict[str, bytes] = {}
         self.contested: tuple[str, ...] = ()
         """Keys that another writer changes again and again."""
@@ -120,8 +120,9 @@ class LeasedKeys:
         self._unsure.add(key)
 
     def remove(self, key: str, revision: int = 0) -> None:
-        """`key` is held no more; it was deleted at `revision`."""
-        self._deleted_at = max(self._deleted_at, revision)
+        """`key` is held no more; what it held up to `revision` is gone, or another writer has changed it since."""
+        if revision:
+            self._deleted_at[key] = revision
         self.values.pop(key, None)
         self.foreign.discard(key)
         self._since.pop(key, None)
@@ -133,7 +134,7 @@ class LeasedKeys:
         """Nothing is held any more: the lease has gone, or etcd is another one."""
         for key in list(self.values):
             self.remove(key)
-        self._deleted_at = 0
+        self._deleted_at.clear()
         self._backoffs.clear()
         self._notify()
 
@@ -154,7 +155,9 @@ class LeasedKeys:
         """Take note of `kvs`, of which `revision` or a later one knows, at places that are this host's alone: held and
         not wanted they are deleted, unless they are written once more before that."""
         async with self._lock:
-            new = {kv.key.decode(): kv for kv in kvs} if revision >= self._deleted_at else {}
+            found = {kv.key.decode(): kv for kv in kvs}
+            self._deleted_at = {key: at for key, at in self._deleted_at.items() if at > revision or key in found}
+            new = {key: kv for key, kv in found.items() if kv.mod_revision > self._deleted_at.get(key, 0)}
             for key in new.keys() - self.values.keys():
                 self._note_change(key)
                 self.values[key], self._since[key] = new[key].value, new[key].mod_revision

@@ -59,12 +59,12 @@ class LeasedWriter:
             revisions = {key: foreign[key] for key in foreign if self._apart(key) is apart}
             try:
                 if revisions:
-                    revision = await self._registration.delete_unchanged(revisions)
+                    await self._registration.delete_unchanged(revisions)
             except PermissionDenied as error:
                 denied = error
                 continue
             for key in revisions:
-                self._leased.remove(key, revision)
+                self._leased.remove(key, revisions[key])
         if denied is not None:
             raise denied
 
