@@ -79,6 +79,10 @@ CASES: dict[str, tuple[Lost, list[tuple[str, str]]]] = {
         lambda one, other: other == "a3",
         [("a3", "its own packets are answered, but echo requests to 10.4.0.3 are not (tried by a1, a2, b1, b2, c1)")],
     ),
+    "where all hosts but one filter echo requests that one is not to blame": (
+        lambda one, other: other != "a3",
+        [(name, "its own packets are answered, but echo requests to ") for name in ("a1", "a2", "b1", "b2", "c1")],
+    ),
     "two members that do not reach each other": (
         lambda one, other: {one, other} == {"a2", "a3"}, [("a2 - a3", "a2 and a3 do not reach each other")],
     ),

@@ -98,6 +98,20 @@ def test_a_wrong_value_in_the_file_is_one_sentence_that_names_it(path: Path) -> 
     assert (result.exit_code, "'perhaps' is not a valid boolean" in result.output) == (2, True)
 
 
+@pytest.mark.parametrize("line", ["KILO_PREFIX=/", "ETCDCTL_CERT=/x", "ETCDCTL_DIAL_TIMEOUT=soon"])
+def test_a_mistake_in_the_file_is_a_sentence_and_does_not_show_while_a_word_is_completed(path: Path, line: str) -> None:
+    path.write_text(f"ETCDCTL_ENDPOINTS=127.0.0.1:1\n{line}\n")
+    result = CliRunner().invoke(main, ["status"])
+    assert (result.exit_code, "Traceback" in result.output) == (2, False)
+    assert f"Error: {path}: " in result.output
+    assert isinstance(result.exception, SystemExit)
+    for words in ("kgctl st", "kgctl node forget "):
+        number = str(len(words.split(" ")) - 1)
+        completing = {"_KGCTL_COMPLETE": "bash_complete", "COMP_WORDS": words, "COMP_CWORD": number}
+        completed = CliRunner().invoke(main, [], prog_name="kgctl", env=completing)
+        assert (completed.exception, completed.stderr) == (None, ""), words
+
+
 def test_an_environment_file_is_read_as_systemd_reads_it() -> None:
     text = '; no\n#no\nA=1\n B = x\n1=no\nC="a \\"b\\" \\$c"\nD=\\\n d e \nE=a\\ b\nF=\nnothing\nG=\'\\\'\n'
     assert parse(text) == {"A": "1", "C": 'a "b" $c', "D": "d e", "E": "a b", "F": "", "G": "\\"}

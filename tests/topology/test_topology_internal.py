@@ -121,6 +121,19 @@ def test_nothing_is_routed_where_hosts_reach_it_over_their_own_links() -> None:
     assert "if a2 should not, remove the route" in entry.remedy
 
 
+def test_the_host_whose_link_has_the_addresses_is_named_though_its_network_is_stated_with_a_neighbours() -> None:
+    """The two halves of a network are one link of the segment. What the host reaches there is its own network, which
+    nobody should take from it."""
+    halves = (
+        here("b1", 3, "b", "192.168.0.2/25", endpoint="203.0.113.3", links="192.168.0.0/25"),
+        here("b2", 4, "b", "192.168.0.140/25", links="192.168.0.128/25"),
+    )
+    other = here("c1", 5, "c", "192.168.0.130/32", endpoint="203.0.113.5")
+    (entry,) = routed(*halves, other).unrouted
+    assert entry.reason == "b2 reaches these addresses over its own links, so they are not routed from there"
+    assert entry.remedy.startswith("give one of them other addresses")
+
+
 def test_a_network_that_one_host_states_hides_no_other_reason() -> None:
     twins = [
         here(name, number, name, "10.3.0.7/24", endpoint=f"203.0.113.{number}") for name, number in (("c", 5), ("d", 6))

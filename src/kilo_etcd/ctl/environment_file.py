@@ -61,11 +61,18 @@ def use_environment_file(context: click.Context) -> None:
                 err=True,
             )
         return
+    before = context.params.copy()
     try:
         _set_parameters(context, variables, {name: flag.env for name, flag in names.items()})
         etcd_and_prefix(context)
-    except click.UsageError as error:
-        raise click.UsageError(f"{PATH}: {error.format_message()}", context) from None
+    except (click.UsageError, ValueError) as error:
+        context.params.clear()
+        context.params.update(before)
+        if context.resilient_parsing:
+            # The shell completes a word.
+            return
+        text = error.format_message() if isinstance(error, click.UsageError) else str(error)
+        raise click.UsageError(f"{PATH}: {text}", context) from None
     context.meta[_USED] = True
 
 

@@ -7,7 +7,7 @@ another, however many addresses are in it. An address that two nodes have is alw
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from ipaddress import ip_network
 from typing import TYPE_CHECKING
 
@@ -325,16 +325,16 @@ def _entry(network: IPNetwork, link: _Link, having: Mapping[str, Segment]) -> Un
     near = sorted({named(segment) for segment in link_segments.values()})
     route = ""
     if not having.keys() <= link_segments.keys():
-        whole_segments, lone_nodes = _reaching(network, link_segments.values())
+        whole_segments, lone_nodes, by_a_route = _reaching(network, link_segments.values(), having.values())
         hosts = " and ".join(
             filter(None, (f"hosts of {listed(whole_segments)}" if whole_segments else "", listed(lone_nodes)))
         )
         alone = len(lone_nodes) == 1 and not whole_segments
         reach = "reaches these addresses over its own links" if alone else "reach these addresses over their own links"
         reason = f"{hosts} {reach}, so they are not routed from there"
-        if lone_nodes:
+        if by_a_route:
             route = (
-                f"if {listed(lone_nodes)} should not, remove the route or the address there (ip route show {network}), "
+                f"if {listed(by_a_route)} should not, remove the route or the address there (ip route show {network}), "
                 "or "
             )
     elif len(link.sites) == 1:
@@ -352,14 +352,31 @@ def _entry(network: IPNetwork, link: _Link, having: Mapping[str, Segment]) -> Un
     )
 
 
-def _reaching(network: IPNetwork, segments: Iterable[Segment]) -> tuple[list[str], list[str]]:
-    """(the segments all of whose members reach a network over their own links, the members of the others that do)."""
+def _reaching(
+    network: IPNetwork, segments: Iterable[Segment], having: Iterable[Segment]
+) -> tuple[list[str], list[str], list[str]]:
+    """(the segments all of whose members reach addresses within a network, which `having` have, over their own links;
+    the members of the others that do; those among these whose own internal IPs are on no such link)."""
+    addresses = [
+        ip.ip
+        for segment in having
+        for node in segment.members
+        for ip in node.internal_ips
+        if ip.version == network.version and ip.ip in network
+    ]
     whole_segments: list[str] = []
-    lone_nodes: list[str] = []
+    lone_nodes: list[Node] = []
     for segment in segments:
-        names = [node.name for node in segment.members if Links.of([node]).holding(network.network_address) is not None]
-        if len(names) == len(segment.members):
+        nodes = [node for node in segment.members if _holds_any(Links.of([node]).networks, addresses)]
+        if len(nodes) == len(segment.members):
             whole_segments.append(named(segment))
         else:
-            lone_nodes += names
-    return sorted(whole_segments), sorted(lone_nodes)
+            lone_nodes += nodes
+    by_a_route = [n.name for n in lone_nodes if not _holds_any([ip.network for ip in n.internal_ips], addresses)]
+    return sorted(whole_segments), sorted(node.name for node in lone_nodes), sorted(by_a_route)
+
+
+def _holds_any(networks: Iterable[IPNetwork], addresses: Collection[IPAddress]) -> bool:
+    return any(
+        address.version == network.version and address in network for network in networks for address in addresses
+    )

@@ -115,8 +115,9 @@ def losses(
     for sender in sorted({pair[0] for pair in remaining}):
         targets = sorted(other for one, other in remaining if one == sender)
         answered = sorted(one for one, other in tried.good if other == sender)
-        # Packets arrive there, and its answers do here: so it is what it sends itself.
-        if len(targets) > 1 and answered and not any(one == sender for one, _ in tried.good):
+        # Packets arrive there, and its answers do here; who does not answer it answers others: so it is what it sends.
+        others_reach = any(one != sender and other in targets for one, other in tried.good)
+        if len(targets) > 1 and answered and others_reach and not any(one == sender for one, _ in tried.good):
             remaining = {pair for pair in remaining if pair[0] != sender}
             result.append(_unanswered_sender(sender, targets, answered))
     for target in sorted({pair[1] for pair in remaining}):
