@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import trio
+from attrs import evolve
 from test_agent_candidacy_policy import TWO
 
 from kilo_etcd.agent.leadership.candidacy import CandidacyTask
@@ -43,3 +44,12 @@ async def test_a_leader_whose_record_was_deleted_records_nothing_until_it_is_in_
     assert session.recorded == []
     await task.update(TWO, build_topology(TWO), leads=True, ready=True)
     assert session.recorded == ["gcp"]
+
+
+@pytest.mark.autojump
+async def test_a_leader_that_has_just_been_moved_is_on_record_nowhere_until_the_topology_has_it_there() -> None:
+    session = Session()
+    task = CandidacyTask(session, "a")  # type: ignore[arg-type]
+    moved = evolve(TWO, revision=TWO.revision + 1, nodes={**TWO.nodes, "a": evolve(TWO.nodes["a"], location="aws")})
+    await task.update(moved, build_topology(TWO), leads=True, ready=True)
+    assert session.recorded == []

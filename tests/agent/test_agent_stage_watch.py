@@ -274,3 +274,17 @@ def test_the_keys_are_beside_the_statuses_and_none_of_them() -> None:
     assert KEYS.stage("a/b") == "/kilo-status/by/a%2Fb/stage"
     assert KEYS.stage("a").encode() < prefix_end(KEYS.status_root)
     assert type(KEYS.parse(KEYS.stage("a"))) is not type(KEYS.parse(KEYS.status("a")))
+
+
+@pytest.mark.autojump
+async def test_who_is_waited_for_again_after_the_first_look_counts_as_gone_after_the_same_bound() -> None:
+    server = FakeEtcd()
+    reports(server, "b", 3)
+    names, nodes = frozenset({"a", "b"}), 10_000
+    async with following(server, names) as (others, client, _):
+        others.follow(names, nodes=nodes, cluster=server.cluster_id)
+        await trio.sleep(0)  # Both are followed, and wait for their turn to read.
+        others.follow(frozenset({"b"}), nodes=nodes, cluster=server.cluster_id)
+        await eventually(lambda: len(client.calls) == 2, 60, every=0.1)
+        others.follow(names, nodes=nodes, cluster=server.cluster_id)
+        await eventually(lambda: "a" in others.living.asked, GONE_SECONDS + 60, every=0.1)

@@ -235,7 +235,7 @@ class StageWatch:
             try:
                 result = await self._client.range(key)
                 self._check(result.header)
-                self._list(result.kvs, [name])
+                self._list(result.kvs, [name], followed=True)
                 with trio.move_on_after(LIST_SECONDS * self._rng.uniform(0.8, 1.2)):
                     start = result.header.revision + 1
                     async with self._client.watch(key, start_revision=start) as watch:
@@ -263,11 +263,12 @@ class StageWatch:
         if self._cluster and header.cluster_id not in (0, self._cluster):
             raise etcd.Unavailable("another etcd answers than the one that is followed")
 
-    def _list(self, kvs: Iterable[etcd.KeyValue], names: Iterable[str]) -> None:
-        """Take note of the keys of these nodes, and that there are no others of theirs."""
+    def _list(self, kvs: Iterable[etcd.KeyValue], names: Iterable[str], *, followed: bool = False) -> None:
+        """Take note of the keys of these nodes, and that there are no others of theirs. `followed`: they are not listed
+        again soon, and may be waited for again before that."""
         stages = {stage.name: stage for stage in map(self._read, kvs) if stage is not None}
         for name in names:
-            awaited = name in self._awaited and name not in self._gone
+            awaited = (followed or name in self._awaited) and name not in self._gone
             if name not in stages and (awaited or name in self._applied):
                 self._missing.setdefault(name, trio.current_time())
         for value in stages.values():

@@ -114,9 +114,11 @@ class CandidacyTask:
             in_place = candidacy_policy.keeps_its_place(current, hold, leads=leads)
             succeeded = self._succeeded(topology, hold.location, leaves=False)
             await self._session.enter(hold.location, hold.rank, in_place=in_place, succeeded=succeeded)
-            # The topology in force may be older than the snapshot, and without this host: its record was deleted.
-            known = self._name in topology.snapshot.nodes
-            if leads and known and not candidacy_policy.on_record(topology.snapshot, self._name):
+            # The topology in force may be older than the snapshot: without this host, whose record was deleted, or with
+            # it in another location, where it leads.
+            own = topology.snapshot.nodes.get(self._name)
+            here = own is not None and own.location == hold.location
+            if leads and here and not candidacy_policy.on_record(topology.snapshot, self._name):
                 await self._session.record_leader(hold.location, known_revision=topology.snapshot.revision)
         if now < self._hold_down.until and hold is not None:
             return self._hold_down.until if due is None else min(due, self._hold_down.until)
