@@ -283,7 +283,7 @@ async def test_who_is_waited_for_again_after_the_first_look_counts_as_gone_after
     names, nodes = frozenset({"a", "b"}), 10_000
     async with following(server, names) as (others, client, _):
         others.follow(names, nodes=nodes, cluster=server.cluster_id)
-        await trio.sleep(0)  # Both are followed, and wait for their turn to read.
+        await trio.sleep(0.001)  # Both are followed, and wait for their turn to read.
         others.follow(frozenset({"b"}), nodes=nodes, cluster=server.cluster_id)
         await eventually(lambda: len(client.calls) == 2, 60, every=0.1)
         others.follow(names, nodes=nodes, cluster=server.cluster_id)
