@@ -290,7 +290,7 @@ async def test_a_target_that_never_answered_does_not_count(mesh: World) -> None:
         asked.clear()
         await trio.sleep(300)
         assert report(mesh) is None
-        assert set(asked) == {HOME} | set(map(ip_address, NEAR.values()))
+        assert set(asked) == {HOME, *map(ip_address, (*NEAR.values(), MESH["g2"]))}
         assert mesh.logged("no host elsewhere has ever answered an echo request through the leader g1") == 1
         status = json.loads(mesh.etcd.get("/kilo-status/by/h1/status") or b"")
         assert any("let ICMP echo pass" in error for error in status["errors"])
@@ -421,6 +421,23 @@ async def test_a_prober_whose_packets_another_rule_leads_elsewhere_reports_nobod
         assert report(mesh) is None
         mesh.host.taken = mesh.host._own_route
         await eventually(lambda: report(mesh) is not None, 10, every=0.1)
+
+
+async def test_a_prober_that_nobody_reaches_at_its_own_mesh_address_reports_nobody(mesh: World) -> None:
+    """Its own packet filter drops them, say: others of its location answer it on their network, and not in the mesh."""
+    reach = mesh.host.reach
+    async with running(mesh):
+        await settle(mesh)
+        near = {ip_address(address) for address in NEAR.values()}
+        mesh.host.reach = lambda address: address in near
+        await trio.sleep(20)
+        assert mesh.logged("a leader does not forward") == 0
+        mesh.host.reach = lambda address: address in near or address == ip_address(MESH["g2"])
+        await eventually(lambda: report(mesh) is not None, 10, every=0.1)
+        # It has been so only since.
+        mesh.host.reach = lambda address: address in near
+        await eventually(lambda: report(mesh) is None, 10, every=0.1)
+        mesh.host.reach = reach
 
 
 async def test_requests_that_were_sent_before_a_host_was_as_planned_again_count_for_nothing(mesh: World) -> None:

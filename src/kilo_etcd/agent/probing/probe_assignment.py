@@ -13,7 +13,7 @@ Pure: topologies, answers and times come in, assignments and targets go out.
 from __future__ import annotations
 
 import heapq
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Container, Iterable, Mapping
 from functools import cached_property
 from zlib import crc32
 
@@ -21,6 +21,7 @@ from attrs import define, field, frozen
 
 from kilo_etcd.model import IPAddress, Node, ProbeReport
 from kilo_etcd.topology.families import common_family, same_site
+from kilo_etcd.topology.next_hop import next_hop
 from kilo_etcd.topology.probe_reports import VOTERS
 from kilo_etcd.topology.segments import Segment, Topology, UnknownNode
 
@@ -63,6 +64,8 @@ class ProbeAssignment:
     """The leader on the location's own network."""
     local_members: tuple[IPAddress, ...]
     """Others of the location on that network."""
+    at_home: Mapping[IPAddress, IPAddress] = field(factory=dict)
+    """Those of them that this host reaches at their mesh addresses without the leader -> those addresses."""
     suspicions: tuple[ProbeReport, ...] = ()
     """The reports of others on this very leader."""
     own: Node = field(eq=False, repr=False)
@@ -92,6 +95,12 @@ class ProbeAssignment:
     @cached_property
     def _members(self) -> frozenset[str]:
         return frozenset(node.name for node in self.topology.segment_of(self.leader.name).members)
+
+    def is_deaf(self, answered: Container[IPAddress]) -> bool:
+        """Whether others of the location have answered on its network, and none of these at its mesh address: it is
+        this host that does not get what is sent to its own mesh address, and the leader may forward all of it."""
+        asked = [mesh_address for address, mesh_address in self.at_home.items() if address in answered]
+        return bool(asked) and not any(mesh_address in answered for mesh_address in asked)
 
     def about(self, leader: str, candidacy: int) -> bool:
         """Whether this assignment is about that leader."""
@@ -132,6 +141,14 @@ def assignment_of(topology: Topology, name: str) -> ProbeAssignment | None:
     # Candidates first: they are known to live.
     others.sort(key=lambda node: order.index(node.name) if node.name in order else len(order))
     addresses = [node.internal_ip(family) for node in others]
+    at_home = {
+        address.ip: node.mesh_addresses[0]
+        for address, node in zip(addresses[: VOTERS - 2], others, strict=False)
+        if address is not None
+        and node.mesh_addresses
+        and (way := next_hop(own, node, node.mesh_addresses[0].version)) is not None
+        and not way.trouble
+    }
     suspicions = tuple(
         report
         for report in topology.snapshot.probe_reports.get(segment.location, ())
@@ -144,6 +161,7 @@ def assignment_of(topology: Topology, name: str) -> ProbeAssignment | None:
         first=segment.next_in_line == name,
         near=near.ip,
         local_members=tuple(address.ip for address in addresses if address is not None)[: VOTERS - 2],
+        at_home=at_home,
         suspicions=suspicions,
         own=own,
         topology=topology,

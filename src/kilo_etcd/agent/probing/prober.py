@@ -206,6 +206,10 @@ class Prober:
             if own_report is not None:
                 await self._put_reports(assignment.location, None)
             return self._pause(assignment)
+        if assignment.is_deaf(near):
+            self._check.stop()
+            await self._put_reports(assignment.location, None)
+            return self._pause(assignment)
         was_sound, self._was_sound = self._was_sound, await self._sound([node.mesh_addresses[0] for node in targets])
         if not self._was_sound:
             # What is missing here is on its way back; it says nothing about the leader.
@@ -320,7 +324,7 @@ class Prober:
     async def _try_hard(
         self, assignment: ProbeAssignment, targets: Collection[Node]
     ) -> tuple[bool, Mapping[IPAddress, float]]:
-        """Whether any of `targets` answers through the leader, and who answers on the location's network."""
+        """Whether any of `targets` answers through the leader, and who answers in the location."""
         near: Mapping[IPAddress, float] = {}
         through = False
         trouble: kernel.KernelError | None = None
@@ -330,7 +334,8 @@ class Prober:
             # If this host may not ping, the other attempt says so.
             burst = EchoRequests(times=periods.BURST, patience=periods.PATIENCE)
             with suppress(kernel.KernelError):
-                near = await self._device.ping([assignment.near, *assignment.local_members], burst)
+                at_home = assignment.at_home.values()
+                near = await self._device.ping([assignment.near, *assignment.local_members, *at_home], burst)
 
         async with trio.open_nursery() as nursery:
             nursery.start_soon(try_near)
