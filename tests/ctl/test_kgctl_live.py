@@ -341,6 +341,19 @@ def test_explain_is_held_against_the_kernels_on_the_way(mesh: Mesh) -> None:
     assert json.loads(mesh.run("explain", "gcp-2", "10.4.0.5", "-o", "json").stdout)["live"] is None
 
 
+def test_what_a_host_on_the_way_reports_and_says_again_when_asked_is_wrong(mesh: Mesh) -> None:
+    """A leader that drops TCP lets the echo requests pass that are tried."""
+    text = "the firewall drops TCP packets that this host forwards"
+    mesh.fails("gcp-1", text)
+    mesh.says["gcp-1"] = DiagnosticsResponse(time=now(), tunnels=(mesh.tunnel("home-1", 3),), trouble=(text,))
+    result = mesh.run("explain", "gcp-2", "10.4.0.5", "--live", "-o", "json")
+    document = json.loads(result.stdout)
+    assert (result.exit_code, document["works"], document["remarks"]) == (1, False, [])
+    assert document["live"] == [{"node": "gcp-1", "text": text}]
+    plain = mesh.run("explain", "gcp-2", "10.4.0.5", "--live").output
+    assert (plain.count(text), "hold what they should" in plain) == (1, False)
+
+
 def test_check_does_not_praise_a_prefix_without_a_mesh(mesh: Mesh) -> None:
     result = mesh.run("--prefix", "/typo", "check")
     assert result.exit_code == 1

@@ -36,8 +36,7 @@ class Explanation:
     """To the internal IPs of the node at the far end, if that is one and was asked for by its name."""
     remarks: tuple[tuple[str, str], ...] = ()
     live: tuple[tuple[str, str], ...] | None = None
-    """What the kernels of the hosts on the way lack for it, likewise, beyond `remarks`; None: they were not
-    asked."""
+    """What the kernels of the hosts on the way lack for it, likewise; None: they were not asked."""
 
     @property
     def works(self) -> bool:
@@ -95,8 +94,9 @@ def explain_command(mesh: Mesh, source: str, target: str, output: str, live: boo
         names_asked = statuses.keys() if few else names & statuses.keys()
         targets = ends((*traces, *internal), snapshot)
         gathered = mesh.ask(partial(gather, names=names_asked, tries=TRIES if few else 0, targets=targets))
-        all_suspicions = suspicions((*traces, *internal), topology, statuses, gathered, names)
-        against = tuple(dict.fromkeys(suspicion for suspicion in all_suspicions if suspicion not in remarks))
+        against = tuple(dict.fromkeys(suspicions((*traces, *internal), topology, statuses, gathered, names)))
+        # What a host reports and is so right now is wrong, and no mere remark.
+        remarks = tuple(remark for remark in remarks if remark not in against)
     traces, internal = (weigh(group, source, plans, gathered) for group in (traces, internal))
     urgent = tuple(problem.text for problem in unaware_problems(topology))
     explanation = Explanation(urgent=urgent, traces=traces, internal=internal, remarks=remarks, live=against)
