@@ -21,6 +21,7 @@ from kilo_etcd.kernel.firewall.chains import BaseChain, Packet, drops, from_ipta
 from kilo_etcd.kernel.firewall.forwardchains import ForwardChains
 from kilo_etcd.kernel.firewall.iptables import Iptables
 from kilo_etcd.kernel.firewall.netfilter import Netfilter
+from kilo_etcd.kernel.read.hooks import MOST_MEMBERS, MOST_TARGETS
 from kilo_etcd.kernel.state import Setup
 
 MESH = (ip_network("10.4.0.0/16"),)
@@ -76,6 +77,7 @@ KUBERNETES = """\
         ("-P FORWARD DROP\n-A FORWARD -s 10.0.0.0/8 -d 10.0.0.0/8 -j ACCEPT", False, False),
         ("-P FORWARD DROP\n-A FORWARD -s 192.168.0.0/16 -j ACCEPT", True, True),
         ("-P FORWARD DROP\n-A FORWARD -s 10.4.1.0/24 -j ACCEPT", None, None),
+        ("-P FORWARD DROP\n-A FORWARD -s 10.4.0.1/255.255.0.255 -j ACCEPT", None, None),
         ("-P FORWARD ACCEPT\n-A FORWARD -j REJECT --reject-with icmp-host-prohibited", True, True),
         ("-P FORWARD ACCEPT\n-A FORWARD -i eth0 -j REJECT --reject-with icmp-host-prohibited", False, True),
         ("-P FORWARD ACCEPT\n-A FORWARD -d 10.4.1.1/32 -j DROP", False, False),  # somebody's own wish
@@ -308,6 +310,130 @@ async def test_a_chain_that_forwards_some_protocols_is_named_with_the_others() -
         assert obstacle.text.startswith(f"the firewall drops {all_but_icmp}")
 
 
+PORTS = "meta l4proto . th dport"
+NEW = "ct state . ip saddr"
+PAIR = "iifname . oifname"
+LOOKED_UP = [
+    # Rules before a drop; of TCP, UDP and ICMP what is dropped from kilo0 to eth0, and from eth0 to kilo0.
+    (f"{PORTS} {{ tcp . 22, udp . 53 }} accept", "??D ??D"),
+    (f"{PORTS} {{ tcp . 22-30 }} accept", "?DD ?DD"),
+    (f"{PORTS} {{ tcp . 0-65535 }} accept; meta l4proto udp accept", "?-D ?-D"),
+    (f"{PORTS} {{ tcp . 25 }} drop; accept", "--- ---"),
+    (f"{PORTS} {{ tcp . 25 }} reject; accept", "--- ---"),
+    (f"{PORTS} != {{ tcp . 25 }} accept", "?-- ?--"),
+    (f"{PORTS} vmap {{ tcp . 25 : drop, udp . 53 : accept }}", "D?D D?D"),
+    ("ip protocol . th dport { tcp . 22 } accept", "?DD ?DD"),
+    ("ip protocol . ip saddr { tcp . 10.0.0.0/8 } accept", "-DD -DD"),
+    ("meta l4proto { 1, 4-17 } accept", "--- ---"),
+    ("meta l4proto 2-17 accept", "--D --D"),
+    ("meta l4proto { 0-5, 7-16 } accept", "DD- DD-"),
+    ("meta l4proto { 6, 18-255 } accept", "-DD -DD"),
+    ("meta l4proto != { 2-16, 18-255 } accept", "D-- D--"),
+    ("meta l4proto vmap { tcp : accept, 7-17 : drop }; accept", "-D- -D-"),
+    ("meta l4proto vmap { 6 : drop, * : accept }", "D-- D--"),
+    ("meta l4proto vmap { tcp : jump other, udp : goto other }; accept", "-D- -D-"),
+    ("meta l4proto vmap { tcp : continue, udp : return }; accept", "-D- -D-"),
+    (f'{PAIR} {{ "kilo0" . "eth0", "eth0" . "kilo0" }} accept', "--- ---"),
+    (f'{PAIR} {{ "kilo0" . "eth1", "eth1" . "kilo0" }} accept', "DDD DDD"),
+    (f'{PAIR} {{ "kilo0" . "eth*" }} accept', "--- DDD"),
+    (f'{PAIR} vmap {{ "kilo0" . "eth0" : accept, "eth0" . "kilo0" : drop }}', "--- DDD"),
+    (f'{PAIR} . meta l4proto {{ "kilo0" . "eth0" . tcp }} accept', "-DD DDD"),
+    ('iifname . tcp dport { "kilo0" . 22 } accept', "?DD DDD"),
+    ('iifname { "kil*", "eth1" } accept', "--- DDD"),
+    ("iifname vmap { kilo0 : accept, eth1 : drop }", "--- DDD"),
+    ('iif . oif { "lo" . "lo" } drop; accept', "--- ---"),
+    (f"{NEW} {{ new . 192.168.9.9 }} accept", "DDD DDD"),
+    (f"{NEW} {{ new . 10.4.1.1 }} accept", "??? ???"),
+    (f"{NEW} {{ new . 10.0.0.0/8 }} accept", "--- ---"),
+    (f"{NEW} {{ established . 10.0.0.0/8 }} accept", "DDD DDD"),
+    ("ct state . meta l4proto { new . udp, established . tcp } accept", "D-D D-D"),
+    ("ct state vmap { established : accept, new : jump other }", "DDD DDD"),
+    ("ct state & (new | established) == established accept", "DDD DDD"),
+    ("ip saddr { 10.0.0.0/8, 192.168.0.0-192.168.0.9 } ip daddr 10.0.0.0/8 accept", "--- ---"),
+    ("ip saddr { 10.4.0.0/17, 10.4.128.0/17 } accept", "--- ---"),
+    ("ip saddr { 10.4.0.0-10.4.0.9 } accept", "??? ???"),
+    ("ip saddr != { 192.168.0.0/16 } accept", "--- ---"),
+    ("ip saddr . ip daddr { 10.4.0.0/16 . 10.4.0.0/16 } accept", "--- ---"),
+    ("ip saddr & 255.0.0.255 == 10.0.0.1 accept", "??? ???"),
+    ("ip6 saddr fd00::/8 drop; accept", "--- ---"),
+    ("meta nfproto vmap { ipv4 : accept }", "--- ---"),
+    # What else decides whether a rule matches, or writes into registers.
+    ("meta l4proto tcp fib daddr type unicast accept", "?DD ?DD"),
+    ("meta mark set iifname map { kilo0 : 1, eth1 : 2 } accept", "--- DDD"),
+    ("meta mark set 7 accept", "--- ---"),
+    ("ip saddr @members accept", "--- ---"),
+    ("ip saddr @learnt accept", "??? ???"),
+    ("add @learnt { ip saddr } accept", "--- ---"),
+    ("add @learnt { ip saddr limit rate 5/second } accept", "??? ???"),
+    ("ip saddr @limited accept", "??? ???"),
+    ('limit name "slow" accept', "??? ???"),
+    ('counter name "seen" accept', "--- ---"),
+    ("meta l4proto @many accept", "-DD -DD"),
+]
+
+
+def letters(chain: BaseChain, out: str, back: str) -> str:
+    shown = {True: "D", False: "-", None: "?"}
+    ways = ((out, back), (back, out))
+    protocols = ("tcp", "udp", "icmp")
+    return " ".join("".join(shown[drops(chain, Packet(4, *way, MESH, name))] for name in protocols) for way in ways)
+
+
+@pytest.mark.root
+@pytest.mark.usefixtures("own_namespaces")
+def test_sets_and_maps_are_read_field_by_field_and_range_by_range() -> None:
+    declared = """
+      set members { type ipv4_addr; flags interval; counter; elements = { 10.0.0.0/8 } }
+      set learnt { type ipv4_addr; size 99; flags dynamic; elements = { 10.4.0.1 } }
+      set limited { typeof ip saddr; limit rate 5/second; flags interval; elements = { 10.0.0.0/8 } }
+      set many { type inet_proto; elements = { tcp } }
+      counter seen { }
+      limit slow { rate 5/second }
+      chain other { }
+    """
+    netfilter = Netfilter()
+    for rules, expected in LOOKED_UP:
+        last = "" if rules.endswith("; accept") else "; drop"
+        base = "chain f { type filter hook forward priority 0; policy drop;"
+        load(f"table inet x {{ {declared}\n {base} {rules}{last}; }}\n}}")
+        (chain,) = netfilter.forward_chains()
+        assert letters(chain, "kilo0", "eth0") == expected, (rules, chain.rules)
+        sh("nft delete table inet x")
+    load("table inet x { chain f { type filter hook forward priority 0; policy drop; ip6 saddr fd00::/8 accept; }\n}")
+    (chain,) = netfilter.forward_chains()
+    assert drops(chain, Packet(6, "kilo0", "eth0", (ip_network("fd04::/48"),), "tcp")) is False
+    assert drops(chain, Packet(6, "kilo0", "eth0", (ip_network("2001:db8::/48"),), "tcp")) is True
+    netfilter.close()
+
+
+@pytest.mark.root
+@pytest.mark.usefixtures("own_namespaces")
+def test_a_large_set_and_a_map_to_many_chains_cannot_be_told() -> None:
+    base = "chain f { type filter hook forward priority 0; policy drop;"
+    addresses = ", ".join(str(ip_network("10.4.0.0/16")[2 * number]) for number in range(MOST_MEMBERS + 1))
+    names = [f"c{number}" for number in range(MOST_TARGETS + 1)]
+    chains = " ".join(f"chain {name} {{ }}\n" for name in names)
+    targets = ", ".join(f'"eth{number}" : jump {name}' for number, name in enumerate(names))
+    netfilter = Netfilter()
+    for rules in (f"{base} ip saddr {{ {addresses} }} accept; }}", f"{chains} {base} iifname vmap {{ {targets} }}; }}"):
+        load(f"table inet x {{ {rules}\n}}")
+        (chain,) = netfilter.forward_chains()
+        assert letters(chain, "kilo0", "eth0") == "??? ???"
+        assert len(chain.chains) == 1
+        sh("nft delete table inet x")
+    netfilter.close()
+
+
+@pytest.mark.root
+@pytest.mark.usefixtures("own_namespaces")
+def test_a_target_of_iptables_that_hands_packets_to_a_program_may_let_them_through() -> None:
+    sh("iptables -P FORWARD DROP; iptables -A FORWARD -p tcp -j NFQUEUE; iptables -A FORWARD -p udp -j LOG")
+    netfilter = Netfilter()
+    (chain,) = netfilter.forward_chains()
+    assert letters(chain, "kilo0", "eth0") == "?DD ?DD"
+    netfilter.close()
+
+
 @pytest.mark.root
 @pytest.mark.usefixtures("own_namespaces")
 async def test_every_forward_chain_is_looked_at_and_opened_on_request() -> None:
@@ -331,12 +457,12 @@ async def test_every_forward_chain_is_looked_at_and_opened_on_request() -> None:
         sh("nft insert rule inet firewalld filter_FORWARD_POLICIES iifname kilo0 accept; "
            "nft insert rule inet firewalld filter_FORWARD_POLICIES iifname eth0 goto filter_FWD_public")  # fmt: skip
         assert await kernel.obstacles() == ()
-        # A prefix, a network, a verdict map; and a chain that drops all but some.
+        # A prefix, a network; and a chain that drops all but some.
         sh("nft delete table inet firewalld")
         load("table ip x { chain f { type filter hook forward priority 0; policy drop;"
              "iifname \"kil*\" accept; ip daddr 10.0.0.0/8 ct state new accept; }\n}")  # fmt: skip
         assert await kernel.obstacles() == ()
-        sh("nft flush chain ip x f; nft add rule ip x f iifname vmap { kilo0 : accept, eth1 : drop }")
+        sh("nft flush chain ip x f; nft add rule ip x f meta mark 7 accept")
         (obstacle,) = await kernel.obstacles()
         assert not obstacle.certain
         sh("nft delete table ip x; sysctl -qw net.ipv4.conf.eth0.forwarding=0")

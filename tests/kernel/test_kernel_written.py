@@ -202,7 +202,7 @@ def test_rules_in_chains_of_others(family: str) -> None:
     number = {"inet": 1, "ip": 2, "ip6": 10}[family]
     found = hooks.read_rule_of(nft.insert_rule(opening).body, number, "firewalld", "filter_FORWARD")
     assert found is not None
-    rule = hooks.to_rule(found)
+    (rule,) = hooks.to_rules(found)
     assert (rule.comment, rule.verdict, rule.conditions[0]) == (
         opening.comment, "accept", Condition("iif", "kilo0")
     )  # fmt: skip

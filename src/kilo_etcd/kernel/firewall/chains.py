@@ -46,8 +46,8 @@ class Packet:
 @frozen
 class Condition:
     """One test of a rule. `kind`: `iif`, `oif` (value: a name or several, a prefix with a `*` at its end), `version`,
-    `protocol` (a name or several), `saddr`, `daddr` (a network), `new` (whether new packets pass), anything else:
-    cannot be told."""
+    `protocol` (a name or several), `saddr`, `daddr` (a network or several), `new` (whether new packets pass), `any`
+    (value: tuples of conditions, of one of which all match), anything else: cannot be told."""
 
     kind: str
     value: object = None
@@ -71,17 +71,31 @@ class Condition:
             case "new":
                 fits = bool(self.value)
             case "saddr" | "daddr":
-                fits = _within(self.value, packet)
+                fits = _within(self.value if isinstance(self.value, tuple) else (self.value,), packet)
+            case "any" if isinstance(self.value, tuple):
+                fits = _or(_and(condition.matches(packet) for condition in tests) for tests in self.value)
         return fits if fits is None or self.equal else not fits
 
 
-def _within(network: object, packet: Packet) -> bool | None:
+def _or(answers: Iterable[bool | None]) -> bool | None:
+    found = set(answers)
+    return True if True in found else None if None in found else False
+
+
+def _and(answers: Iterable[bool | None]) -> bool | None:
+    found = set(answers)
+    return False if False in found else None if None in found else True
+
+
+def _within(networks: Iterable[IPNetwork], packet: Packet) -> bool | None:
     ours = [subnet for subnet in packet.subnets if subnet.version == packet.version]
-    if getattr(network, "version", None) != packet.version:
+    theirs = [network for network in networks if network.version == packet.version]
+    if not theirs:
         return False
-    if ours and all(subnet.subnet_of(network) for subnet in ours):  # type: ignore[arg-type]
+    if ours and all(any(subnet.subnet_of(network) for network in theirs) for subnet in ours):  # type: ignore[arg-type]
         return True
-    return False if ours and not any(subnet.overlaps(network) for subnet in ours) else None  # type: ignore[arg-type]
+    overlaps = any(subnet.overlaps(network) for subnet in ours for network in theirs)
+    return False if ours and not overlaps else None
 
 
 @frozen(kw_only=True)
@@ -98,8 +112,7 @@ class FilterRule:
 
     def matches(self, packet: Packet) -> bool | None:
         """None: it cannot be told."""
-        fits = [condition.matches(packet) for condition in self.conditions]
-        return False if False in fits else None if None in fits else True
+        return _and(condition.matches(packet) for condition in self.conditions)
 
 
 @frozen(kw_only=True)
@@ -283,6 +296,13 @@ def protocol_condition(name: str, *, equal: bool) -> tuple[Condition, ...]:
     return () if name in ("all", "0") else (Condition("protocol", _NUMBERS.get(name, name), equal),)
 
 
+def _address(side: str, text: str, *, equal: bool) -> Condition:
+    try:
+        return Condition(side, ip_network(text, strict=False), equal)
+    except ValueError:
+        return Condition("?")  # Its mask is no prefix.
+
+
 def _rule(words: list[str]) -> FilterRule:
     conditions: list[Condition] = []
     verdict: Verdict = ""
@@ -301,7 +321,7 @@ def _rule(words: list[str]) -> FilterRule:
             name = next(rest, "")
             conditions.append(Condition("iif" if word == "-i" else "oif", name.replace("+", "*"), equal))
         elif word in ("-s", "-d"):
-            conditions.append(Condition("saddr" if word == "-s" else "daddr", ip_network(next(rest), False), equal))
+            conditions.append(_address("saddr" if word == "-s" else "daddr", next(rest, ""), equal=equal))
         elif word == "-p":
             conditions += protocol_condition(next(rest, ""), equal=equal)
         elif word == "--comment":

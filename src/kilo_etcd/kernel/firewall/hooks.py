@@ -3,12 +3,14 @@ them that are ours (`--forward-rules`)."""
 
 from __future__ import annotations
 
+from functools import cache, partial
+
 from kilo_etcd.kernel.firewall.chains import BaseChain, FilterRule
 from kilo_etcd.kernel.firewall.openings import Opening
 from kilo_etcd.kernel.netlink import sockets
 from kilo_etcd.kernel.netlink.codec import UNREADABLE
 from kilo_etcd.kernel.read import hooks as replies
-from kilo_etcd.kernel.read.hooks import FAMILIES, Elements, Found
+from kilo_etcd.kernel.read.hooks import FAMILIES, MOST_MEMBERS, Found, FoundSet, Sets
 from kilo_etcd.kernel.write import nft as requests
 
 
@@ -35,10 +37,27 @@ def read(device: sockets.Socket) -> tuple[BaseChain, ...]:
 def _rules_from(device: sockets.Socket, family: int, table: str, base: str) -> dict[str, tuple[FilterRule, ...]]:
     """The rules of a chain and of those that it leads to. Others are not read: Kubernetes has thousands in a table."""
 
-    def members_of(name: str) -> tuple[Found, ...]:
+    def members_of(name: str) -> list[Found] | None:
         members: list[Found] = []
-        device.dump(requests.get_elements(table, name, family), lambda body: members.extend(replies.read_members(body)))
-        return tuple(members)
+
+        def keep(body: bytes) -> None:
+            if len(members) <= MOST_MEMBERS:
+                members.extend(replies.read_members(body))
+
+        device.dump(requests.get_elements(table, name, family), keep)
+        return members if len(members) <= MOST_MEMBERS else None
+
+    @cache
+    def all_sets() -> dict[str, FoundSet]:
+        found: dict[str, FoundSet] = {}
+
+        def keep(body: bytes) -> None:
+            if (item := replies.read_set(body, table)) is not None:
+                name, flags, length = item
+                found[name] = FoundSet(flags=flags, key_length=length, members=partial(members_of, name))
+
+        device.dump(requests.get_sets(table, family), keep)
+        return found
 
     result: dict[str, tuple[FilterRule, ...]] = {}
     missing = [base]
@@ -51,16 +70,18 @@ def _rules_from(device: sockets.Socket, family: int, table: str, base: str) -> d
                 items.append(item)
 
         device.dump(requests.get_rules_of(table, chain, family), keep)
-        result[chain] = rules = tuple(_rule(item, members_of) for item in items)
+        result[chain] = rules = tuple(
+            rule for item in items for rule in _rules(item, lambda name: all_sets().get(name))
+        )
         missing += [rule.target for rule in rules if rule.target and rule.target not in result]
     return result
 
 
-def _rule(item: Found, members_of: Elements) -> FilterRule:
+def _rules(item: Found, sets: Sets) -> tuple[FilterRule, ...]:
     try:
-        return replies.to_rule(item, members_of)
+        return replies.to_rules(item, sets)
     except UNREADABLE:
-        return FilterRule(verdict="unknown")
+        return (FilterRule(verdict="unknown"),)
 
 
 def ours(chains: tuple[BaseChain, ...], comment_prefix: str) -> frozenset[Opening]:

@@ -168,6 +168,11 @@ class nft_obj_msg(nfgen_msg):  # type: ignore[misc, valid-type]
 
 NFT_OBJECT_COUNTER = 1
 """The type of an object that counts (linux/netfilter/nf_tables.h)."""
+NFT_OBJECTS_THAT_MATCH = (NFT_OBJECT_COUNTER, 3, 7, 8, 9)
+"""Types of objects that match every packet: besides the counter those that set a connection's helper, timeout, secmark
+or expectation."""
+NFT_SET_ELEM_CATCHALL = 2
+"""The flag of a set's element that is all keys which no other element is."""
 NFTNL_UDATA_RULE_COMMENT = 0
 """A comment within the userdata of a rule (libnftnl/udata.h)."""
 NF_CT_STATE_NEW = 8

@@ -1,21 +1,25 @@
 """Base chains of hook forward and the rules that packets meet in them, as nfnetlink tells of them. Pure.
 
 What the chains do to packets is `kernel.firewall.chains`' to say. Expressions that are not known here become conditions
-that cannot be told.
+that cannot be told, and what they may have written into registers is forgotten. A set is read by the fields of its
+keys, which the registers say, and by the ranges of its members; a verdict map is a rule for each of its members.
 """
 
 from __future__ import annotations
 
+import operator
 import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cache
-from ipaddress import ip_network
+from ipaddress import collapse_addresses, ip_address, ip_network, summarize_address_range
 from typing import Any
+
+from attrs import evolve, frozen
 
 from kilo_etcd.kernel.firewall.chains import PROTOCOLS, Condition, FilterRule, Verdict
 from kilo_etcd.kernel.firewall.nftables import FAMILY, NETWORK_HEADER, VERDICT_REGISTER, be32, number
 from kilo_etcd.kernel.netlink import formats
-from kilo_etcd.kernel.netlink.codec import Reader, elements
+from kilo_etcd.kernel.netlink.codec import Reader, elements, read
 from kilo_etcd.kernel.netlink.formats import nft
 from kilo_etcd.kernel.read.nft import expressions, read_chain_items, text, values, verdicts
 
@@ -26,10 +30,12 @@ _READERS = {
     "meta": ("NFTA_META_DREG", "NFTA_META_KEY"),
     "ct": ("NFTA_CT_DREG", "NFTA_CT_KEY"),
     "payload": ("NFTA_PAYLOAD_DREG", "NFTA_PAYLOAD_BASE", "NFTA_PAYLOAD_OFFSET", "NFTA_PAYLOAD_LEN"),
-    "bitwise": ("NFTA_BITWISE_SREG", "NFTA_BITWISE_DREG", "NFTA_BITWISE_MASK"),
+    "bitwise": ("NFTA_BITWISE_SREG", "NFTA_BITWISE_DREG", "NFTA_BITWISE_MASK", "NFTA_BITWISE_XOR"),
+    "byteorder": ("NFTA_BYTEORDER_SREG", "NFTA_BYTEORDER_DREG", "NFTA_BYTEORDER_SIZE"),
     "cmp": ("NFTA_CMP_SREG", "NFTA_CMP_OP", "NFTA_CMP_DATA"),
     "immediate": ("NFTA_IMMEDIATE_DREG", "NFTA_IMMEDIATE_DATA"),
     "lookup": ("NFTA_LOOKUP_SET", "NFTA_LOOKUP_SREG", "NFTA_LOOKUP_DREG", "NFTA_LOOKUP_FLAGS"),
+    "objref": ("NFTA_OBJREF_IMM_TYPE",),
     "match": ("NFTA_MATCH_NAME", "NFTA_MATCH_REV", "NFTA_MATCH_INFO"),
     "target": ("NFTA_TARGET_NAME",),
 }
@@ -38,7 +44,12 @@ _rules = Reader(
     "NFTA_RULE_TABLE", "NFTA_RULE_CHAIN", "NFTA_RULE_HANDLE", "NFTA_RULE_EXPRESSIONS", "NFTA_RULE_USERDATA",
 )  # fmt: skip
 _lists = Reader(nft.nft_set_elem_list_msg, "NFTA_SET_ELEM_LIST_ELEMENTS")
-_members = Reader(nft.nft_set_elem_list_msg.set_elem, "NFTA_SET_ELEM_KEY", "NFTA_SET_ELEM_DATA")
+_members = Reader(
+    nft.nft_set_elem_list_msg.set_elem,
+    "NFTA_SET_ELEM_KEY", "NFTA_SET_ELEM_KEY_END", "NFTA_SET_ELEM_DATA", "NFTA_SET_ELEM_FLAGS", "NFTA_SET_ELEM_EXPR",
+    "NFTA_SET_ELEM_EXPRESSIONS",
+)  # fmt: skip
+_sets = Reader(nft.nft_set_msg, "NFTA_SET_TABLE", "NFTA_SET_NAME", "NFTA_SET_FLAGS", "NFTA_SET_KEY_LEN")
 
 _keys, _ct_keys = _expr.nft_meta.meta_key.ops, _expr.nft_ct.keys.ops
 _META = {
@@ -50,25 +61,56 @@ _META = {
     )
 }  # fmt: skip
 _CT = {number(_ct_keys, "NFT_CT_STATE"): "state", number(_ct_keys, "NFT_CT_STATUS"): "status"}
+_LENGTHS = {"iif index": 4, "oif index": 4, "iif": 16, "oif": 16, "version": 1, "protocol": 1, "state": 4, "status": 4}
+"""Bytes of what a register is given."""
 _NEW = formats.NF_CT_STATE_NEW
 _comparisons = _expr.nft_cmp.ops.ops
 _EQUAL, _UNEQUAL = number(_comparisons, "NFT_CMP_EQ"), number(_comparisons, "NFT_CMP_NEQ")
+_ORDERED = {
+    number(_comparisons, f"NFT_CMP_{name}"): compare
+    for name, compare in (("LT", operator.lt), ("LTE", operator.le), ("GT", operator.gt), ("GTE", operator.ge))
+}
 _codes = _expr.nft_immediate.nfta_data.verdict.verdict_code.ops
 _VERDICTS: dict[bytes, Verdict] = {
     number(_codes, "NF_DROP"): "drop", number(_codes, "NF_ACCEPT"): "accept", number(_codes, "NFT_JUMP"): "jump",
     number(_codes, "NFT_GOTO"): "goto", number(_codes, "NFT_RETURN"): "return",
+    (-1).to_bytes(4, signed=True): "",
 }  # fmt: skip
+"""The last one is NFT_CONTINUE."""
+_TARGETS: dict[str, Verdict] = {"REJECT": "drop", "NFQUEUE": "unknown"}
+"""Targets of iptables' own that end a packet's way. After all others the next rule decides."""
 _INVERTED = 1 << _expr.nft_lookup.lookup_flags.ops.index("NFT_LOOKUP_F_INV")
+_set_flags = nft.nft_set_msg.set_flags.ops
+_INTERVAL, _CONCAT = (1 << _set_flags.index(f"NFT_SET_{name}") for name in ("INTERVAL", "CONCAT"))
+_VOLATILE = sum(1 << _set_flags.index(f"NFT_SET_{name}") for name in ("TIMEOUT", "EVAL"))
+"""Members of such sets come and go by packets or by time, which changes no generation of the ruleset."""
+_END, _CATCHALL = 1, formats.NFT_SET_ELEM_CATCHALL
 _VERSIONS = {family: version for version, family in FAMILY.items()}
-_SILENT = frozenset({"counter", "log", "objref", "notrack", "last", "dynset"})
+_SILENT = frozenset({"counter", "log", "notrack", "last"})
 """They match every packet."""
+_SILENT_OBJECTS = frozenset(map(be32, formats.NFT_OBJECTS_THAT_MATCH))
 _PROTOCOL_FIELDS = ((9, 1), (6, 1))
 """Offset and length of `protocol` in the header of IPv4, and of `nexthdr` in that of IPv6. Nft asks for the family
 first."""
-_LOOKED_UP = ("state", "iif", "oif", "protocol")
-"""What is looked up in sets that are read for it; other sets cannot be told."""
+_UNKNOWN = Condition("?")
+MOST_MEMBERS = 1000
+"""A set that has more cannot be told: to read a list of a whole country's addresses takes long."""
+MOST_TARGETS = 16
+"""A verdict map that leads to more chains cannot be told: some programs make one for each container."""
 Found = Mapping[str, Any]
-Elements = Callable[[str], Iterable[Found]]
+
+
+@frozen(kw_only=True)
+class FoundSet:
+    """A set or a map of a rule's table."""
+
+    flags: int
+    key_length: int
+    members: Callable[[], Sequence[Found] | None]
+    """Reads its elements; None: there are more than `MOST_MEMBERS`."""
+
+
+Sets = Callable[[str], FoundSet | None]
 
 
 def read_base(body: bytes) -> tuple[int, str, str, bool] | None:
@@ -85,13 +127,22 @@ def read_base(body: bytes) -> tuple[int, str, str, bool] | None:
     return family, text(result, "NFTA_CHAIN_TABLE"), text(result, "NFTA_CHAIN_NAME"), drops
 
 
+def read_set(body: bytes, table: str) -> tuple[str, int, int] | None:
+    """The name, the flags and the length of the keys of a set. None: it is another table's."""
+    attributes = _sets(body)
+    if text(attributes, "NFTA_SET_TABLE") != table:
+        return None
+    flags, length = (int.from_bytes(attributes.get(f"NFTA_SET_{name}", b"")) for name in ("FLAGS", "KEY_LEN"))
+    return text(attributes, "NFTA_SET_NAME"), flags, length
+
+
 def read_members(body: bytes) -> list[Found]:
     """The elements of a set that one message holds."""
     return list(map(_members, elements(_lists(body).get("NFTA_SET_ELEM_LIST_ELEMENTS", b""))))
 
 
 def read_rule_of(body: bytes, family: int, table: str, chain: str) -> Found | None:
-    """A rule of a chain, for `to_rule`. None: it is another chain's, of which an old kernel tells too."""
+    """A rule of a chain, for `to_rules`. None: it is another chain's, of which an old kernel tells too."""
     attributes = _rules(body)
     place = attributes["nfgen_family"], text(attributes, "NFTA_RULE_TABLE"), text(attributes, "NFTA_RULE_CHAIN")
     return attributes if place == (family, table, chain) else None
@@ -102,67 +153,142 @@ def _reader(name: str) -> Reader:
     return Reader(getattr(_expr, f"nft_{name}"), *_READERS[name])
 
 
-def to_rule(rule: Found, members_of: Elements = lambda name: ()) -> FilterRule:
-    """A rule as a value. `members_of` gives the elements of a set of its table."""
+@frozen
+class _Loaded:
+    """What an expression has put into registers. `kind`: as of a condition, or `saddr 4` and the like; `mask` was put
+    over it; `big`: a number that is in network byte order by now."""
+
+    kind: str = "?"
+    length: int = 0
+    """0: it is not known."""
+    mask: bytes = b""
+    big: bool = False
+
+    def number(self, data: bytes) -> int:
+        return int.from_bytes(data, "big" if self.big else sys.byteorder)
+
+
+_NOTHING = _Loaded()
+
+
+class _Registers:
+    """What is known of the registers, of 4 bytes each. Those of 16 bytes, 1 to 4, are four of these."""
+
+    def __init__(self) -> None:
+        self._loaded: dict[int, _Loaded] = {}
+
+    def load(self, register: bytes, loaded: _Loaded = _NOTHING) -> None:
+        """What was in the registers that are written is forgotten; all that follow if the length is not known."""
+        first = _first(register)
+        end = first + -(-loaded.length // 4) if loaded.length else sys.maxsize
+        for at, other in list(self._loaded.items()):
+            if at < end and at + -(-other.length // 4) > first:
+                del self._loaded[at]
+        if loaded.length and loaded.kind != "?":
+            self._loaded[first] = loaded
+
+    def at(self, register: bytes) -> _Loaded:
+        return self._loaded.get(_first(register), _NOTHING)
+
+    def key(self, register: bytes, length: int) -> tuple[tuple[int, _Loaded], ...]:
+        """The known fields of a key of so many bytes, each with its place in the key. In a concatenation each field is
+        padded to 4 bytes."""
+        first, result = _first(register), []
+        for at in range(0, length, 4):
+            loaded = self._loaded.get(first + at // 4)
+            # In a set of one field the key is as long as that.
+            if loaded is not None and not loaded.mask and at + loaded.length <= length:
+                result.append((at, loaded))
+        return tuple(result)
+
+    def forget(self) -> None:
+        self._loaded.clear()
+
+
+def _first(register: bytes) -> int:
+    value = int.from_bytes(register)
+    return (value - 1) * 4 if value <= 4 else value - 8
+
+
+Branch = tuple[tuple[Condition, ...], Verdict, str]
+
+
+def to_rules(rule: Found, sets: Sets = lambda name: None) -> tuple[FilterRule, ...]:
+    """A rule as a value, or as several if it has a verdict map. `sets` gives the sets of its table."""
     conditions: list[Condition] = []
-    verdict: Verdict = ""
-    target = ""
-    registers: dict[bytes, tuple[str, bytes]] = {}
-    """Register -> what it holds, and the mask that was put over it."""
+    branches: tuple[Branch, ...] = (((), "", ""),)
+    registers = _Registers()
     for element in elements(rule.get("NFTA_RULE_EXPRESSIONS", b"")):
         outer = expressions(element)
-        name = text(outer, "NFTA_EXPR_NAME")
-        attributes: Found = _reader(name)(outer.get("NFTA_EXPR_DATA", b"")) if name in _READERS else {}
+        name, data = text(outer, "NFTA_EXPR_NAME"), outer.get("NFTA_EXPR_DATA", b"")
+        attributes: Found = _reader(name)(data) if name in _READERS else {}
         get = attributes.get
-        if name == "meta":
-            if "NFTA_META_DREG" in attributes:
-                registers[attributes["NFTA_META_DREG"]] = _META.get(get("NFTA_META_KEY", b""), "?"), b""
-            else:
-                conditions.append(Condition(name))
-        elif name == "ct":
-            if "NFTA_CT_DREG" in attributes:
-                registers[attributes["NFTA_CT_DREG"]] = _CT.get(get("NFTA_CT_KEY", b""), "?"), b""
-            else:
-                conditions.append(Condition(name))
+        if name in ("meta", "ct"):
+            # Without a register to write to it sets a mark or the like, of every packet.
+            if (register := get(f"NFTA_{name.upper()}_DREG")) is not None:
+                kind = _META.get(get("NFTA_META_KEY", b"")) if name == "meta" else _CT.get(get("NFTA_CT_KEY", b""))
+                registers.load(register, _NOTHING if kind is None else _Loaded(kind, _LENGTHS[kind]))
         elif name == "payload":
             if "NFTA_PAYLOAD_DREG" in attributes:
-                registers[attributes["NFTA_PAYLOAD_DREG"]] = _side(attributes), b""
+                ipv6 = rule.get("nfgen_family") == nft.NFPROTO_IPV6 or Condition("version", 6) in conditions
+                registers.load(attributes["NFTA_PAYLOAD_DREG"], _side(attributes, ipv6=ipv6))
             else:
                 conditions.append(Condition(name))
         elif name == "bitwise":
-            held = registers.get(get("NFTA_BITWISE_SREG", b""), ("?", b""))[0]
-            registers[get("NFTA_BITWISE_DREG", b"")] = held, _value(get("NFTA_BITWISE_MASK", b""))
+            mask, flipped = (_value(get(f"NFTA_BITWISE_{part}", b"")) for part in ("MASK", "XOR"))
+            loaded = registers.at(get("NFTA_BITWISE_SREG", b""))
+            plain = mask and not loaded.mask and not any(flipped)
+            registers.load(get("NFTA_BITWISE_DREG", b""), evolve(loaded, mask=mask) if plain else _NOTHING)
+        elif name == "byteorder":
+            loaded = registers.at(get("NFTA_BYTEORDER_SREG", b""))
+            if loaded.kind == "state" and not loaded.mask and get("NFTA_BYTEORDER_SIZE") == be32(loaded.length):
+                loaded = evolve(loaded, big=not loaded.big)
+            elif loaded.length != 1:
+                loaded = _NOTHING
+            registers.load(get("NFTA_BYTEORDER_DREG", b""), loaded)
         elif name == "cmp":
-            held, mask = registers.get(get("NFTA_CMP_SREG", b""), ("?", b""))
-            conditions.append(_condition(held, mask, get("NFTA_CMP_OP", b""), _value(get("NFTA_CMP_DATA", b""))))
-        elif name == "immediate" and get("NFTA_IMMEDIATE_DREG") == VERDICT_REGISTER:
-            verdict, target = _verdict(get("NFTA_IMMEDIATE_DATA", b""))
-        elif name == "reject":
-            verdict = "drop"
-        elif name == "lookup":
-            held = registers.get(get("NFTA_LOOKUP_SREG", b""), ("?", b""))[0]
-            mapped = get("NFTA_LOOKUP_DREG") == VERDICT_REGISTER
-            if mapped:
-                # A verdict map: whom it does not name goes on.
-                members = members_of(text(attributes, "NFTA_LOOKUP_SET")) if held == "state" else ()
-                verdict, target = _mapped(members) if held == "state" else ("unknown", "")
-            elif held in _LOOKED_UP:
-                inverted = bool(int.from_bytes(get("NFTA_LOOKUP_FLAGS", b"")) & _INVERTED)
-                conditions.append(_among(held, members_of(text(attributes, "NFTA_LOOKUP_SET")), inverted=inverted))
+            loaded = registers.at(get("NFTA_CMP_SREG", b""))
+            conditions.append(_condition(loaded, get("NFTA_CMP_OP", b""), _value(get("NFTA_CMP_DATA", b""))))
+        elif name == "immediate":
+            if get("NFTA_IMMEDIATE_DREG") == VERDICT_REGISTER:
+                branches = (((), *_verdict(get("NFTA_IMMEDIATE_DATA", b""))),)
             else:
-                conditions.append(Condition(name))
+                registers.load(get("NFTA_IMMEDIATE_DREG", b""))
+        elif name == "reject":
+            branches = (((), "drop", ""),)
+        elif name == "lookup":
+            members = _looked_up(registers, get("NFTA_LOOKUP_SREG", b""), sets(text(attributes, "NFTA_LOOKUP_SET")))
+            if get("NFTA_LOOKUP_DREG") == VERDICT_REGISTER:
+                # A packet that it does not name goes on to the next rule.
+                branches = _branches(members)
+                continue
+            inverted = bool(int.from_bytes(get("NFTA_LOOKUP_FLAGS", b"")) & _INVERTED)
+            conditions.append(_among(members, inverted=inverted))
+            if "NFTA_LOOKUP_DREG" in attributes:
+                registers.load(attributes["NFTA_LOOKUP_DREG"])
         elif name == "queue":
-            verdict = "unknown"
+            branches = (((), "unknown", ""),)
         elif name == "match":
             conditions += _xt_match(attributes)
         elif name == "target":
-            verdict = "drop" if text(attributes, "NFTA_TARGET_NAME") == "REJECT" else verdict
-        elif name not in _SILENT and name != "immediate":
+            target = text(attributes, "NFTA_TARGET_NAME")
+            branches = (((), _TARGETS[target], ""),) if target in _TARGETS else branches
+        elif name == "objref":
+            if get("NFTA_OBJREF_IMM_TYPE") not in _SILENT_OBJECTS:
+                conditions.append(Condition(name))
+        elif name == "dynset":
+            if not _adds_only(data):
+                conditions.append(Condition(name))
+        elif name not in _SILENT:
             conditions.append(Condition(name))
-    return FilterRule(
-        conditions=tuple(conditions), verdict=verdict, target=target,
-        comment=_comment(rule.get("NFTA_RULE_USERDATA", b"")),
-        handle=int.from_bytes(rule.get("NFTA_RULE_HANDLE", b"")),
+            registers.forget()
+    return tuple(
+        FilterRule(
+            conditions=(*conditions, *further), verdict=verdict, target=target,
+            comment=_comment(rule.get("NFTA_RULE_USERDATA", b"")),
+            handle=int.from_bytes(rule.get("NFTA_RULE_HANDLE", b"")),
+        )
+        for further, verdict, target in branches
     )  # fmt: skip
 
 
@@ -177,29 +303,102 @@ def _verdict(data: bytes) -> tuple[Verdict, str]:
     return _VERDICTS.get(code, "unknown"), text(attributes, "NFTA_VERDICT_CHAIN")
 
 
-def _key(member: Found) -> bytes:
-    return _value(member.get("NFTA_SET_ELEM_KEY", b""))
+def _adds_only(data: bytes) -> bool:
+    """Whether an expression that adds to a set matches every packet: not if it has a limit or is inverted. (A set that
+    is full is not looked for.)"""
+    attributes = read(_expr.nft_dynset, data)
+    # pyroute2 has no name for several expressions.
+    return not any(attributes.get("NFTA_DYNSET_FLAGS", b"")) and not {"", "NFTA_DYNSET_EXPR"} & attributes.keys()
 
 
-def _mapped(members: Iterable[Found]) -> tuple[Verdict, str]:
-    """What a verdict map of ct state decides for new packets."""
-    mapped = (_verdict(member.get("NFTA_SET_ELEM_DATA", b"")) for member in members if _state(_key(member)) & _NEW)
-    return next(mapped, ("", ""))
+# -- sets -------------------------------------------------------------------------------------------------------------
+
+_Member = tuple[tuple[Condition, ...], Found]
 
 
-def _among(held: str, members: Iterable[Found], *, inverted: bool) -> Condition:
-    """Membership in a set of states or of interface names."""
-    keys = [_key(member) for member in members]
-    if held == "state":
-        return Condition("new", any(_state(key) & _NEW for key in keys), not inverted)
-    if held == "protocol":
-        return Condition(held, tuple(map(_protocol, keys)), not inverted)
-    names = tuple(key.rstrip(b"\0").decode(errors="replace") for key in keys)
-    return Condition(held, names, not inverted)
+def _looked_up(registers: _Registers, register: bytes, found: FoundSet | None) -> list[_Member] | None:
+    """The members of a set, each with what a packet must fulfil to be it. None: it cannot be told."""
+    if found is None or found.flags & _VOLATILE:
+        return None
+    key = registers.key(register, found.key_length)
+    if not key or (members := found.members()) is None:
+        return None
+    known = sum(-(-loaded.length // 4) for _, loaded in key)
+    rest = () if known == -(-found.key_length // 4) else (_UNKNOWN,)
+    result = []
+    for low, high, member in _ranges(members, found.flags):
+        tests = [_within(loaded, low[at : at + loaded.length], high[at : at + loaded.length]) for at, loaded in key]
+        result.append(((*tests, *rest, *_limited(member)), member))
+    # It counts only for those that no other member takes.
+    caught = [(_limited(member), member) for member in members if _flags(member) & _CATCHALL]
+    return result + caught
 
 
-def _state(data: bytes) -> int:
-    return int.from_bytes(data, sys.byteorder)
+def _ranges(members: Sequence[Found], flags: int) -> Iterator[tuple[bytes, bytes, Found]]:
+    """The first and the last key of each member."""
+    keyed = [(_value(member["NFTA_SET_ELEM_KEY"]), member) for member in members if "NFTA_SET_ELEM_KEY" in member]
+    if not flags & _INTERVAL or flags & _CONCAT:
+        for key, member in keyed:
+            yield key, _value(member["NFTA_SET_ELEM_KEY_END"]) if "NFTA_SET_ELEM_KEY_END" in member else key, member
+        return
+    # Each one reaches to the next one; those that have the flag END are the gaps.
+    keyed.sort(key=lambda entry: (entry[0], not _flags(entry[1]) & _END))
+    ends = [int.from_bytes(key) for key, _ in keyed[1:]] + [1 << len(keyed[-1][0]) * 8] if keyed else []
+    for (key, member), end in zip(keyed, ends, strict=True):
+        if not _flags(member) & _END and end > int.from_bytes(key):
+            yield key, (end - 1).to_bytes(len(key)), member
+
+
+def _flags(member: Found) -> int:
+    return int.from_bytes(member.get("NFTA_SET_ELEM_FLAGS", b""))
+
+
+def _limited(member: Found) -> tuple[Condition, ...]:
+    """That an expression of the member's own may keep a packet from matching."""
+    several = elements(member.get("NFTA_SET_ELEM_EXPRESSIONS", b""))
+    own = [member["NFTA_SET_ELEM_EXPR"]] if "NFTA_SET_ELEM_EXPR" in member else []
+    names = {text(expressions(body), "NFTA_EXPR_NAME") for body in (*own, *several)}
+    return () if names <= _SILENT else (_UNKNOWN,)
+
+
+def _within(loaded: _Loaded, low: bytes, high: bytes) -> Condition:
+    """Whether a field of a packet is within a range."""
+    side, _, version = loaded.kind.partition(" ")
+    if side == "protocol":
+        return Condition("protocol", tuple(_protocol(bytes([value])) for value in range(low[0], high[0] + 1)))
+    if side in ("iif", "oif") and not version:
+        start = low.rstrip(b"\0")
+        if low == high or high == start.ljust(len(high), b"\xff"):
+            return Condition(side, start.decode(errors="replace") + ("" if low == high else "*"))
+    if side in ("saddr", "daddr"):
+        networks = summarize_address_range(ip_address(low), ip_address(high))
+        return Condition(side, tuple(networks))
+    return _condition(loaded, _EQUAL, low) if low == high else _UNKNOWN
+
+
+def _among(members: Sequence[_Member] | None, *, inverted: bool) -> Condition:
+    if members is None:
+        return Condition("lookup")
+    either = tuple(dict.fromkeys(tests for tests, _ in members))
+    sides = {tests[0].kind if len(tests) == 1 else "" for tests in either}
+    if len(sides) == 1 and sides <= {"saddr", "daddr"}:
+        # Several networks may hold a mesh's subnets only together.
+        networks = [network for (test,) in either if isinstance(test.value, tuple) for network in test.value]
+        return Condition(sides.pop(), tuple(collapse_addresses(networks)), not inverted)
+    return Condition("any", either, not inverted)
+
+
+def _branches(members: Sequence[_Member] | None) -> tuple[Branch, ...]:
+    """What a verdict map decides, a branch for each member."""
+    branches = tuple(
+        dict.fromkeys((tests, *_verdict(member.get("NFTA_SET_ELEM_DATA", b""))) for tests, member in members or ())
+    )
+    if members is None or len({target for *_, target in branches}) > MOST_TARGETS:
+        return (((), "unknown", ""),)
+    return branches
+
+
+# -- single fields ----------------------------------------------------------------------------------------------------
 
 
 def _protocol(data: bytes) -> str:
@@ -207,46 +406,51 @@ def _protocol(data: bytes) -> str:
     return PROTOCOLS.get(number, str(number))
 
 
-def _side(attributes: Found) -> str:
-    """What of a packet's header a payload expression loads: an address, as `saddr 4`, or `protocol`."""
+def _side(attributes: Found, *, ipv6: bool) -> _Loaded:
+    """What of a packet's header a payload expression loads: an address, as `saddr 4`, or `protocol`. `ipv6`: it is
+    known to be IPv6's. Else of a short prefix it cannot be told."""
     offset, length = (int.from_bytes(attributes.get(f"NFTA_PAYLOAD_{name}", b"")) for name in ("OFFSET", "LEN"))
+    kind = "?"
     if attributes.get("NFTA_PAYLOAD_BASE") == NETWORK_HEADER:
-        if length <= 4 and offset in (12, 16):
-            return f"{'saddr' if offset == 12 else 'daddr'} 4"
-        if 4 < length <= 16 and offset in (8, 24):
-            return f"{'saddr' if offset == 8 else 'daddr'} 6"
-        if (offset, length) in _PROTOCOL_FIELDS:
-            return "protocol"
-    return "?"
+        if length <= 4 and offset in (12, 16) and not ipv6:
+            kind = f"{'saddr' if offset == 12 else 'daddr'} 4"
+        elif (length > 4 or ipv6) and length <= 16 and offset in (8, 24):
+            kind = f"{'saddr' if offset == 8 else 'daddr'} 6"
+        elif (offset, length) in _PROTOCOL_FIELDS:
+            kind = "protocol"
+    return _Loaded(kind, length)
 
 
-def _condition(held: str, mask: bytes, operator: bytes, data: bytes) -> Condition:
-    if operator not in (_EQUAL, _UNEQUAL):
-        return Condition("?")
-    equal = operator == _EQUAL
+def _condition(loaded: _Loaded, comparison: bytes, data: bytes) -> Condition:
+    held, mask = loaded.kind, loaded.mask
+    if (compare := _ORDERED.get(comparison)) is not None and held == "protocol" and not mask:
+        return Condition(held, tuple(_protocol(bytes([value])) for value in range(256) if compare(value, data[0])))
+    if comparison not in (_EQUAL, _UNEQUAL):
+        return _UNKNOWN
+    equal = comparison == _EQUAL
     side, _, version = held.partition(" ")
+    if held in ("state", "status"):
+        # What a new packet has of it: of the status it is nothing.
+        bits = _NEW if held == "state" else 0
+        return Condition("new", (bits & loaded.number(mask) if mask else bits) == loaded.number(data), equal)
+    if side in ("saddr", "daddr"):
+        size = 4 if version == "4" else 16
+        length = int.from_bytes(mask).bit_count() if mask else len(data) * 8
+        if mask and int.from_bytes(mask) != (1 << len(mask) * 8) - (1 << len(mask) * 8 - length):
+            return _UNKNOWN  # No prefix.
+        return Condition(side, ip_network((data.ljust(size, b"\0")[:size], length), strict=False), equal)
+    if mask:
+        return _UNKNOWN
     if held in ("iif", "oif"):
         # A prefix is compared in as many bytes as it has.
         return Condition(held, data.rstrip(b"\0").decode(errors="replace") + ("" if b"\0" in data else "*"), equal)
     if held in ("iif index", "oif index"):
-        return (
-            Condition(held[:3], "lo", equal) if data == formats.U32.pack(formats.LOOPBACK_IFINDEX) else Condition("?")
-        )
-    if held == "protocol" and not mask:
+        return Condition(side, "lo", equal) if data == formats.U32.pack(formats.LOOPBACK_IFINDEX) else _UNKNOWN
+    if held == "protocol":
         return Condition("protocol", _protocol(data), equal)
     if held == "version":
         return Condition("version", _VERSIONS.get(data[0] if data else 0), equal)
-    if held == "state":
-        bits = _state(mask or data)
-        # With a mask: unequal to nothing means that a bit is set.
-        return Condition("new", bool(bits & _NEW), equal if not mask else not equal)
-    if held == "status":
-        return Condition("new", False, equal if not mask else not equal)
-    if side in ("saddr", "daddr"):
-        size = 4 if version == "4" else 16
-        length = int.from_bytes(mask).bit_count() if mask else len(data) * 8
-        return Condition(side, ip_network((data.ljust(size, b"\0")[:size], length), strict=False), equal)
-    return Condition("?")
+    return _UNKNOWN
 
 
 def _xt_match(attributes: Found) -> Iterator[Condition]:

@@ -61,9 +61,9 @@ def get_rules(table: str) -> NetlinkMessage:
     return _message(nft.NFT_MSG_GETRULE, nft.nft_rule_msg, ("NFTA_RULE_TABLE", table))
 
 
-def get_sets(table: str) -> NetlinkMessage:
+def get_sets(table: str, family: int = nft.NFPROTO_INET) -> NetlinkMessage:
     """Asks for the sets of a table, without their elements."""
-    return _message(nft.NFT_MSG_GETSET, nft.nft_set_msg, ("NFTA_SET_TABLE", table))
+    return _message(nft.NFT_MSG_GETSET, nft.nft_set_msg, ("NFTA_SET_TABLE", table), family=family)
 
 
 def get_elements(table: str, name: str, family: int = nft.NFPROTO_INET) -> NetlinkMessage:
