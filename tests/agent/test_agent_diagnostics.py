@@ -197,9 +197,16 @@ async def test_what_the_kernel_lacks_is_counted_and_named(world: World) -> None:
     forwarding = world.answerer(evolve(PLAN, forwarding=frozenset({4})))
     response = await forwarding.answer(DiagnosticsRequest())
     assert (response.trouble, response.possible_obstacles) == (("FORWARD drops",), ("the chain x may drop",))
+    assert response.untested_obstacles == ("the chain x may drop",)
+    world.host.obstacles += (Obstacle("y may drop ICMP", certain=False, untested=False),)
+    response = await forwarding.answer(DiagnosticsRequest())
+    assert response.possible_obstacles == ("the chain x may drop", "y may drop ICMP")
+    assert response.untested_obstacles == ("the chain x may drop",), "of ICMP the echo requests tell"
+    assert decode_diagnostics_response(encode(response)) == response
     world.sends = False
     response = await forwarding.answer(DiagnosticsRequest())
     assert (response.trouble, response.possible_obstacles) == ((), ("FORWARD drops",)), "it may lead one day"
+    assert response.untested_obstacles == ()
 
 
 async def test_packets_are_sent_to_whom_is_asked_for(world: World) -> None:

@@ -268,6 +268,17 @@ def test_a_candidates_obstacle_that_is_an_error_already_is_no_warning_besides() 
     assert (one.severity, one.text) == (Severity.ERROR, "forwarding is off on kilo0")
 
 
+def test_what_a_leader_may_drop_is_a_warning_although_echo_requests_arrive() -> None:
+    topology, live = world(lambda one, other: False)
+    text = "the firewall may drop TCP and UDP packets"
+    live = with_answer(live, "a1", possible_obstacles=(text, "it may drop ICMP packets"), untested_obstacles=(text,))
+    (one,) = told(topology, live)
+    assert (one.severity, one.subject) == (Severity.WARNING, "a1")
+    assert one.text == f"it forwards for others, and perhaps not all packets: {text}"
+    (one,) = told(topology, live, errors={"a1": (text,)})
+    assert (one.severity, one.text) == (Severity.ERROR, text), "an error is no warning besides"
+
+
 def test_what_is_sent_and_does_not_arrive_is_a_blocked_port_and_not_the_tunnels_rules() -> None:
     topology, live = world(around("c1"))
     counted = with_answer(live, "c1", unanswered_peers=("a1", "b1"))

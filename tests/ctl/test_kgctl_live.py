@@ -341,19 +341,6 @@ def test_explain_is_held_against_the_kernels_on_the_way(mesh: Mesh) -> None:
     assert json.loads(mesh.run("explain", "gcp-2", "10.4.0.5", "-o", "json").stdout)["live"] is None
 
 
-def test_what_a_host_on_the_way_reports_and_says_again_when_asked_is_wrong(mesh: Mesh) -> None:
-    """A leader that drops TCP lets the echo requests pass that are tried."""
-    text = "the firewall drops TCP packets that this host forwards"
-    mesh.fails("gcp-1", text)
-    mesh.says["gcp-1"] = DiagnosticsResponse(time=now(), tunnels=(mesh.tunnel("home-1", 3),), trouble=(text,))
-    result = mesh.run("explain", "gcp-2", "10.4.0.5", "--live", "-o", "json")
-    document = json.loads(result.stdout)
-    assert (result.exit_code, document["works"], document["remarks"]) == (1, False, [])
-    assert document["live"] == [{"node": "gcp-1", "text": text}]
-    plain = mesh.run("explain", "gcp-2", "10.4.0.5", "--live").output
-    assert (plain.count(text), "hold what they should" in plain) == (1, False)
-
-
 def test_check_does_not_praise_a_prefix_without_a_mesh(mesh: Mesh) -> None:
     result = mesh.run("--prefix", "/typo", "check")
     assert result.exit_code == 1
@@ -495,6 +482,44 @@ def test_check_and_explain_name_the_leader_that_passes_nothing_on(mesh: Mesh) ->
     mesh.says["gcp-1"] = DiagnosticsResponse(time=now(), tunnels=(mesh.tunnel("home-1", 3),))
     assert json.loads(mesh.run("check", "-o", "json").stdout)[0]["remedy"].endswith("kgctl explain gcp-2 home-1 --live")
     assert "--live" not in mesh.run("explain", "gcp-2", "home-1", "--live").output
+
+
+def test_check_and_explain_name_what_a_leader_may_drop_although_echo_requests_arrive(mesh: Mesh) -> None:
+    text = "the firewall may drop TCP and UDP packets that this host forwards"
+    mesh.says["gcp-1"] = DiagnosticsResponse(
+        time=now(),
+        tunnels=(mesh.tunnel("home-1", 3),),
+        possible_obstacles=(text,),
+        untested_obstacles=(text,),
+    )
+    result = mesh.run("check", "-o", "json")
+    assert result.exit_code == 1
+    (finding,) = json.loads(result.stdout)
+    assert (finding["severity"], finding["subject"]) == ("warning", "gcp-1")
+    assert finding["text"].endswith(f"not all packets: {text}")
+    result = mesh.run("explain", "gcp-2", "home-1", "--live", "-o", "json")
+    assert result.exit_code == 1
+    assert json.loads(result.stdout)["live"] == [{"node": "gcp-1", "text": text}]
+    # It forwards nothing of what it sends itself.
+    assert mesh.run("explain", "gcp-1", "home-1", "--live").exit_code == 0
+    # An error that names it is enough.
+    inside = {"gcp-2", "gcp-3"}
+    mesh.lost = lambda source, target: len({source, target} & inside) == 1 and "gcp-1" not in (source, target)
+    (finding,) = json.loads(mesh.run("check", "-o", "json").stdout)
+    assert (finding["severity"], finding["remedy"]) == ("error", text)
+
+
+def test_explain_does_not_take_for_good_what_the_agents_status_names_too(mesh: Mesh) -> None:
+    text = "the firewall drops UDP packets that this host forwards"
+    mesh.says["gcp-1"] = DiagnosticsResponse(time=now(), tunnels=(mesh.tunnel("home-1", 3),), trouble=(text,))
+    for remarks in ([], [text]):
+        mesh.fails("gcp-1", *remarks)
+        result = mesh.run("explain", "gcp-2", "home-1", "--live", "-o", "json")
+        found = json.loads(result.stdout)
+        assert (result.exit_code, found["works"]) == (1, False)
+        assert [remark["text"] for remark in (*found["remarks"], *found["live"])] == [text], "it is said once"
+    output = mesh.run("explain", "gcp-2", "home-1", "--live").output
+    assert "hold what they should" not in output
 
 
 def test_check_names_what_probers_report_only_if_it_finds_no_cause(mesh: Mesh) -> None:

@@ -108,27 +108,46 @@ def test_the_sentence_says_how_certain_it_is_and_whose_firewall_it_is() -> None:
 
 
 @pytest.mark.parametrize(
-    ("printed", "dropped"),
+    ("printed", "dropped", "doubtful", "what"),
     [
-        ("-P FORWARD DROP\n-A FORWARD -p icmp -j ACCEPT", {"tcp", "udp"}),
-        ("-P FORWARD DROP\n-A FORWARD -p icmp -m icmp --icmp-type 8 -j ACCEPT", {"tcp", "udp"}),
-        ("-P FORWARD DROP\n-A FORWARD -p 6 -j ACCEPT\n-A FORWARD -p 17 -j ACCEPT", {"icmp"}),
-        ("-P FORWARD DROP\n-A FORWARD ! -p tcp -j ACCEPT", {"tcp"}),
-        ("-P FORWARD DROP\n-A FORWARD -p all -j ACCEPT", set[str]()),
-        ("-P FORWARD DROP\n-A FORWARD -p tcp -m tcp --dport 22 -j ACCEPT", {"udp", "icmp"}),
-        ("-P FORWARD DROP\n-A FORWARD -p gre -j ACCEPT", {"tcp", "udp", "icmp"}),
-        ("-P FORWARD ACCEPT\n-A FORWARD -p tcp -j REJECT --reject-with tcp-reset", {"tcp"}),
-        ("-P FORWARD ACCEPT\n-A FORWARD -p tcp -m tcp --dport 25 -j DROP", set[str]()),
+        ("-P FORWARD DROP\n-A FORWARD -p icmp -j ACCEPT", "tcp udp", "", "drops TCP and UDP packets"),
+        ("-P FORWARD DROP\n-A FORWARD -p icmp -m icmp --icmp-type 8 -j ACCEPT", "tcp udp", "icmp",
+         "drops TCP and UDP packets"),
+        ("-P FORWARD DROP\n-A FORWARD -p 6 -j ACCEPT\n-A FORWARD -p 17 -j ACCEPT", "icmp", "", "drops ICMP packets"),
+        ("-P FORWARD DROP\n-A FORWARD ! -p tcp -j ACCEPT", "tcp", "", "drops TCP packets"),
+        ("-P FORWARD DROP\n-A FORWARD ! -p udp -j ACCEPT", "udp", "", "drops UDP packets"),
+        ("-P FORWARD DROP\n-A FORWARD -p all -j ACCEPT", "", "", ""),
+        ("-P FORWARD DROP\n-A FORWARD -p tcp -m tcp --dport 22 -j ACCEPT", "udp icmp", "tcp",
+         "drops UDP and ICMP packets, and may drop TCP packets,"),
+        ("-P FORWARD DROP\n-A FORWARD -p icmp -j ACCEPT\n-A FORWARD -p tcp -m tcp --dport 22 -j ACCEPT", "udp", "tcp",
+         "drops UDP packets, and may drop TCP packets,"),
+        ("-P FORWARD DROP\n-A FORWARD -p icmp -j ACCEPT\n-A FORWARD -p tcp -m tcp --dport 22 -j ACCEPT\n"
+         "-A FORWARD -p udp -m udp --dport 53 -j ACCEPT", "", "tcp udp", "may drop TCP and UDP packets"),
+        ("-P FORWARD DROP\n-A FORWARD -p tcp -j ACCEPT\n-A FORWARD -p udp -j ACCEPT\n"
+         "-A FORWARD -p icmp -m icmp --icmp-type 8 -j ACCEPT", "", "icmp", "may drop ICMP packets"),
+        ("-P FORWARD DROP\n-A FORWARD -p gre -j ACCEPT", "tcp udp icmp", "", "drops what"),
+        ("-P FORWARD DROP\n-A FORWARD -m mark --mark 7 -j ACCEPT", "", "tcp udp icmp", "may drop what"),
+        ("-P FORWARD ACCEPT\n-A FORWARD -p tcp -j REJECT --reject-with tcp-reset", "tcp", "", "drops TCP packets"),
+        ("-P FORWARD ACCEPT\n-A FORWARD -p tcp -m tcp --dport 25 -j DROP", "", "", ""),
     ],
-)
-def test_protocols_are_told_apart(printed: str, dropped: set[str]) -> None:
+)  # fmt: skip
+def test_protocols_are_told_apart(printed: str, dropped: str, doubtful: str, what: str) -> None:
     chain = from_iptables(printed, 4)
     assert chain is not None
     sent = packets("kilo0", ["eth0"], [4], MESH)
-    assert {packet.protocol for packet in sent if drops(chain, packet)} == dropped
-    for obstacle in obstacles([chain], sent, "kilo0", opening=False):
-        assert obstacle.certain is ("tcp" in dropped), "a host may have reasons of its own to drop other protocols"
-        assert ("may drop" in obstacle.text) is not obstacle.certain
+    certain, perhaps = set(dropped.split()), set(doubtful.split())
+    assert {packet.protocol for packet in sent if drops(chain, packet)} == certain
+    assert {packet.protocol for packet in sent if drops(chain, packet) is None} == perhaps
+    found = obstacles([chain], sent, "kilo0", opening=False)
+    assert bool(found) is bool(certain | perhaps)
+    for obstacle in found:
+        assert obstacle.certain is bool(certain & {"tcp", "udp"}), "echo requests are tried, and nothing else"
+        assert obstacle.untested is bool((certain | perhaps) & {"tcp", "udp"})
+        assert obstacle.blocked == ({4} if dropped == "tcp udp icmp" else set()), "a leader stays that forwards some"
+        start = f"the firewall {what} this host forwards between" if what.endswith("what") else (
+            f"the firewall {what} that this host forwards between"
+        )  # fmt: skip
+        assert obstacle.text.startswith(start)
 
 
 @pytest.mark.parametrize(
@@ -277,6 +296,129 @@ table inet firewalld {
 
 def load(ruleset: str) -> None:
     sh(f"nft -f - <<'END'\n{ruleset}\nEND")
+
+
+TRUSTED = """
+table inet firewalld {
+  chain filter_FORWARD {
+    type filter hook forward priority filter + 10; policy accept;
+    ct state { established, related } accept
+    ct status dnat accept
+    iifname "lo" accept
+    ct state invalid drop
+    ip6 daddr { ::/96, 2002:a00::/24, 2002:7f00::/24, 2002:c0a8::/32 } reject with icmpv6 type addr-unreachable
+    jump filter_FORWARD_POLICIES
+    reject with icmpx type admin-prohibited
+  }
+  chain filter_FORWARD_POLICIES {
+    iifname { "kilo0", "eth0" } oifname { "kilo0", "eth0" } jump filter_FWD_trusted
+    jump filter_FWD_public
+    reject with icmpx type admin-prohibited
+  }
+  chain filter_FWD_trusted {
+    jump filter_FWD_trusted_pre
+    accept
+  }
+  chain filter_FWD_trusted_pre { }
+  chain filter_FWD_public {
+    meta l4proto { icmp, ipv6-icmp } accept
+  }
+}
+"""
+UFW_RESTORED = """\
+*filter
+:FORWARD DROP
+:ufw-before-logging-forward -
+:ufw-before-forward -
+:ufw-user-forward -
+:ufw-after-forward -
+:ufw-after-logging-forward -
+:ufw-reject-forward -
+-A FORWARD -j ufw-before-logging-forward
+-A FORWARD -j ufw-before-forward
+-A FORWARD -j ufw-after-forward
+-A FORWARD -j ufw-after-logging-forward
+-A FORWARD -j ufw-reject-forward
+-A ufw-before-forward -m conntrack --ctstate RELATED,ESTABLISHED -j ACCEPT
+-A ufw-before-forward -p icmp -m icmp --icmp-type 3 -j ACCEPT
+-A ufw-before-forward -p icmp -m icmp --icmp-type 8 -j ACCEPT
+-A ufw-before-forward -j ufw-user-forward
+-A ufw-user-forward -i kilo0 -j ACCEPT
+-A ufw-user-forward -o kilo0 -j ACCEPT
+-A ufw-after-logging-forward -m limit --limit 3/min --limit-burst 10 -j LOG --log-prefix "[UFW BLOCK] "
+COMMIT
+"""
+DOCKER_RESTORED = """\
+*filter
+:FORWARD DROP
+:DOCKER -
+:DOCKER-USER -
+:DOCKER-ISOLATION-STAGE-1 -
+-A FORWARD -j DOCKER-USER
+-A FORWARD -j DOCKER-ISOLATION-STAGE-1
+-A FORWARD -o docker0 -m conntrack --ctstate RELATED,ESTABLISHED -j ACCEPT
+-A FORWARD -i docker0 ! -o docker0 -j ACCEPT
+-A DOCKER -d 172.17.0.2/32 ! -i docker0 -o docker0 -p tcp -m tcp --dport 80 -j ACCEPT
+-A DOCKER-ISOLATION-STAGE-1 -i docker0 ! -o docker0 -j RETURN
+-A DOCKER-USER -j RETURN
+COMMIT
+"""
+OWN = """
+table inet own {
+  set mesh { type ipv4_addr; flags interval; auto-merge; elements = { 10.4.0.0/17, 10.4.128.0/17, 192.168.9.0/24 } }
+  chain forward {
+    type filter hook forward priority 0; policy drop;
+    ct state vmap { established : accept, related : accept, invalid : drop }
+    icmp type echo-request limit rate 5/second accept
+    iifname . oifname vmap { "eth7" . "eth8" : drop, "eth0" . "kilo0" : jump both, "kilo0" . "eth0" : goto both }
+  }
+  chain both {
+    meta l4proto { tcp, udp } ip saddr @mesh accept
+  }
+}
+"""
+KUBE_PROXY = """
+table ip kube-proxy {
+  map no-endpoint-services {
+    type ipv4_addr . inet_proto . inet_service : verdict
+    elements = { 10.96.0.10 . tcp . 53 : goto reject-chain }
+  }
+  set cluster-ips { type ipv4_addr; elements = { 10.96.0.1, 10.96.0.10 } }
+  chain filter-forward {
+    type filter hook forward priority -110; policy accept;
+    ct state new jump service-endpoints-check
+    ct state new jump cluster-ips-check
+  }
+  chain service-endpoints-check { ip daddr . meta l4proto . th dport vmap @no-endpoint-services; }
+  chain cluster-ips-check { ip daddr @cluster-ips reject; }
+  chain reject-chain { reject; }
+}
+"""
+
+
+@pytest.mark.root
+@pytest.mark.usefixtures("own_namespaces")
+async def test_firewalls_that_let_the_mesh_through_are_no_obstacle() -> None:
+    sh("ip link add eth0 type veth peer eth1; ip addr add 192.168.9.1/24 dev eth0; ip link set eth0 up; "
+       "ip route add default via 192.168.9.2")  # fmt: skip
+    async with open_kernel(Setup(private_key=PRIVATE)) as kernel:
+        await kernel.apply(LEADER)
+        for ruleset, table in ((TRUSTED, "inet firewalld"), (KUBE_PROXY, "ip kube-proxy")):
+            load(ruleset)
+            assert await kernel.obstacles() == ()
+            sh(f"nft delete table {table}")
+        load(OWN)
+        (obstacle,) = await kernel.obstacles()
+        assert "may drop ICMP packets that" in obstacle.text
+        assert (obstacle.certain, obstacle.untested) == (False, False), "echo requests tell whether it drops them"
+        sh("nft delete table inet own")
+        sh(f"iptables-restore <<'END'\n{UFW_RESTORED}END")
+        assert await kernel.obstacles() == ()
+        sh(f"iptables-restore <<'END'\n{DOCKER_RESTORED}END")
+        assert [obstacle.certain for obstacle in await kernel.obstacles()] == [True]
+    async with open_kernel(Setup(private_key=PRIVATE, forward_rules=True)) as kernel:
+        assert (await kernel.apply(LEADER, fresh=True)).failures == ()
+        assert await kernel.obstacles() == ()
 
 
 @pytest.mark.root

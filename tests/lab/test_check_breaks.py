@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import re
+import sys
 from collections.abc import Awaitable, Callable
 from functools import partial
 
@@ -53,8 +54,8 @@ class Fault:
     """No finding may match it; empty: any may."""
     size: int = 0
     """Bytes of a packet that is lost where smaller ones arrive; 0: all are lost."""
-    tcp: bool = False
-    """Only TCP is lost, from a host of LONE's location to those that are cut off."""
+    protocol: str = ""
+    """`tcp` or `udp`: only this is lost, from a host of LONE's location to those that are cut off. Empty: all is."""
 
 
 def run(host: str, *commands: str) -> Act:
@@ -92,10 +93,17 @@ def firewall(host: str, hook: str, *rules: str) -> tuple[Act, Act]:
 
 
 def fault(
-    name: str, acts: tuple[Act, Act], *cut_off: str, named: str, blames: str = "", size: int = 0, tcp: bool = False
+    name: str, acts: tuple[Act, Act], *cut_off: str, named: str, blames: str = "", size: int = 0, protocol: str = ""
 ) -> Fault:  # fmt: skip
     return Fault(
-        name=name, break_it=acts[0], mend=acts[1], cut_off=cut_off, named=named, blames=blames, size=size, tcp=tcp
+        name=name,
+        break_it=acts[0],
+        mend=acts[1],
+        cut_off=cut_off,
+        named=named,
+        blames=blames,
+        size=size,
+        protocol=protocol,
     )
 
 
@@ -169,6 +177,22 @@ SPEC = Spec(
     ),
 )  # fmt: skip
 
+ASK = """
+import socket, sys
+protocol, address = sys.argv[1:]
+with socket.socket(type=socket.SOCK_STREAM if protocol == "tcp" else socket.SOCK_DGRAM) as asking:
+    asking.settimeout(3)
+    try:
+        asking.connect((address, 9))
+        asking.send(b"?")
+        asking.recv(1)
+    except ConnectionRefusedError:
+        print("refused")
+    except TimeoutError:
+        print("silent")
+"""
+"""Says whether port 9 of an address answers to a TCP or UDP packet, that it is closed."""
+
 STOP_FORWARDING = "sysctl -q -w net.ipv4.conf.kilo0.forwarding={0} net.ipv4.conf.eth0.forwarding={0}"
 
 
@@ -189,7 +213,15 @@ def faults(mesh: dict[str, str], lan: dict[str, str], etcd: str) -> list[Fault]:
         fault("a firewall that forwards echo requests and no TCP",
               both(*(firewall(host, "forward", "ct state established,related accept", "meta l4proto icmp accept",
                               "drop") for host in GCP)),
-              *GCP, named=r"gcp-\d.*drops TCP and UDP packets", tcp=True),
+              *GCP, named=r"gcp-\d.*drops TCP and UDP packets", protocol="tcp"),
+        fault("a firewall that forwards echo requests and TCP, and no UDP",
+              both(*(firewall(host, "forward", "ct state established,related accept",
+                              "meta l4proto { icmp, tcp } accept", "drop") for host in GCP)),
+              *GCP, named=r"gcp-\d.*drops UDP packets", protocol="udp"),
+        fault("a firewall that forwards echo requests, and TCP and UDP to some ports only",
+              both(*(firewall(host, "forward", "ct state established,related accept", "meta l4proto icmp accept",
+                              "meta l4proto . th dport { tcp . 22, udp . 53 } accept", "drop") for host in GCP)),
+              *GCP, named=r"gcp-\d.*may drop TCP and UDP packets", protocol="tcp"),
         fault("forwarding is off on single interfaces",
               both(*((run(host, STOP_FORWARDING.format(0)), run(host, STOP_FORWARDING.format(1))) for host in GCP)),
               *GCP, named=r"gcp-\d.*forward"),
@@ -279,12 +311,13 @@ async def dead_pairs(lab: Lab, one: Fault, mesh: dict[str, str]) -> list[tuple[s
     """The ordered pairs whose ping is not answered and one of which the fault cuts off; a host that is off answers
     nobody."""
     hosts = one.cut_off
-    if one.tcp:
+    if one.protocol:
         dead = []
         for host in hosts:
-            # Where nothing listens an answer comes all the same: the connection is refused.
-            command = f"timeout 3 bash -c '</dev/tcp/{mesh[host]}/9' 2>/dev/null; test $? != 124"
-            if (await lab.exec(LONE, "sh", "-c", command, check=False)).returncode:
+            # Where nothing listens an answer comes all the same: it is refused.
+            done = await lab.exec(LONE, sys.executable, "-c", ASK, one.protocol, mesh[host], check=False)
+            assert done.stdout.strip() in ("refused", "silent"), done
+            if done.stdout.strip() == "silent":
                 dead.append((LONE, host))
         return dead
     if one.size:

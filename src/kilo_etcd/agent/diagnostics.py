@@ -117,6 +117,7 @@ class DiagnosticsServer:
         plan = programmed.plan
         trouble: list[str] = []
         possible_obstacles: list[str] = []
+        untested_obstacles: list[str] = []
         tried = _PingResults()
         commands: tuple[str, ...] = ()
         observed = Observed()
@@ -139,8 +140,12 @@ class DiagnosticsServer:
             if plan is not None and plan.forwarding:
                 for obstacle in await self._kernel.obstacles():
                     # On a member they harm nobody until it leads.
-                    if obstacle.certain or programmed.sends:
-                        (trouble if obstacle.certain and programmed.sends else possible_obstacles).append(obstacle.text)
+                    if obstacle.certain and programmed.sends:
+                        trouble.append(obstacle.text)
+                    elif obstacle.certain or programmed.sends:
+                        possible_obstacles.append(obstacle.text)
+                        if obstacle.untested and programmed.sends:
+                            untested_obstacles.append(obstacle.text)
         except kernel.KernelError as error:
             trouble.append(str(error))
         if tried.routes and self._programmed().plan != plan:
@@ -156,6 +161,7 @@ class DiagnosticsServer:
             changes=commands[:SHOWN],
             trouble=tuple(dict.fromkeys(trouble)),
             possible_obstacles=tuple(possible_obstacles),
+            untested_obstacles=tuple(untested_obstacles),
             reached=tuple(address for address, answered in tried.answered.items() if answered),
             unreached=tuple(address for address, answered in tried.answered.items() if not answered),
             routes=tuple(tried.routes),

@@ -217,6 +217,8 @@ class DiagnosticsResponse:
     possible_obstacles: tuple[str, ...] = ()
     """What on the host may drop packets that it forwards. Of a member: what drops them for certain, which harms nobody
     until it leads."""
+    untested_obstacles: tuple[str, ...] = ()
+    """Those of `possible_obstacles` that may drop TCP or UDP on a host that leads, which no echo request tests."""
     reached: tuple[str, ...] = ()
     """Mesh addresses, and internal IPs and endpoints that it sends to by the mesh, that have answered its echo
     requests."""

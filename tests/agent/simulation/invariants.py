@@ -56,7 +56,8 @@ KEYS = Keys()
 AFRESH_EVERY = 5
 """Each so many-th apply is compared with what is computed without a predecessor, which takes longer."""
 
-COMPARED = tuple(attribute.name for attribute in fields(Snapshot) if attribute.name not in ("revision", "raft_term"))
+NOT_COMPARED = ("revision", "raft_term", "nodes_changed")
+COMPARED = tuple(attribute.name for attribute in fields(Snapshot) if attribute.name not in NOT_COMPARED)
 """A listing is dated by etcd's revision, a change by its own; both may be told of one state of the records."""
 
 

@@ -155,7 +155,7 @@ def findings(examined: Examined) -> tuple[Finding, ...]:
         *_records(examined.report, frozenset(repeated)),
         *_unrouted(examined),
         *_claims(examined.claims),
-        *_hosts(examined, places),
+        *_hosts(examined, places, wrong),
         *packets,
     )
     return tuple(sorted(dict.fromkeys(unsorted), key=lambda f: (order.index(f.severity), f.subject, f.text)))
@@ -394,7 +394,8 @@ def _covers(network: IPNetwork, other: IPNetwork) -> bool:
     return network.version == other.version and other.subnet_of(network)  # type: ignore[arg-type]
 
 
-def _hosts(examined: Examined, places: Evidence) -> Iterator[Finding]:
+def _hosts(examined: Examined, places: Evidence, wrong: Collection[Finding]) -> Iterator[Finding]:
+    """`wrong`: errors about packets, which name what drops them already."""
     live, topology = examined.live, examined.topology
     if live.refused:
         yield Finding(
@@ -430,14 +431,17 @@ def _hosts(examined: Examined, places: Evidence) -> Iterator[Finding]:
                 text=f"its kernel was {differs(answer)}",
                 remedy="the agent repairs it; if it happens again: journalctl -u kilo-etcd there names the change",
             )  # fmt: skip
-        if _may_lead(topology, name):
-            status = examined.statuses.get(name)
-            errors = {*answer.trouble, *(status.errors if status is not None else ())}
-            for text in (obstacle for obstacle in answer.possible_obstacles if obstacle not in errors):
-                yield Finding(
-                    severity=Severity.WARNING, subject=name,
-                    text=f"it is a candidate for leader, and would not forward all packets if it led: {text}",
-                )  # fmt: skip
+        status = examined.statuses.get(name)
+        candidate = _may_lead(topology, name)
+        start = (
+            "it is a candidate for leader, and would not forward all packets if it led"
+            if candidate
+            else "it forwards for others, and perhaps not all packets"
+        )
+        errors = {*answer.trouble, *(status.errors if status is not None else ())}
+        for text in answer.possible_obstacles if candidate else answer.untested_obstacles:
+            if text not in errors and not any(text in error.remedy for error in wrong):
+                yield Finding(severity=Severity.WARNING, subject=name, text=f"{start}: {text}")
     if slow := [name for name, answer in sorted(live.answers.items()) if answer.backend == "userspace"]:
         yield Finding(
             severity=Severity.NOTE, subject="agents",

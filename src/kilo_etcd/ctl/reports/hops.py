@@ -164,8 +164,7 @@ def _weighed_way(way: Way, check: _HopCheck) -> Way:
     steps: list[Step] = []
     for number, step in enumerate(way.steps, 1):
         broken = check.broken(step)
-        node = check.topology.snapshot.nodes.get(step.target)
-        forwards = number < len(way.steps) or node is None or destination is None or not has_address(node, destination)
+        forwards = _forwards(check.topology, way, number)
         trouble = broken or check.suspicion(step.target, destination, forwards=forwards)
         if not trouble and not steps:
             trouble = check.suspicion(step.source, destination, forwards=False)
@@ -173,6 +172,12 @@ def _weighed_way(way: Way, check: _HopCheck) -> Way:
             trouble = unanswered(check.topology, step.source, step.target)
         steps.append(evolve(step, trouble=trouble, broken=bool(broken)))
     return evolve(way, steps=tuple(steps))
+
+
+def _forwards(topology: Topology, way: Way, number: int) -> bool:
+    """Whether the host that the first `number` steps of a way lead to sends the packet on."""
+    destination, node = _address(way.destination), topology.snapshot.nodes.get(way.steps[number - 1].target)
+    return number < len(way.steps) or node is None or destination is None or not has_address(node, destination)
 
 
 def _address(text: str) -> IPAddress | None:
@@ -193,13 +198,20 @@ def suspicions(
     if live.refused:
         yield "-", f"the agents could not be asked: {live.refused}"
         return
+    forwarders = {
+        step.target
+        for trace in traces
+        for way in trace.ways
+        for number, step in enumerate(way.steps, 1)
+        if _forwards(topology, way, number)
+    }
     whole, live = live, live.only(live.answers.keys() if names is None else names)
     for name in live.silent:
         yield name, "its agent lives, but has not answered in time"
     for name, answer in sorted(live.answers.items()):
         if answer.undone:
             yield name, f"its kernel is {differs(answer)}"
-        for text in answer.trouble:
+        for text in (*answer.trouble, *(answer.untested_obstacles if name in forwarders else ())):
             yield name, text
     used = {
         frozenset((step.source, step.target))

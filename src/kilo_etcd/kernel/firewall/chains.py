@@ -25,6 +25,7 @@ PROTOCOLS = {1: "icmp", 6: "tcp", 17: "udp", 58: "icmpv6"}
 """IP protocol number -> name."""
 _NUMBERS = {"ipv6-icmp": "icmpv6", **{str(number): name for number, name in PROTOCOLS.items()}}
 _ORDER = ("tcp", "udp", "icmp", "icmpv6")
+_UNTESTED = ("", "tcp", "udp")
 _SHOWN = {"tcp": "TCP", "udp": "UDP", "icmp": "ICMP", "icmpv6": "ICMPv6"}
 
 _DEPTH = 16
@@ -196,7 +197,9 @@ class Obstacle:
 
     text: str
     certain: bool = True
-    """TCP is dropped. Else it only may be, or other protocols are."""
+    """TCP or UDP is dropped. Else they only may be, or ICMP is."""
+    untested: bool = True
+    """TCP or UDP is dropped or may be, which no echo request tests."""
     blocked: frozenset[int] = frozenset({4, 6})
     """The families in which nothing passes for certain, neither in nor out: not that of a host that only lets its
     location call others, or that drops one family of two."""
@@ -213,9 +216,13 @@ def obstacles(
     result = []
     for chain in chains:
         answers = [(packet, drops(chain, packet)) for packet in sent]
-        certain = any(answer and packet.protocol in ("", "tcp") for packet, answer in answers)
-        hit = [packet for packet, answer in answers if (answer if certain else answer is not False)]
-        if not hit:
+        dropped = [packet for packet, answer in answers if answer]
+        named = {packet.protocol for packet in dropped}
+        certain = not named.isdisjoint(_UNTESTED)
+        # Of a protocol what is certain is said; of ICMP, which echo requests try, nothing else that may be.
+        beside = [protocol for protocol in _ORDER if protocol not in named and (protocol in _UNTESTED or not certain)]
+        doubtful = [packet for packet, answer in answers if answer is None and (packet.protocol or "tcp") in beside]
+        if not (hit := dropped + doubtful):
             continue
         passing = {packet.version for packet, answer in answers if not answer}
         devices = sorted({name for packet in hit for name in (packet.iif, packet.oif)} - {interface})
@@ -223,23 +230,29 @@ def obstacles(
         how = "its policy is to drop" if chain.drops else "a rule there drops what no other accepts"
         result.append(
             Obstacle(
-                f"the firewall {'drops' if certain else 'may drop'} {_what(hit, sent)} between {interface} and "
-                f"{', '.join(devices)} ({families}), in {chain} ({how}): "
-                f"{remedy(chain, interface, devices, opening=opening)}",
-                certain,
-                frozenset(packet.version for packet in sent) - passing,
+                f"the firewall {_what(dropped, doubtful, sent)} between {interface} and {', '.join(devices)} "
+                f"({families}), in {chain} ({how}): {remedy(chain, interface, devices, opening=opening)}",
+                certain=certain,
+                untested=any(packet.protocol in _UNTESTED for packet in hit),
+                blocked=frozenset(packet.version for packet in sent) - passing,
             )
         )
     return tuple(result)
 
 
-def _what(dropped: Iterable[Packet], sent: Iterable[Packet]) -> str:
-    protocols = {packet.protocol for packet in dropped}
-    versions = {packet.version for packet in dropped}
+def _what(dropped: Iterable[Packet], doubtful: Iterable[Packet], sent: Iterable[Packet]) -> str:
+    parts = [(verb, packets) for verb, packets in (("drops", tuple(dropped)), ("may drop", tuple(doubtful))) if packets]
+    verb, packets = parts[0]
+    protocols, versions = ({getattr(packet, name) for packet in packets} for name in ("protocol", "version"))
     if protocols >= {packet.protocol for packet in sent if packet.version in versions}:
-        return "what this host forwards"
-    names = [_SHOWN[protocol] for protocol in _ORDER if protocol in protocols]
-    return f"{' and '.join(names)} packets that this host forwards"
+        return f"{verb} what this host forwards"
+    clauses = [f"{verb} {_names(packets)} packets" for verb, packets in parts]
+    return f"{', and '.join(clauses)}{',' if len(clauses) > 1 else ''} that this host forwards"
+
+
+def _names(packets: Iterable[Packet]) -> str:
+    protocols = {packet.protocol for packet in packets}
+    return " and ".join(_SHOWN[protocol] for protocol in _ORDER if protocol in protocols)
 
 
 def remedy(chain: BaseChain, interface: str, devices: Iterable[str], *, opening: bool) -> str:
