@@ -14,7 +14,7 @@ from kilo_etcd.testing.fake_etcd import FakeEtcd
 KGCTL = "from kilo_etcd.ctl.entry import main; main()"
 KG = "from kilo_etcd.agent.entry import main; main()"
 IN_MEMORY = f"""
-import kilo_etcd.etcd
+import kilo_etcd.etcd.client
 from contextlib import asynccontextmanager
 from {FakeEtcd.__module__} import FakeEtcd
 
@@ -22,7 +22,7 @@ from {FakeEtcd.__module__} import FakeEtcd
 async def opened(config):
     yield FakeEtcd().client()
 
-kilo_etcd.etcd.open_client = opened
+kilo_etcd.etcd.client.open_client = opened
 {KGCTL}
 """
 

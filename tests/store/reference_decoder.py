@@ -288,6 +288,7 @@ READERS: dict[type, dict[str, Callable[[object], Any]]] = {
         "changes": items(string),
         "trouble": items(string),
         "possibleObstacles": items(string),
+        "untestedObstacles": items(string),
         "reached": items(string),
         "unreached": items(string),
         "smallOnly": items(string),

@@ -36,6 +36,8 @@ class Blocks(Mapping[K, V]):
 
     def after(self, come: Mapping[K, V], gone: Iterable[K] = ()) -> Blocks[K, V]:
         """The mapping without the keys `gone`, and then with the items of `come`; itself if nothing differs."""
+        if not self._length:
+            return Blocks(come) if come else self
         blocks, count = self._blocks.copy(), len(self._blocks)
         length = self._length
         touched: dict[int, dict[K, V]] = {}
