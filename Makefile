@@ -12,7 +12,7 @@ export PYTHONHASHSEED ?= 0
 help:
 	@echo 'make demo       a small internet on this machine: three sites, real etcd, real agents, real packets'
 	@echo 'make test       all tests (the first time it may build a kernel for some of them, some ten minutes)'
-	@echo 'make test-fast  the tests that need neither etcd nor root nor a network, some two minutes'
+	@echo 'make test-fast  the tests that need neither etcd nor root nor a network, a minute or two'
 	@echo 'make simulate   thousands of schedules of faults, agents and all, in virtual time; KILO_SEEDS=5000'
 	@echo 'make check      ruff, mypy strict, import-linter'
 	@echo 'make coverage   which lines the tests reach, as a table; ARGS chooses tests as with make test'
@@ -34,7 +34,7 @@ test:
 
 test-fast:
 	@scripts/setup python
-	@.venv/bin/python -m pytest -n 2 --dist loadgroup -m 'not etcd and not root and not lab and not guest' $(ARGS)
+	@KILO_SEEDS=$${KILO_SEEDS:-20} .venv/bin/python -m pytest -n 2 --dist loadgroup -m 'not etcd and not root and not lab and not guest' $(ARGS)
 
 simulate:
 	@scripts/setup python

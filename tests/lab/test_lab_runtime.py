@@ -13,6 +13,7 @@ import pytest
 import trio
 
 from kilo_etcd.lab import control, runtime
+from kilo_etcd.lab.machine import set_sysctl
 from kilo_etcd.lab.runtime import SUBDIRECTORY, VARIABLE, LabError, hold, running_labs, socket_path
 
 HOLD = """
@@ -171,3 +172,9 @@ async def test_many_at_once_start_and_end(home: Path) -> None:
         for number in range(4):
             nursery.start_soon(trio.to_thread.run_sync, some, number)
     assert not (home / SUBDIRECTORY).exists()
+
+
+def test_a_setting_that_a_container_may_not_write_is_a_sentence(tmp_path: Path) -> None:
+    with pytest.raises(OSError, match="systemd-nspawn --capability=all") as caught:
+        set_sysctl(tmp_path, "1")
+    assert str(caught.value.strerror).startswith(f"{tmp_path} cannot be written (Is a directory): in a container")

@@ -188,7 +188,7 @@ def suggestions(lab: Lab) -> list[str]:
     assert lab.spec is not None
     # Only a public host can be a location of its own; one behind a NAT is reached through its location's leader.
     movable = [host.name for host in lab.spec.hosts if host.label is None and host.public]
-    lines = []
+    lines = ["kgctl status", f"kgctl lab exec {lab.hosts[0]} wg"]
     if movable:
         lines.append(f"etcdctl put {DEFAULT_PREFIX}/locations/{movable[-1]} {movable[-1]}")
         lines.append(f"etcdctl del {DEFAULT_PREFIX}/locations/{movable[-1]}")
@@ -196,10 +196,9 @@ def suggestions(lab: Lab) -> list[str]:
         f"etcdctl put {DEFAULT_PREFIX}/mesh/granularity full",
         f"etcdctl put {DEFAULT_PREFIX}/mesh/granularity cross",
         f"etcdctl put {DEFAULT_PREFIX}/mesh/granularity location",
-        "kgctl status",
         "kgctl graph | circo -Tsvg > mesh.svg",
         "kgctl lab pings",
-        f"kgctl lab power-off {lab.hosts[0]}; kgctl status; kgctl lab power-on {lab.hosts[0]}",
-        f"kgctl lab exec {lab.hosts[0]} wg",
+        # Its lease ends after five seconds.
+        f"kgctl lab power-off {lab.hosts[0]}; sleep 6; kgctl status; kgctl lab power-on {lab.hosts[0]}",
     ]
     return lines

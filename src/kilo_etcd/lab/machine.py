@@ -196,6 +196,18 @@ def _scratch(content: bytes) -> int:
     return fd
 
 
+def set_sysctl(path: Path, value: str) -> None:
+    """Write a setting of the kernel. OSError, as a sentence."""
+    try:
+        path.write_text(value)
+    except OSError as error:
+        text = (
+            f"{path} cannot be written ({error.strerror}): in a container the lab needs all capabilities, as with "
+            "systemd-nspawn --capability=all"
+        )
+        raise OSError(error.errno, text) from None
+
+
 def _furnish(home: Path, hostname: str, sysctls: Mapping[str, str]) -> None:
     """Runs in the machine's first process, before it falls asleep."""
     namespaces.unshare(namespaces.CLONE_NEWNET | namespaces.CLONE_NEWNS | namespaces.CLONE_NEWUTS)
@@ -205,7 +217,7 @@ def _furnish(home: Path, hostname: str, sysctls: Mapping[str, str]) -> None:
         path = Path("/proc/sys/net", key)
         # A kernel without IPv6 has no such settings and needs none.
         if path.exists():
-            path.write_text(value)
+            set_sysctl(path, value)
     for name in ("hostname", "hosts", "resolv.conf"):
         # What is missing outside (or leads below the hidden /run) cannot be mounted over, and need not be.
         if os.path.exists(f"/etc/{name}"):
