@@ -509,6 +509,23 @@ def test_check_and_explain_name_what_a_leader_may_drop_although_echo_requests_ar
     assert (finding["severity"], finding["remedy"]) == ("error", text)
 
 
+def test_check_and_explain_name_what_a_hosts_own_firewall_drops(mesh: Mesh) -> None:
+    lost, refused = "drops all UDP packets that go out", "drops all TCP packets that come in"
+    mesh.says["gcp-1"] = DiagnosticsResponse(time=now(), tunnels=(mesh.tunnel("home-1", 3),))
+    mesh.says["gcp-2"] = DiagnosticsResponse(time=now(), own_losses=(lost,), refused=(refused,))
+    result = mesh.run("check", "-o", "json")
+    found = [(one["severity"], one["subject"], one["text"]) for one in json.loads(result.stdout)]
+    assert (result.exit_code, found) == (1, [("warning", "gcp-2", lost), ("note", "gcp-2", refused)])
+    for ends in (("gcp-2", "home-1"), ("home-1", "gcp-2")):
+        result = mesh.run("explain", *ends, "--live", "-o", "json")
+        assert result.exit_code == 1
+        assert json.loads(result.stdout)["live"] == [{"node": "gcp-2", "text": text} for text in (lost, refused)]
+    # It is on no other way.
+    assert mesh.run("explain", "gcp-1", "home-1", "--live").exit_code == 0
+    mesh.says["gcp-2"] = DiagnosticsResponse(time=now(), refused=(refused,))
+    assert mesh.run("check").exit_code == 0, "a firewall may mean it"
+
+
 def test_explain_does_not_take_for_good_what_the_agents_status_names_too(mesh: Mesh) -> None:
     text = "the firewall drops UDP packets that this host forwards"
     mesh.says["gcp-1"] = DiagnosticsResponse(time=now(), tunnels=(mesh.tunnel("home-1", 3),), trouble=(text,))

@@ -452,6 +452,47 @@ async def test_a_chain_that_forwards_some_protocols_is_named_with_the_others() -
         assert obstacle.text.startswith(f"the firewall drops {all_but_icmp}")
 
 
+HOST_CHAINS = [
+    # A hook, rules, what is said of the packets, and whether a firewall may mean it.
+    ("input", "meta l4proto tcp ip saddr != 192.0.2.1 drop", "TCP packets that come in from", True),
+    ("input", "iifname kilo0 meta l4proto { tcp, udp } reject", "TCP and UDP packets that come in from", True),
+    ("input", "tcp dport 7777 drop", "", True),
+    ("input", "ct state invalid drop", "", True),
+    ("input", "iifname eth9 drop", "", True),
+    ("input", "ct state established accept; meta l4proto icmp accept; tcp dport 22 accept; drop",
+     "UDP packets that come in from", True),
+    ("input", "ct state established accept; iifname kilo0 accept; drop", "", True),
+    ("prerouting", "ip saddr 10.4.0.0/16 meta l4proto tcp drop", "TCP packets that come in from", False),
+    ("output", "oifname kilo0 meta l4proto udp drop", "UDP packets that go out to", False),
+    ("output", "udp dport 53 drop", "", False),
+    ("postrouting", "ip daddr 10.0.0.0/8 meta l4proto tcp drop", "TCP packets that go out to", False),
+    ("postrouting", "ip daddr 192.0.2.0/24 drop", "", False),
+]  # fmt: skip
+
+
+@pytest.mark.root
+@pytest.mark.usefixtures("own_namespaces")
+async def test_what_drops_all_that_the_host_itself_sends_or_gets_is_named() -> None:
+    async with open_kernel(Setup(private_key=PRIVATE)) as kernel:
+        assert await kernel.refusals() == ()
+        await kernel.apply(LEADER)
+        assert await kernel.refusals() == (), "our own table refuses nothing"
+        for hook, rules, what, meant in HOST_CHAINS:
+            load(f"table inet x {{ chain c {{ type filter hook {hook} priority 0; policy accept; {rules}; }}\n}}")
+            refusals = await kernel.refusals()
+            if not what:
+                assert refusals == (), rules
+            else:
+                (refusal,) = refusals
+                assert refusal.text.startswith(f"the firewall drops all {what}"), (rules, refusal.text)
+                assert "the chain c of nftables table inet x" in refusal.text
+                assert refusal.meant is meant, rules
+            sh("nft delete table inet x")
+        sh("iptables -A OUTPUT -o kilo0 -p tcp -j DROP")
+        (refusal,) = await kernel.refusals()
+        assert "drops all TCP packets that go out to the mesh by kilo0 (IPv4)" in refusal.text
+
+
 PORTS = "meta l4proto . th dport"
 NEW = "ct state . ip saddr"
 PAIR = "iifname . oifname"

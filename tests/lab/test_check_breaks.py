@@ -188,7 +188,7 @@ with socket.socket(type=socket.SOCK_STREAM if protocol == "tcp" else socket.SOCK
         asking.recv(1)
     except ConnectionRefusedError:
         print("refused")
-    except TimeoutError:
+    except (TimeoutError, PermissionError):
         print("silent")
 """
 """Says whether port 9 of an address answers to a TCP or UDP packet, that it is closed."""
@@ -222,6 +222,11 @@ def faults(mesh: dict[str, str], lan: dict[str, str], etcd: str) -> list[Fault]:
               both(*(firewall(host, "forward", "ct state established,related accept", "meta l4proto icmp accept",
                               "meta l4proto . th dport { tcp . 22, udp . 53 } accept", "drop") for host in GCP)),
               *GCP, named=r"gcp-\d.*may drop TCP and UDP packets", protocol="tcp"),
+        fault("a host drops all UDP that it sends", firewall(LONE, "output", "oifname kilo0 meta l4proto udp drop"),
+              *GCP, named="lone-1.*drops all UDP packets that go out", protocol="udp"),
+        fault("a host drops all TCP that comes in, before all else",
+              firewall(LONE, "prerouting", f"ip saddr {everywhere} meta l4proto tcp drop"),
+              *GCP, named="lone-1.*drops all TCP packets that come in", protocol="tcp"),
         fault("forwarding is off on single interfaces",
               both(*((run(host, STOP_FORWARDING.format(0)), run(host, STOP_FORWARDING.format(1))) for host in GCP)),
               *GCP, named=r"gcp-\d.*forward"),

@@ -289,6 +289,8 @@ READERS: dict[type, dict[str, Callable[[object], Any]]] = {
         "trouble": items(string),
         "possibleObstacles": items(string),
         "untestedObstacles": items(string),
+        "ownLosses": items(string),
+        "refused": items(string),
         "reached": items(string),
         "unreached": items(string),
         "smallOnly": items(string),

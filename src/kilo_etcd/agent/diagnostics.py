@@ -22,6 +22,7 @@ from kilo_etcd.agent.probing.ping_targets import addresses_to_try, nodes_to_try
 from kilo_etcd.agent.probing.taken_routes import taken_directly, taken_route, with_rule
 from kilo_etcd.etcd import api as etcd
 from kilo_etcd.kernel.echo import EchoRequests
+from kilo_etcd.kernel.firewall.chains import Refusal
 from kilo_etcd.kernel.routing.rules import ForeignRule
 from kilo_etcd.kernel.state import Observed, ObservedPeer
 from kilo_etcd.model import SESSION_SECONDS, IPAddress
@@ -118,6 +119,7 @@ class DiagnosticsServer:
         trouble: list[str] = []
         possible_obstacles: list[str] = []
         untested_obstacles: list[str] = []
+        refusals: tuple[Refusal, ...] = ()
         tried = _PingResults()
         commands: tuple[str, ...] = ()
         observed = Observed()
@@ -146,6 +148,8 @@ class DiagnosticsServer:
                         possible_obstacles.append(obstacle.text)
                         if obstacle.untested and programmed.sends:
                             untested_obstacles.append(obstacle.text)
+            if plan is not None:
+                refusals = await self._kernel.refusals()
         except kernel.KernelError as error:
             trouble.append(str(error))
         if tried.routes and self._programmed().plan != plan:
@@ -162,6 +166,8 @@ class DiagnosticsServer:
             trouble=tuple(dict.fromkeys(trouble)),
             possible_obstacles=tuple(possible_obstacles),
             untested_obstacles=tuple(untested_obstacles),
+            own_losses=tuple(refusal.text for refusal in refusals if not refusal.meant),
+            refused=tuple(refusal.text for refusal in refusals if refusal.meant),
             reached=tuple(address for address, answered in tried.answered.items() if answered),
             unreached=tuple(address for address, answered in tried.answered.items() if not answered),
             routes=tuple(tried.routes),

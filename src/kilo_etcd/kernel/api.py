@@ -6,7 +6,7 @@ from collections.abc import Collection, Mapping
 from typing import Protocol
 
 from kilo_etcd.kernel.echo import EchoRequests
-from kilo_etcd.kernel.firewall.chains import Obstacle
+from kilo_etcd.kernel.firewall.chains import Obstacle, Refusal
 from kilo_etcd.kernel.routing.rules import ForeignRule
 from kilo_etcd.kernel.state import ApplyReport, Backend, Change, Observed, PeerActivity, Route
 from kilo_etcd.model import IPAddress
@@ -49,6 +49,10 @@ class Kernel(Protocol):
     async def obstacles(self) -> tuple[Obstacle, ...]:
         """What of the host's own settings drops mesh traffic that it forwards, or may do so. Cheap as long as nothing
         has changed, unless there are chains of the older xtables, for which programs are run."""
+
+    async def refusals(self) -> tuple[Refusal, ...]:
+        """What of other programs drops all of TCP or UDP that the host itself sends to the mesh or gets from it, for
+        certain. Always read anew."""
 
     async def bypasses(self) -> tuple[str, ...]:
         """Policy rules of others by which packets leave in clear that the plan in force has encrypted, as sentences."""

@@ -15,7 +15,7 @@ from attrs import evolve
 
 from kilo_etcd.kernel import sysctl, userspace, wireguard
 from kilo_etcd.kernel.errors import NO_PERMISSION, KernelError, NetlinkError, failure, taken, why_not
-from kilo_etcd.kernel.firewall.chains import Obstacle
+from kilo_etcd.kernel.firewall.chains import Obstacle, Refusal
 from kilo_etcd.kernel.firewall.forward import AddForward, DeleteForward
 from kilo_etcd.kernel.firewall.forwardchains import ForwardChains
 from kilo_etcd.kernel.firewall.iptables import Iptables
@@ -176,6 +176,10 @@ class Host:
     def obstacles(self, plan: HostPlan | None) -> tuple[Obstacle, ...]:
         """What of this host's own settings drops mesh traffic that it forwards, or may do so."""
         return self._chains.obstacles(plan, self._devices)
+
+    def refusals(self, plan: HostPlan | None) -> tuple[Refusal, ...]:
+        """What drops all of TCP or UDP that this host itself sends to the mesh or gets from it."""
+        return () if plan is None else self._chains.refusals(plan, self._devices)
 
     def bypasses(self, plan: HostPlan | None) -> tuple[str, ...]:
         """Rules of others by which packets leave in clear that `plan` has encrypted, as sentences."""

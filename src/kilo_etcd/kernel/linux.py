@@ -35,7 +35,7 @@ from kilo_etcd.kernel.diff import (
 from kilo_etcd.kernel.drift import AddressEvents, DriftWatch, affects_path, device_period
 from kilo_etcd.kernel.egress import Egress
 from kilo_etcd.kernel.errors import NO_PERMISSION, KernelError, NetlinkError, cannot_ping, taken, unreadable, why_not
-from kilo_etcd.kernel.firewall.chains import Obstacle
+from kilo_etcd.kernel.firewall.chains import Obstacle, Refusal
 from kilo_etcd.kernel.firewall.forward import DeleteForward, comment_prefix
 from kilo_etcd.kernel.firewall.netfilter import Reports
 from kilo_etcd.kernel.firewall.packet_filter import table_name
@@ -270,6 +270,11 @@ class LinuxKernel:
         """Implements `kernel.api.Kernel.obstacles`, for the plan in force."""
         async with self._lock:
             return await _ask_kernel(lambda: self._host.obstacles(self._plan))
+
+    async def refusals(self) -> tuple[Refusal, ...]:
+        """Implements `kernel.api.Kernel.refusals`, for the plan in force."""
+        async with self._lock:
+            return await _ask_kernel(lambda: self._host.refusals(self._plan))
 
     async def bypasses(self) -> tuple[str, ...]:
         """Implements `kernel.api.Kernel.bypasses`."""

@@ -219,6 +219,10 @@ class DiagnosticsResponse:
     until it leads."""
     untested_obstacles: tuple[str, ...] = ()
     """Those of `possible_obstacles` that may drop TCP or UDP on a host that leads, which no echo request tests."""
+    own_losses: tuple[str, ...] = ()
+    """What on the host drops all of TCP or UDP that it sends to the mesh itself, or gets from there."""
+    refused: tuple[str, ...] = ()
+    """The same of a firewall for what comes in, which may be meant."""
     reached: tuple[str, ...] = ()
     """Mesh addresses, and internal IPs and endpoints that it sends to by the mesh, that have answered its echo
     requests."""

@@ -24,7 +24,7 @@ from kilo_etcd.kernel.diff import Difference, difference, is_drift, may_go_back,
 from kilo_etcd.kernel.drift import device_period
 from kilo_etcd.kernel.echo import SPACING, EchoRequests
 from kilo_etcd.kernel.errors import KernelError
-from kilo_etcd.kernel.firewall.chains import Obstacle
+from kilo_etcd.kernel.firewall.chains import Obstacle, Refusal
 from kilo_etcd.kernel.firewall.forward import AddForward, DeleteForward
 from kilo_etcd.kernel.firewall.openings import AddOpening, DeleteOpening
 from kilo_etcd.kernel.firewall.table import DeleteTable, ReplaceTable
@@ -82,6 +82,7 @@ class FakeHost:
         self.unreadable: str | None = None
         """Why nothing can be read; what needs no reading can be programmed all the same."""
         self.obstacles: tuple[Obstacle, ...] = ()
+        self.refusals: tuple[Refusal, ...] = ()
         """What would drop forwarded traffic."""
         self.bypasses: tuple[str, ...] = ()
         """Rules of others by which packets leave in clear."""
@@ -268,6 +269,11 @@ class FakeKernel:
             if any(is_drift(change, observed, self._memory) for change in changes):
                 self.drifted("found undone")
         return observed
+
+    async def refusals(self) -> tuple[Refusal, ...]:
+        """Implements `kernel.api.Kernel.refusals`: those of `FakeHost.refusals`."""
+        await trio.lowlevel.checkpoint()
+        return self.host.refusals
 
     async def obstacles(self) -> tuple[Obstacle, ...]:
         """Implements `kernel.api.Kernel.obstacles`: those of `FakeHost.obstacles`."""

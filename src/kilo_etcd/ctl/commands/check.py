@@ -431,6 +431,8 @@ def _hosts(examined: Examined, places: Evidence, wrong: Collection[Finding]) -> 
                 text=f"its kernel was {differs(answer)}",
                 remedy="the agent repairs it; if it happens again: journalctl -u kilo-etcd there names the change",
             )  # fmt: skip
+        yield from (Finding(severity=Severity.WARNING, subject=name, text=text) for text in answer.own_losses)
+        yield from (Finding(severity=Severity.NOTE, subject=name, text=text) for text in answer.refused)
         status = examined.statuses.get(name)
         candidate = _may_lead(topology, name)
         start = (

@@ -205,14 +205,17 @@ def suspicions(
         for number, step in enumerate(way.steps, 1)
         if _forwards(topology, way, number)
     }
+    far_ends = {trace.there.start for trace in traces}
+    far_ends |= {trace.there.steps[-1].target for trace in traces if trace.there.steps}
     whole, live = live, live.only(live.answers.keys() if names is None else names)
     for name in live.silent:
         yield name, "its agent lives, but has not answered in time"
     for name, answer in sorted(live.answers.items()):
         if answer.undone:
             yield name, f"its kernel is {differs(answer)}"
-        for text in (*answer.trouble, *(answer.untested_obstacles if name in forwarders else ())):
-            yield name, text
+        untested = answer.untested_obstacles if name in forwarders else ()
+        own = (*answer.own_losses, *answer.refused) if name in far_ends else ()
+        yield from ((name, text) for text in (*answer.trouble, *untested, *own))
     used = {
         frozenset((step.source, step.target))
         for trace in traces

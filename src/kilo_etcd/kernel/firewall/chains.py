@@ -1,10 +1,13 @@
-"""Which of a host's forward chains drop mesh packets. Pure: values in, answers and sentences out.
+"""Which of a host's chains drop mesh packets. Pure: values in, answers and sentences out.
 
 A packet that is forwarded passes every base chain of hook forward, whoever made it: an accept in one takes back no drop
 in another. So each is followed with the packets that this host forwards: new ones of TCP, UDP and ICMP, from the tunnel
 to the location's network and back. A rule matches, does not match, or cannot be told (sets, marks, ports, ...). A chain
 drops for certain if it does so whatever the untold rules do; it may drop if only an untold rule could accept. Echo
 requests that pass prove nothing of TCP, which many firewalls treat otherwise.
+
+What the host itself sends and gets passes the chains of the other hooks. A firewall is there to refuse some of it, so
+of these only what is certain counts: that all of TCP or of UDP is dropped.
 """
 
 from __future__ import annotations
@@ -118,7 +121,7 @@ class FilterRule:
 
 @frozen(kw_only=True)
 class BaseChain:
-    """A base chain of hook forward. `chains` are those of its table, for jumps."""
+    """A base chain. `chains` are those of its table, for jumps."""
 
     family: str
     """As nft says it; `ip` and `ip6` too for the older iptables."""
@@ -126,6 +129,7 @@ class BaseChain:
     name: str
     drops: bool
     """Its policy."""
+    hook: str = "forward"
     rules: tuple[FilterRule, ...] = ()
     chains: Mapping[str, tuple[FilterRule, ...]] = field(factory=dict, eq=False, repr=False)
     legacy: bool = False
@@ -272,6 +276,47 @@ def remedy(chain: BaseChain, interface: str, devices: Iterable[str], *, opening:
     if opening:
         return f"{accept} there; --forward-rules could not"
     return f"set KILO_FORWARD_RULES=true, or {accept} there"
+
+
+@frozen
+class Refusal:
+    """Something that drops all of TCP or of UDP that the host itself sends to the mesh or gets from it, as a sentence
+    with its remedy."""
+
+    text: str
+    meant: bool
+    """A firewall may well do so on purpose: what comes in for the host itself."""
+
+
+def refusals(
+    chains: Iterable[BaseChain], devices: Iterable[str], versions: Iterable[int], subnets: tuple[IPNetwork, ...]
+) -> tuple[Refusal, ...]:
+    """What drops such packets for certain. `devices`: those by which mesh packets come to the host and leave it."""
+    versions, devices = sorted(versions), sorted(devices)
+    result = []
+    for chain in chains:
+        incoming = chain.hook in ("prerouting", "input")
+        dropped = [
+            packet
+            for version in versions
+            for device in devices
+            for protocol in ("tcp", "udp")
+            for packet in (Packet(version, *((device, "") if incoming else ("", device)), subnets, protocol),)
+            if drops(chain, packet)
+        ]
+        if not dropped:
+            continue
+        names = ", ".join(sorted({packet.iif or packet.oif for packet in dropped}))
+        families = " and ".join(f"IPv{version}" for version in sorted({packet.version for packet in dropped}))
+        way, passed = ("come in from", "comes in") if incoming else ("go out to", "goes out")
+        result.append(
+            Refusal(
+                f"the firewall drops all {_names(dropped)} packets that {way} the mesh by {names} ({families}), in "
+                f"{chain}: if that is not meant, let through what {passed} by {names} there",
+                meant=chain.hook == "input",
+            )
+        )
+    return tuple(result)
 
 
 # -- the older xtables ------------------------------------------------------------------------------------------------

@@ -12,14 +12,16 @@ from contextlib import suppress
 from pathlib import Path
 
 from kilo_etcd.kernel import sysctl
-from kilo_etcd.kernel.firewall.chains import Obstacle, Packet, drops, obstacles, packets
+from kilo_etcd.kernel.firewall.chains import Obstacle, Packet, Refusal, drops, obstacles, packets, refusals
 from kilo_etcd.kernel.firewall.forward import comment_prefix
 from kilo_etcd.kernel.firewall.hooks import ours
 from kilo_etcd.kernel.firewall.iptables import Iptables
 from kilo_etcd.kernel.firewall.netfilter import Netfilter
 from kilo_etcd.kernel.firewall.openings import AddOpening, DeleteOpening, Opening, Place
+from kilo_etcd.kernel.firewall.packet_filter import table_name
+from kilo_etcd.kernel.state import ipip_name
 from kilo_etcd.model import IPNetwork
-from kilo_etcd.model.hostplan import HostPlan
+from kilo_etcd.model.hostplan import HostPlan, Via
 
 LEGACY_SECONDS, LEGACY_DROPPING_SECONDS = 40.0, 15.0
 """How long a reading of the older xtables' chain is believed: with the pauses between two looks at what drops forwarded
@@ -63,6 +65,18 @@ class ForwardChains:
                 for name in off
             ),
         )  # fmt: skip
+
+    def refusals(self, plan: HostPlan, devices: Collection[str]) -> tuple[Refusal, ...]:
+        """What drops all of TCP or UDP that this host itself exchanges with the mesh. `devices`: those by which it
+        reaches its location's network. OSError."""
+        ways = {route.way for route in plan.routes.values()}
+        used = {self._interface} if Via.TUNNEL in ways or plan.forwarding else set()
+        used |= {ipip_name(self._interface)} if plan.ipip_remotes else set()
+        used |= set(devices) if Via.UNDERLAY in ways else set()
+        versions = {address.version for address in plan.addresses}
+        own = table_name(self._interface)
+        chains = (chain for chain in self._netfilter.host_chains() if (chain.family, chain.table) != ("inet", own))
+        return refusals(chains, used, versions, _subnets(plan))
 
     def _sent(self, versions: Collection[int], plan: HostPlan | None, devices: Collection[str]) -> tuple[Packet, ...]:
         """The packets that this host forwards, as its firewall sees them."""

@@ -1,4 +1,4 @@
-"""Reads every base chain of hook forward from nftables, of all families and whoever made it, and knows those rules in
+"""Reads every base chain of a hook from nftables, of all families and whoever made it, and knows those rules in
 them that are ours (`--forward-rules`)."""
 
 from __future__ import annotations
@@ -14,19 +14,19 @@ from kilo_etcd.kernel.read.hooks import FAMILIES, MOST_MEMBERS, Found, FoundSet,
 from kilo_etcd.kernel.write import nft as requests
 
 
-def read(device: sockets.Socket) -> tuple[BaseChain, ...]:
-    """All base chains of hook forward, with their tables' other chains. OSError: nftables is not to be read."""
+def read(device: sockets.Socket, hook: str = "forward") -> tuple[BaseChain, ...]:
+    """All base chains of a hook, with the chains that they lead to. OSError: nftables is not to be read."""
     bases: dict[tuple[int, str], list[tuple[str, bool]]] = {}
 
     def keep(body: bytes) -> None:
-        if (base := replies.read_base(body)) is not None:
+        if (base := replies.read_base(body, hook)) is not None:
             family, table, name, dropping = base
             bases.setdefault((family, table), []).append((name, dropping))
 
     device.dump(requests.get_all_chains(), keep)
     return tuple(
         BaseChain(
-            family=FAMILIES[family], table=table, name=name, drops=dropping, rules=rules[name], chains=rules,
+            family=FAMILIES[family], table=table, name=name, hook=hook, drops=dropping, rules=rules[name], chains=rules,
         )
         for (family, table), chains in sorted(bases.items())
         for name, dropping in chains

@@ -33,6 +33,8 @@ _ATTEMPTS = 3
 _NONE = frozenset({errno.ENOENT, errno.EPERM, errno.EACCES, errno.EOPNOTSUPP, errno.EINVAL, errno.EPROTONOSUPPORT})
 """What reading says where there is nothing to be read."""
 
+HOST_HOOKS = ("prerouting", "input", "output", "postrouting")
+
 T = TypeVar("T")
 
 
@@ -95,6 +97,15 @@ class Netfilter:
                     return ()
                 raise
         return self._forward[1] if self._forward is not None else ()
+
+    def host_chains(self) -> tuple[BaseChain, ...]:
+        """Every base chain that packets meet which this host itself sends or gets. Always read: few ask."""
+        try:
+            return tuple(chain for hook in HOST_HOOKS for chain in hooks.read(self._open(), hook))
+        except OSError as error:
+            if error.errno in _NONE:
+                return ()
+            raise
 
     def edit(self, change: AddOpening | DeleteOpening) -> None:
         """Insert or remove a rule of ours in another program's chain. Raises OSError."""

@@ -1,4 +1,4 @@
-"""Base chains of hook forward and the rules that packets meet in them, as nfnetlink tells of them. Pure.
+"""Base chains and the rules that packets meet in them, as nfnetlink tells of them. Pure.
 
 What the chains do to packets is `kernel.firewall.chains`' to say. Expressions that are not known here become conditions
 that cannot be told, and what they may have written into registers is forgotten. A set is read by the fields of its
@@ -113,13 +113,13 @@ class FoundSet:
 Sets = Callable[[str], FoundSet | None]
 
 
-def read_base(body: bytes) -> tuple[int, str, str, bool] | None:
-    """Of a base chain of hook forward: its family's number, its table, its name, whether it drops what no rule took."""
+def read_base(body: bytes, hook_name: str) -> tuple[int, str, str, bool] | None:
+    """Of a base chain of a hook: its family's number, its table, its name, whether it drops what no rule took."""
     result, hook = read_chain_items(body)
     family = result["nfgen_family"]
     if (
         family not in FAMILIES
-        or hook.get("NFTA_HOOK_HOOKNUM") != be32(formats.NF_INET_HOOKS["forward"])
+        or hook.get("NFTA_HOOK_HOOKNUM") != be32(formats.NF_INET_HOOKS[hook_name])
         or text(result, "NFTA_CHAIN_TYPE") != "filter"
     ):
         return None
