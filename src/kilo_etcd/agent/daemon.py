@@ -94,8 +94,9 @@ MOST_LISTED = 64
 """Members that do not answer, and exemptions, in the status."""
 
 DEMOTED = (
-    f"for some minutes it leads only if no other node can. Look for {FORWARDING_LOOK}, or blocks UDP 51820 (--port); "
-    "once nothing does, restart the agent to clear it now: systemctl restart kilo-etcd"
+    f"for some minutes it leads only if no other node can. Look for {FORWARDING_LOOK}, or blocks UDP 51820 (--port), "
+    "or for an endpoint at which others do not reach it (kgctl node show); once that is mended, restart the agent to "
+    "clear it now: systemctl restart kilo-etcd"
 )
 """What follows for a host that was demoted, and what to do."""
 
