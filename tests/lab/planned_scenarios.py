@@ -263,9 +263,11 @@ async def _followed(lab: Lab, revision: int) -> bool:
 
 
 def kept(gaps: list[float], beyond: list[float], promised: float, what: str, *, crowded: bool = False) -> None:
-    """See `LEEWAY`; `beyond` is what the machine does not explain of each gap."""
+    """See `LEEWAY`; `beyond` is what the machine does not explain of each gap. In a crowd (the guest, whose processes
+    share one core of a machine that others use) twice as much is left: less than the two seconds or more that it takes
+    if leadership is not handed over but lost."""
     assert crowded or min(gaps) < promised, (what, gaps)
-    assert max(beyond) < promised * LEEWAY, (what, gaps, beyond)
+    assert max(beyond) < promised * LEEWAY * (1 + crowded), (what, gaps, beyond)
 
 
 EVENTS: tuple[Callable[[Lab], Awaitable[None]], ...] = (nothing_moves, handed_over, switched)

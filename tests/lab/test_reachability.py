@@ -25,12 +25,18 @@ async def test_three_sites_without_labels_are_told_apart_and_nothing_leaves_in_c
     async with running_lab(Spec.simple({"one": 1, "two": 1, "three": 1})) as lab:
         seen: list[tuple[int, list[dict[str, str]]]] = []
 
+        async def registered() -> bool:
+            done = await lab.kgctl("status", "-o", "json", check=False)
+            return done.returncode == 0 and len(json.loads(done.stdout)["nodes"]) == len(lab.hosts)
+
         async def told() -> bool:
             seen.append(await findings(lab))
             return [one["text"] for one in seen[-1][1] if one["severity"] == "error"] == [
                 "one-1, three-1, two-1 have never answered each other at their internal IPs"
             ]
 
+        # A mesh of one host is well.
+        await eventually(registered, 30, every=0.1)
         await eventually(told, 60, every=0.2)
         (cause,) = (one for one in seen[-1][1] if one["severity"] == "error")
         assert "label them apart (kgctl location set NODE NAME" in cause["remedy"]
