@@ -523,7 +523,7 @@ def _carried(members: tuple[Node, ...], leader: Node, old: Segment | None) -> Ma
             addresses = carried(node, leader)
             networks = tuple(host_networks.get(address) or host_network(address) for address in addresses)
             before = old.carried.get(node.name, ())
-            # What is the same object needs no second look at whether it may be routed.
+            # Networks that are the same object as before are not examined again (`_with_internal`).
             result[node.name] = before if networks == before else networks
         return result
     return _same_as_before(members, old, _carried_of, lambda node: tuple(map(host_network, carried(node, leader))))

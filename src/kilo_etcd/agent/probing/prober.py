@@ -207,9 +207,7 @@ class Prober:
                 await self._put_reports(assignment.location, None)
             return self._pause(assignment)
         if assignment.is_deaf(near):
-            self._check.stop()
-            await self._put_reports(assignment.location, None)
-            return self._pause(assignment)
+            return await self._has_nothing_to_say(assignment)
         was_sound, self._was_sound = self._was_sound, await self._sound([node.mesh_addresses[0] for node in targets])
         if not self._was_sound:
             # What is missing here is on its way back; it says nothing about the leader.
@@ -228,9 +226,7 @@ class Prober:
             and (self._baseline is None or bool(assignment.far_reports)),
         )
         if not self._may_say(assignment, report):
-            self._check.stop()
-            await self._put_reports(assignment.location, None)
-            return self._pause(assignment)
+            return await self._has_nothing_to_say(assignment)
         if own_report is None:
             self._since = trio.current_time()
             self._takeover_check_due = self._since + (0.0 if assignment.first else OTHERS_WAIT)
@@ -245,6 +241,12 @@ class Prober:
                 if self._current(assignment):
                     await self._put_reports(assignment.location, evolve(report, can_take_over=True))
         return SUSPECT_PERIOD
+
+    async def _has_nothing_to_say(self, assignment: ProbeAssignment) -> float:
+        """Take back what was said; the seconds until the next try."""
+        self._check.stop()
+        await self._put_reports(assignment.location, None)
+        return self._pause(assignment)
 
     def _may_say(self, assignment: ProbeAssignment, report: ProbeReportRecord) -> bool:
         """Whether silence is enough for a report. Without a baseline it takes a leader that answers on the location's

@@ -1,8 +1,9 @@
-"""Reads every base chain of a hook from nftables, of all families and whoever made it, and knows those rules in
+"""Reads every base chain of some hooks from nftables, of all families and whoever made it, and knows those rules in
 them that are ours (`--forward-rules`)."""
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from functools import cache, partial
 
 from kilo_etcd.kernel.firewall.chains import BaseChain, FilterRule
@@ -14,14 +15,14 @@ from kilo_etcd.kernel.read.hooks import FAMILIES, MOST_MEMBERS, Found, FoundSet,
 from kilo_etcd.kernel.write import nft as requests
 
 
-def read(device: sockets.Socket, hook: str = "forward") -> tuple[BaseChain, ...]:
-    """All base chains of a hook, with the chains that they lead to. OSError: nftables is not to be read."""
-    bases: dict[tuple[int, str], list[tuple[str, bool]]] = {}
+def read(device: sockets.Socket, hooks: Collection[str] = ("forward",)) -> tuple[BaseChain, ...]:
+    """All base chains of some hooks, with the chains that they lead to. OSError: nftables is not to be read."""
+    bases: dict[tuple[int, str], list[tuple[str, str, bool]]] = {}
 
     def keep(body: bytes) -> None:
-        if (base := replies.read_base(body, hook)) is not None:
-            family, table, name, dropping = base
-            bases.setdefault((family, table), []).append((name, dropping))
+        if (base := replies.read_base(body)) is not None and base[3] in hooks:
+            family, table, name, hook, dropping = base
+            bases.setdefault((family, table), []).append((name, hook, dropping))
 
     device.dump(requests.get_all_chains(), keep)
     return tuple(
@@ -29,7 +30,7 @@ def read(device: sockets.Socket, hook: str = "forward") -> tuple[BaseChain, ...]
             family=FAMILIES[family], table=table, name=name, hook=hook, drops=dropping, rules=rules[name], chains=rules,
         )
         for (family, table), chains in sorted(bases.items())
-        for name, dropping in chains
+        for name, hook, dropping in chains
         for rules in (_rules_from(device, family, table, name),)
     )  # fmt: skip
 

@@ -101,7 +101,7 @@ class Netfilter:
     def host_chains(self) -> tuple[BaseChain, ...]:
         """Every base chain that packets meet which this host itself sends or gets. Always read: few ask."""
         try:
-            return tuple(chain for hook in HOST_HOOKS for chain in hooks.read(self._open(), hook))
+            return hooks.read(self._open(), HOST_HOOKS)
         except OSError as error:
             if error.errno in _NONE:
                 return ()

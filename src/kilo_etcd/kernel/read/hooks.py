@@ -93,6 +93,7 @@ _PROTOCOL_FIELDS = ((9, 1), (6, 1))
 """Offset and length of `protocol` in the header of IPv4, and of `nexthdr` in that of IPv6. Nft asks for the family
 first."""
 _UNKNOWN = Condition("?")
+_HOOKS = {be32(number): name for name, number in formats.NF_INET_HOOKS.items()}
 MOST_MEMBERS = 1000
 """A set that has more cannot be told: to read a list of a whole country's addresses takes long."""
 MOST_TARGETS = 16
@@ -113,18 +114,19 @@ class FoundSet:
 Sets = Callable[[str], FoundSet | None]
 
 
-def read_base(body: bytes, hook_name: str) -> tuple[int, str, str, bool] | None:
-    """Of a base chain of a hook: its family's number, its table, its name, whether it drops what no rule took."""
+def read_base(body: bytes) -> tuple[int, str, str, str, bool] | None:
+    """Of a base chain that filters: its family's number, its table, its name, its hook, whether it drops what no rule
+    took."""
     result, hook = read_chain_items(body)
     family = result["nfgen_family"]
     if (
         family not in FAMILIES
-        or hook.get("NFTA_HOOK_HOOKNUM") != be32(formats.NF_INET_HOOKS[hook_name])
+        or (hook_name := _HOOKS.get(hook.get("NFTA_HOOK_HOOKNUM", b""))) is None
         or text(result, "NFTA_CHAIN_TYPE") != "filter"
     ):
         return None
     drops = _VERDICTS.get(result.get("NFTA_CHAIN_POLICY", b"")) == "drop"
-    return family, text(result, "NFTA_CHAIN_TABLE"), text(result, "NFTA_CHAIN_NAME"), drops
+    return family, text(result, "NFTA_CHAIN_TABLE"), text(result, "NFTA_CHAIN_NAME"), hook_name, drops
 
 
 def read_set(body: bytes, table: str) -> tuple[str, int, int] | None:
@@ -155,7 +157,7 @@ def _reader(name: str) -> Reader:
 
 @frozen
 class _Loaded:
-    """What an expression has put into registers. `kind`: as of a condition, or `saddr 4` and the like; `mask` was put
+    """A field of a packet, loaded into registers. `kind`: as of a condition, or `saddr 4` and the like; `mask` was put
     over it; `big`: a number that is in network byte order by now."""
 
     kind: str = "?"
@@ -178,7 +180,7 @@ class _Registers:
         self._loaded: dict[int, _Loaded] = {}
 
     def load(self, register: bytes, loaded: _Loaded = _NOTHING) -> None:
-        """What was in the registers that are written is forgotten; all that follow if the length is not known."""
+        """Forget what the overwritten registers held: all from the first one on, if the length is not known."""
         first = _first(register)
         end = first + -(-loaded.length // 4) if loaded.length else sys.maxsize
         for at, other in list(self._loaded.items()):
@@ -430,7 +432,7 @@ def _condition(loaded: _Loaded, comparison: bytes, data: bytes) -> Condition:
     equal = comparison == _EQUAL
     side, _, version = held.partition(" ")
     if held in ("state", "status"):
-        # What a new packet has of it: of the status it is nothing.
+        # A new packet has the state `new`, and no bit of the status.
         bits = _NEW if held == "state" else 0
         return Condition("new", (bits & loaded.number(mask) if mask else bits) == loaded.number(data), equal)
     if side in ("saddr", "daddr"):
