@@ -21,6 +21,7 @@ from kilo_etcd.agent.daemon import Daemon
 from kilo_etcd.agent.leadership import candidacy_policy
 from kilo_etcd.agent.probing import probe_assignment
 from kilo_etcd.agent.probing.baseline import OPEN_SECONDS, SETTLE_SECONDS
+from kilo_etcd.agent.probing.prober import ALONE_SECONDS
 from kilo_etcd.kernel.firewall.chains import Obstacle
 from kilo_etcd.kernel.state import DeleteRoute, Route, SetPeer
 from kilo_etcd.model import CandidateClass, Endpoint, IPAddress, Node
@@ -127,6 +128,7 @@ async def test_a_leader_that_does_not_forward_is_named_and_demoted(mesh: World) 
             "leaderReachable": True,
             "membersReachable": False,
             "canTakeOver": True,
+            "unconfirmed": False,
         }
         assert trio.current_time() - began < DETECTED
         assert keepalives(mesh) == [5], "the handshake was asked for"
@@ -158,6 +160,24 @@ async def test_the_other_candidates_probe_on_the_report_of_the_first(mesh: World
         assert not (report(mesh) or {}).get("canTakeOver"), "home knows g2, who is next, and not h1"
         mesh.host.reach = lambda address: True
         await eventually(lambda: report(mesh) is None, 2, every=0.1)
+
+
+async def test_a_report_that_nobody_confirms_says_so_and_counts_all_the_same_once_somebody_does(mesh: World) -> None:
+    """The way from h1 to its leader may be what is broken."""
+    async with running(mesh) as daemon:
+        await settle(mesh)
+        enter_candidacy(mesh, "g2", CandidateClass.REST)
+        mesh.host.reach = lambda address: address == ip_address(NEAR["g1"])
+        await eventually(lambda: (report(mesh) or {}).get("canTakeOver"), DETECTED, every=0.01)
+        await trio.sleep(ALONE_SECONDS - 2)
+        assert (report(mesh) or {}).get("unconfirmed") is False
+        await eventually(lambda: (report(mesh) or {}).get("unconfirmed"), 4, every=0.1)
+        await eventually(lambda: keepalives(mesh)[-1] == 0, 5, every=0.1)
+        revision = mesh.etcd.revision
+        await trio.sleep(60)
+        assert mesh.etcd.revision == revision, "it stays, and nothing is written again"
+        says(mesh, "g2", int(str((report(mesh) or {})["candidacy"])), leader_reachable=True)
+        await eventually(lambda: daemon.role is not None and daemon.role.leader == "h1", 1, every=0.01)
 
 
 async def test_when_the_far_end_is_down_nobody_can_do_better(mesh: World) -> None:
@@ -540,6 +560,7 @@ async def test_a_leader_elsewhere_that_is_named_tries_back(world: World) -> None
             "leaderReachable": True,
             "membersReachable": False,
             "canTakeOver": False,
+            "unconfirmed": False,
         }
         answering.add(ip_address(MESH["g2"]))
         await eventually(lambda: report(world) is None, 2, every=0.1)

@@ -308,6 +308,7 @@ READERS: dict[type, dict[str, Callable[[object], Any]]] = {
         "leaderReachable": truth,
         "membersReachable": truth,
         "canTakeOver": truth,
+        "unconfirmed": truth,
     },
 }
 """Kind -> its fields in JSON, in their order, and what each may hold."""

@@ -11,11 +11,11 @@ from attrs import evolve
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kilo_etcd.model import Candidate, CandidateClass, Encapsulate, ProbeReport
+from kilo_etcd.model import Candidate, CandidateClass, Encapsulate, Endpoint, InternalIPs, ProbeReport
 from kilo_etcd.planning.plan import host_plan
 from kilo_etcd.planning.render import render
 from kilo_etcd.topology.election import Election, Reason, elect
-from kilo_etcd.topology.segments import build_topology
+from kilo_etcd.topology.segments import Topology, build_topology, host_network
 from topology_worlds import candidates_of, node, snapshot
 
 A = [node(f"a{n}", n, "a", f"10.0.0.{n}/24", f"203.0.113.{n}") for n in range(1, 9)]
@@ -35,10 +35,11 @@ def line(*names: str, behind: Sequence[str] = ()) -> list[Candidate]:
 
 
 def report(prober: str, flags: str = "", leader: str = "a1", candidacy: int = 100) -> ProbeReport:
-    """What a prober says; `flags` are the letters of answers, local members and reaches."""
+    """What a prober says; `flags` are the letters of answers, local members, reaches and unconfirmed."""
     return ProbeReport(
         prober=prober, leader=leader, candidacy=candidacy, targets=("a2",) if prober.startswith("b") else ("b1",),
         leader_reachable="a" in flags, members_reachable="f" in flags, can_take_over="r" in flags,
+        unconfirmed="u" in flags,
     )  # fmt: skip
 
 
@@ -163,6 +164,36 @@ def test_who_says_so_is_known_to_whom_it_has_tried_and_allowed_nothing() -> None
         )
     again = build_topology(world(), suspected)
     assert host_plan(again, "b1", host_plan(suspected, "b1", plans["b1"])) == plans["b1"]
+
+
+def test_one_report_alone_that_nobody_confirms_makes_nobody_known_and_keeps_no_internal_ip_from_being_routed() -> None:
+    nodes = {node.name: evolve(node, underlay=()) for node in (*A[:3], *B)}
+    # Other segments would call a2 at its internal IP, and WireGuard's packets to it must not be led into a tunnel.
+    nodes["a2"] = evolve(nodes["a2"], endpoint=Endpoint.parse(f"{nodes['a2'].internal_ips[0].ip}:51820"))
+
+    def topology(*probe_reports: ProbeReport) -> Topology:
+        return build_topology(
+            snapshot(
+                nodes.values(),
+                candidates=candidates_of(*nodes.values()),
+                probe_reports={"a": probe_reports} if probe_reports else {},
+                internal_ips=InternalIPs.ROUTED,
+            )
+        )
+
+    def routes_to_a2(topology: Topology) -> bool:
+        internal = host_network(nodes["a2"].internal_ips[0].ip)
+        return internal in host_plan(topology, "b1").routes
+
+    assert routes_to_a2(topology())
+    assert not routes_to_a2(topology(report("a2", "ar"))), "it may take over"
+    unconfirmed = topology(report("a2", "aru"))
+    assert routes_to_a2(unconfirmed)
+    assert "peer a2" not in render(host_plan(unconfirmed, "b1"))
+    other = report("a3", "a", candidacy=99)
+    assert routes_to_a2(topology(report("a2", "aru"), other)), "of an earlier candidacy"
+    confirmed = topology(report("a2", "aru"), report("a3", "a"))
+    assert confirmed.segment_of("a1").leader.name == "a2", "at once, although it says of itself that nobody confirms it"
 
 
 def test_an_earlier_candidacy_is_challenged_no_more() -> None:

@@ -136,11 +136,12 @@ def elections(draw: DrawFn, nodes: dict[str, Node]) -> dict[str, Any]:
         found = []
         for prober in draw(st.lists(st.sampled_from([*nodes, "stranger"]), unique=True, max_size=4)):
             reports_on = draw(st.sampled_from(candidates_of))
-            answers, members_reachable, can_take_over = draw(st.tuples(st.booleans(), st.booleans(), st.booleans()))
+            answers, members_reachable, can_take_over, unconfirmed = draw(st.tuples(*[st.booleans()] * 4))
             found.append(
                 ProbeReport(
                     prober=prober, leader=reports_on.node, candidacy=reports_on.create_revision,
                     leader_reachable=answers, members_reachable=members_reachable, can_take_over=can_take_over,
+                    unconfirmed=unconfirmed,
                 )
             )  # fmt: skip
         if found:

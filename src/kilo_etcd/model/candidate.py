@@ -46,3 +46,5 @@ class ProbeReport:
     """Another member of the location answers the prober."""
     can_take_over: bool = False
     """The prober has a tunnel of its own to one of the targets, just verified by a handshake: it could lead instead."""
+    unconfirmed: bool = False
+    """No other host has reported the leader for as long as it would take one."""

@@ -264,6 +264,7 @@ class ProbeReportRecord:
     leader_reachable: bool = False
     members_reachable: bool = False
     can_take_over: bool = False
+    unconfirmed: bool = False
 
 
 R = TypeVar("R")

@@ -637,6 +637,7 @@ class View:
                 leader_reachable=record.leader_reachable,
                 members_reachable=record.members_reachable,
                 can_take_over=record.can_take_over,
+                unconfirmed=record.unconfirmed,
             )
         _replace(self._probers, location, probers or None)
         self._dirty_probe_reports.add(location)

@@ -63,7 +63,9 @@ class Segment:
     leader: Node
     takeover_candidates: tuple[tuple[Node, tuple[str, ...]], ...]
     """Members who say that nobody gets through the leader, with whom each has tried to reach: those get to know it as a
-    WireGuard peer, so that it can run a takeover check."""
+    WireGuard peer, so that it can run a takeover check. None if there is one report alone that nobody confirms: its
+    prober's own tunnel is the more likely cause, and what may be the far end of a tunnel is routed to nobody (`front`).
+    """
     election: Election
     subnets: Mapping[str, tuple[IPNetwork, ...]]
     """Member -> the networks behind it that are granted to it; members with none are not in it."""
@@ -558,11 +560,12 @@ def _takeover_candidates(
     held = {
         candidate.create_revision for candidate in snapshot.candidates.get(location, ()) if candidate.node == leader
     }
-    return tuple(
-        (members[report.prober], report.targets)
-        for report in reports
-        if report.prober in members and report.prober != leader and report.leader == leader and report.candidacy in held
+    reports = tuple(
+        report for report in reports if report.prober != leader and report.leader == leader and report.candidacy in held
     )
+    if len(reports) == 1 and reports[0].unconfirmed:
+        return ()
+    return tuple((members[report.prober], report.targets) for report in reports if report.prober in members)
 
 
 def _sorted(networks: tuple[IPNetwork, ...], before: tuple[IPNetwork, ...] = ()) -> tuple[IPNetwork, ...]:

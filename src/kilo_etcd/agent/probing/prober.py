@@ -50,6 +50,10 @@ OTHERS_WAIT = 1.0
 TAKEOVER_CHECK_RETRY = 6.0
 """Seconds until a failed takeover check is tried again: WireGuard starts a handshake every five seconds at most."""
 
+ALONE_SECONDS = 15.0
+"""Seconds after which a report says of itself that no other host has reported the leader. It stays in force, so that
+the other probers go on trying, but its prober is no takeover candidate until one of them reports the leader too."""
+
 TAKE_BACK = 0.25
 """Seconds between an answer and the withdrawal of the report, in which it may turn out that another leads now."""
 
@@ -107,6 +111,8 @@ class Prober:
         self._takeover_check_due = 0.0
         self._since = 0.0
         """When this host's present report on its leader was made."""
+        self._alone_since = 0.0
+        """Since when it is the only one on this leader."""
         self._no_baseline: str | None = None
         self._lock = trio.Lock()
 
@@ -215,6 +221,9 @@ class Prober:
         if not (was_sound and self._was_sound):
             # Requests that were sent before all was there again say nothing about it either.
             return periods.PERIOD
+        now = trio.current_time()
+        if own_report is None or assignment.suspicions:
+            self._alone_since = now
         report = ProbeReportRecord(
             leader=assignment.leader.name,
             candidacy=assignment.candidacy,
@@ -224,15 +233,18 @@ class Prober:
             can_take_over=own_report is not None
             and own_report.can_take_over
             and (self._baseline is None or bool(assignment.far_reports)),
+            unconfirmed=now - self._alone_since >= ALONE_SECONDS,
         )
         if not self._may_say(assignment, report):
             return await self._has_nothing_to_say(assignment)
         if own_report is None:
-            self._since = trio.current_time()
+            self._since = now
             self._takeover_check_due = self._since + (0.0 if assignment.first else OTHERS_WAIT)
         former = await self._check.handshakes([node.public_key for node in targets])
         await self._put_reports(assignment.location, report)
-        if not report.can_take_over and trio.current_time() >= self._takeover_check_due:
+        if report.unconfirmed:
+            self._check.stop()
+        elif not report.can_take_over and trio.current_time() >= self._takeover_check_due:
             self._takeover_check_due = trio.current_time() + TAKEOVER_CHECK_RETRY
             if await self._can_take_over(assignment, targets, former):
                 if await self._through(targets, times=ONCE_MORE):
