@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import trio
+from test_leader_faults import in_line
 
 from helpers import eventually, require
 from helpers_lab import leads
@@ -105,6 +106,44 @@ async def test_two_sites_reach_each_other_at_their_internal_ips() -> None:
 
         await check_session(lab, addresses)
         await check_switch(lab, addresses)
+
+
+async def test_a_member_whose_own_way_to_its_leader_is_broken_keeps_no_other_hosts_internal_ips_from_being_routed() -> (
+    None
+):
+    """gcp-2 may take over with its private endpoint, and as long as it may, home-1 sends no packet to gcp's internal
+    IPs that WireGuard could take for its own."""
+    require("etcd", "etcdctl", "wireguard-go", "wg", "nft", "ip", "ping")
+    spec = Spec(
+        agent_args=("--encapsulate", "wireguard"),
+        sites=(
+            site("gcp", "10.1.0.0/24", host("gcp-1", public=True), host("gcp-2"), host("gcp-3")),
+            site("home", "10.2.0.0/24", host("home-1", public=True), host("home-2")),
+        ),
+    )
+    async with running_lab(spec) as lab:
+        first, (broken, _) = await in_line(lab, 3)
+        addresses = await internal_ips(lab)
+        healthy = {name: address for name, address in addresses.items() if name != broken}
+
+        async def all_answer() -> bool:
+            return not await missing(lab, healthy)
+
+        await eventually(all_answer, 30, every=0.2, what="the hosts ping at internal IPs")
+        rules = (
+            "add table inet foreign",
+            "add chain inet foreign out { type filter hook output priority 0; }",
+            f"add rule inet foreign out ip daddr {addresses[first]} udp dport {WIREGUARD} drop",
+        )
+        await lab.exec(broken, "nft", "; ".join(rules), check=True)
+
+        async def unconfirmed() -> bool:
+            found = await lab.etcdctl("get", "--prefix", "--print-value-only", f"/kilo/by/{broken}/probe-reports/")
+            return bool(found.stdout.strip()) and json.loads(found.stdout)["unconfirmed"] is True
+
+        await eventually(unconfirmed, 60, every=0.2, what=f"{broken} says that nobody confirms its report")
+        await eventually(all_answer, 10, every=0.2, what="the healthy hosts ping at internal IPs again")
+        assert await missing(lab, addresses) != [], f"{broken} is cut off"
 
 
 async def test_what_drops_packets_by_internal_ips_alone_is_found() -> None:

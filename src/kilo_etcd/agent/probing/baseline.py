@@ -31,6 +31,8 @@ SETTLE_SECONDS = 5.5
 """WireGuard repeats a handshake after 5 s."""
 
 OPEN_SECONDS = 8.0
+"""For so long a report waits to be confirmed. One with a baseline stays in force after that, so that the other probers
+go on trying, but says so: its prober is no takeover candidate until another host reports the leader too."""
 
 PAUSE, LONGEST_PAUSE = 30.0, 600.0
 """Seconds between two reports without a baseline that came to nothing: at first, and at most."""

@@ -50,10 +50,6 @@ OTHERS_WAIT = 1.0
 TAKEOVER_CHECK_RETRY = 6.0
 """Seconds until a failed takeover check is tried again: WireGuard starts a handshake every five seconds at most."""
 
-ALONE_SECONDS = 15.0
-"""Seconds after which a report says of itself that no other host has reported the leader. It stays in force, so that
-the other probers go on trying, but its prober is no takeover candidate until one of them reports the leader too."""
-
 TAKE_BACK = 0.25
 """Seconds between an answer and the withdrawal of the report, in which it may turn out that another leads now."""
 
@@ -233,7 +229,7 @@ class Prober:
             can_take_over=own_report is not None
             and own_report.can_take_over
             and (self._baseline is None or bool(assignment.far_reports)),
-            unconfirmed=now - self._alone_since >= ALONE_SECONDS,
+            unconfirmed=now - self._alone_since >= OPEN_SECONDS,
         )
         if not self._may_say(assignment, report):
             return await self._has_nothing_to_say(assignment)
