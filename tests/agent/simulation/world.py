@@ -481,8 +481,12 @@ class World:
                 raise
             await eventually(self.at_rest, TURN_AROUND, every=1.0)
         behind_nat = any(key.endswith(b"/force-endpoint") for key in self.etcd.data)
-        # Whether members that have moved answer with their keys is found out in turn.
-        slow = behind_nat or self.shape.internal_ips != "off"
+        # Whether members that have moved, or were away, answer with their keys is found out in turn.
+        unsigned = any(
+            key.startswith(KEYS.status_root.encode()) and b'"unsigned"' in kv.value
+            for key, kv in self.etcd.data.items()
+        )
+        slow = behind_nat or unsigned or self.shape.internal_ips != "off"
         await trio.sleep(LISTED_AGAIN if self.watchman.lossy else NAMED_SECONDS if slow else 15)
         now, demoted_until = trio.current_time(), self.demoted_until()
         if now <= demoted_until < now + max(self.shape.quiet, QUIET_SECONDS):
