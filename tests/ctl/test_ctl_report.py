@@ -148,7 +148,9 @@ def test_internal_ips_wait_for_agents_that_do_not_know_them() -> None:
     assert "wrong" not in plain(status_tables(found))
     told = json.loads(status_json(found))
     assert (told["internalIps"], told["internalIpsInForce"], told["unaware"]) == ("routed", "off", ["a2"])
-    assert told["unrouted"] == [{"subject": "internal-ips", "text": sentence, "about": "", "nodes": [], "notFrom": []}]
+    assert told["unrouted"] == [
+        {"subject": "internal-ips", "text": sentence, "about": "", "nodes": [], "notFrom": [], "suspects": []}
+    ]
     assert told["urgent"] == []
     assert [(f.severity, f.text) for f in (*_mode(found), *_records(found), *unrouted(found, world))] == [
         ("note", sentence)
@@ -181,6 +183,11 @@ def test_internal_ips_that_are_not_routed_are_notes_and_the_same_of_several_is_o
     assert [f.text.partition(":")[0] for f in unrouted(found, world)] == [
         "not routed from a, the default location", "not routed from anywhere",
     ]  # fmt: skip
+    strange = {**nodes, "b1": evolve(nodes["b1"], internal_ips=(ip_interface("192.168.98.2/24"),))}
+    strange["a2"] = evolve(nodes["a2"], underlay=(ip_network("192.168.98.0/24"),))
+    stray = evolve(world, nodes=strange)
+    found_stray = report(stray, ALL_WELL, newest=40, registered=frozenset(nodes))
+    assert [(f.severity, f.subject) for f in unrouted(found_stray, stray)] == [("warning", "192.168.98.0/24")]
     note = "note: 192.168.97.0/24: not routed from a, the default location: hosts of a, "
     said = impact(evolve(world, internal_ips=InternalIPs.OFF), world)
     assert any(line.startswith(note) for line in said)

@@ -119,6 +119,34 @@ def test_nothing_is_routed_where_hosts_reach_it_over_their_own_links() -> None:
     assert str(entry.network) == "10.2.0.0/28"
     assert "a2 reaches these addresses over its own links" in entry.reason
     assert "if a2 should not, remove the route" in entry.remedy
+    assert entry.suspects == ("a2",)
+
+
+def test_a_host_that_differs_from_the_others_of_its_location_is_suspect_and_twin_networks_are_nobodys_mistake() -> None:
+    def of(*nodes: Node) -> dict[str, tuple[str, ...]]:
+        return {str(entry.network): entry.suspects for entry in routed(*nodes).unrouted if entry.suspects}
+
+    twins = [here(name, number, "b", f"10.1.0.{number}/24") for name, number in (("b1", 13), ("b2", 14))]
+    assert routed(A1, A2, *twins).unrouted
+    assert of(A1, A2, *twins) == {}
+    assert of(A1, twins[0]) == {}, "of one host each"
+    assert of(here("a1", 1, "a", "10.3.0.1/24"), A2, *twins) == {}, "half of a location is on the other network"
+
+    # An address of a1's network, on b2's loopback perhaps.
+    stray = evolve(B2, underlay=(ip_network("10.1.0.0/24"),))
+    assert of(A1, A2, B1, stray) == {"10.1.0.0/24": ("b2",)}
+    # A route to one address of b's.
+    assert of(A1, evolve(A2, underlay=(ip_network("10.2.0.1/32"),)), B1, B2) == {"10.2.0.1/32": ("a2",)}
+
+    mislabelled = here("a3", 5, "b", "10.1.0.3/24")
+    assert of(A1, A2, B1, B2, mislabelled) == {"10.1.0.0/24": ("a3",)}
+    (entry,) = (entry for entry in routed(A1, A2, B1, B2, mislabelled).unrouted if entry.suspects)
+    assert entry.remedy.startswith(
+        "of its location a3 alone is on that network: if its label is wrong, correct it (kgctl location set a3 a), or "
+    )
+    homeless = [evolve(node, location="") for node in (A1, A2)]
+    (entry,) = (entry for entry in routed(*homeless, B1, B2, mislabelled).unrouted if entry.suspects)
+    assert "(kgctl location unset a3)" in entry.remedy
 
 
 def test_the_host_whose_link_has_the_addresses_is_named_though_its_network_is_stated_with_a_neighbours() -> None:

@@ -39,6 +39,9 @@ class Unrouted:
     """The segments that do not route it, or the nodes if not all of a segment do not; empty: no segment does."""
     reason: str
     remedy: str
+    suspects: tuple[str, ...] = ()
+    """Nodes that differ from the others of their location in this, so that what they have there, or their labels, may
+    be a mistake. None: the addresses of two sites are alike, perhaps."""
 
     def __str__(self) -> str:
         subject = str(self.network.network_address) if self.network.num_addresses == 1 else str(self.network)
@@ -323,57 +326,93 @@ def _entry(network: IPNetwork, link: _Link, having: Mapping[str, Segment]) -> Un
     link_segments = {segment.key: segment for segment in link.segments}
     names = sorted({named(segment) for segment in (*link_segments.values(), *having.values())})
     near = sorted({named(segment) for segment in link_segments.values()})
-    route = ""
+    reaching = _Reaching.of(network, link_segments.values(), having.values())
     if not having.keys() <= link_segments.keys():
-        whole_segments, lone_nodes, by_a_route = _reaching(network, link_segments.values(), having.values())
-        hosts = " and ".join(
-            filter(None, (f"hosts of {listed(whole_segments)}" if whole_segments else "", listed(lone_nodes)))
-        )
-        alone = len(lone_nodes) == 1 and not whole_segments
-        reach = "reaches these addresses over its own links" if alone else "reach these addresses over their own links"
-        reason = f"{hosts} {reach}, so they are not routed from there"
-        if by_a_route:
-            route = (
-                f"if {listed(by_a_route)} should not, remove the route or the address there (ip route show {network}), "
-                "or "
-            )
+        reason = f"{reaching}, so they are not routed from there"
     elif len(link.sites) == 1:
         reason = (
             f"{listed(names)}, which have no label, are attached to this network, or to several with the same addresses"
         )
     else:
         reason = f"hosts of {listed(names)} have networks with these addresses of their own"
+    first = ""
+    if reaching.by_a_route:
+        first = (
+            f"if {listed(reaching.by_a_route)} should not, remove the route or the address there (ip route show "
+            f"{network}), or "
+        )
+    elif reaching.perhaps_of is not None:
+        node, home = reaching.perhaps_of
+        first = (
+            f"of its location {node.name} alone is on that network: if its label is wrong, correct it (kgctl location "
+            f"{f'set {node.name} {home}' if home else f'unset {node.name}'}), or "
+        )
     return Unrouted(
         network=network,
         segments=tuple(names),
         not_from=tuple(near),
         reason=reason,
-        remedy=f"{route}give one of them other addresses, or {REMEDY}; the mesh addresses work",
+        remedy=f"{first}give one of them other addresses, or {REMEDY}; the mesh addresses work",
+        suspects=reaching.suspects,
     )
 
 
-def _reaching(
-    network: IPNetwork, segments: Iterable[Segment], having: Iterable[Segment]
-) -> tuple[list[str], list[str], list[str]]:
-    """(the segments all of whose members reach addresses within a network, which `having` have, over their own links;
-    the members of the others that do; those among these whose own internal IPs are on no such link)."""
-    addresses = [
-        ip.ip
-        for segment in having
-        for node in segment.members
-        for ip in node.internal_ips
-        if ip.version == network.version and ip.ip in network
-    ]
-    whole_segments: list[str] = []
-    lone_nodes: list[Node] = []
-    for segment in segments:
-        nodes = [node for node in segment.members if _holds_any(Links.of([node]).networks, addresses)]
-        if len(nodes) == len(segment.members):
-            whole_segments.append(named(segment))
-        else:
+@frozen(kw_only=True)
+class _Reaching:
+    """Who reaches addresses within a network, which some segments have, over their own links."""
+
+    whole_segments: tuple[str, ...]
+    """The segments all of whose members do."""
+    lone_nodes: tuple[str, ...]
+    """The members of the others that do."""
+    by_a_route: tuple[str, ...]
+    """Those among these whose own internal IPs are on no such link."""
+    perhaps_of: tuple[Node, str] | None
+    """The one member of a larger location whose internal IP is there, and the location whose members all are."""
+
+    @classmethod
+    def of(cls, network: IPNetwork, segments: Iterable[Segment], having: Iterable[Segment]) -> _Reaching:
+        """The segments that state the network, and those that have the addresses."""
+        addresses = [
+            ip.ip
+            for segment in having
+            for node in segment.members
+            for ip in node.internal_ips
+            if ip.version == network.version and ip.ip in network
+        ]
+        whole_segments: list[Segment] = []
+        lone_nodes: list[Node] = []
+        by_a_route: list[str] = []
+        alone: list[Node] = []
+        for segment in segments:
+            nodes = [node for node in segment.members if _holds_any(Links.of([node]).networks, addresses)]
+            if len(nodes) == len(segment.members):
+                whole_segments.append(segment)
+                continue
             lone_nodes += nodes
-    by_a_route = [n.name for n in lone_nodes if not _holds_any([ip.network for ip in n.internal_ips], addresses)]
-    return sorted(whole_segments), sorted(node.name for node in lone_nodes), sorted(by_a_route)
+            strays = [n.name for n in nodes if not _holds_any([ip.network for ip in n.internal_ips], addresses)]
+            by_a_route += strays
+            if len(nodes) == 1 < len(segment.members) - 1 and not strays:
+                alone += nodes
+        homes = [segment for segment in whole_segments if len(segment.members) > 1 or len(whole_segments) == 1]
+        return cls(
+            whole_segments=tuple(sorted(map(named, whole_segments))),
+            lone_nodes=tuple(sorted(node.name for node in lone_nodes)),
+            by_a_route=tuple(sorted(by_a_route)),
+            perhaps_of=(alone[0], homes[0].location) if len(alone) == len(homes) == 1 else None,
+        )
+
+    @property
+    def suspects(self) -> tuple[str, ...]:
+        """The nodes that differ from the others of their location."""
+        return self.by_a_route or (() if self.perhaps_of is None else (self.perhaps_of[0].name,))
+
+    def __str__(self) -> str:
+        whole = f"hosts of {listed(self.whole_segments)}" if self.whole_segments else ""
+        hosts = " and ".join(filter(None, (whole, listed(self.lone_nodes))))
+        if len(self.lone_nodes) == 1 and not whole:
+            return f"{hosts} reaches these addresses over its own links"
+        return f"{hosts} reach these addresses over their own links"
 
 
 def _holds_any(networks: Iterable[IPNetwork], addresses: Collection[IPAddress]) -> bool:

@@ -46,6 +46,7 @@ from kilo_etcd.ctl.reports.report import (
     NOT_IN_FORCE,
     Remark,
     Report,
+    UnroutedRemark,
     claims_without_record,
     grouped,
     grouped_unrouted,
@@ -348,18 +349,19 @@ def _claims(claims: Mapping[str, int]) -> Iterator[Finding]:
 
 
 def _unrouted(examined: Examined) -> Iterator[Finding]:
-    """Under `encrypted` what is sent to such an address travels in clear, which is a warning unless the operator has
-    exempted it on every host that sends there."""
+    """A warning where a host may have its label, a route or an address by mistake. Under `encrypted` what is sent to
+    such an address travels in clear, which is a warning unless the operator has exempted it on every host that sends
+    there."""
     in_clear = examined.report.internal_ips_in_force == InternalIPs.ENCRYPTED
     exempted = _exempted(examined) if in_clear else frozenset()
-    for exempt in (False, True) if in_clear else (True,):
-        severity = Severity.NOTE if exempt else Severity.WARNING
-        remarks = [
-            remark for remark in examined.report.unrouted if not in_clear or (remark.subject in exempted) is exempt
-        ]
+    of: dict[Severity, list[UnroutedRemark]] = {Severity.WARNING: [], Severity.NOTE: []}
+    for remark in examined.report.unrouted:
+        harmless = remark.subject in exempted if in_clear else not remark.suspects
+        of[Severity.NOTE if harmless else Severity.WARNING].append(remark)
+    for severity, remarks in of.items():
         unrouted = grouped_unrouted(remarks)
         for remark in unrouted[:MOST_NAMED]:
-            exempts = " (--clear exempts it)" if in_clear and exempt else ""
+            exempts = " (--clear exempts it)" if in_clear and severity is Severity.NOTE else ""
             yield Finding(severity=severity, subject=remark.subject, text=f"{unrouted_sentence(remark)}{exempts}")
         if (more := len(unrouted) - MOST_NAMED) > 0:
             yield Finding(

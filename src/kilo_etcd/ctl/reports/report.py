@@ -92,6 +92,8 @@ class UnroutedRemark(Remark):
     """The nodes that have this one address."""
     not_from: tuple[str, ...] = ()
     """The segments that do not route it, or the nodes if not all of a segment do not; empty: no segment does."""
+    suspects: tuple[str, ...] = ()
+    """Nodes that may have the network, or their labels, by mistake."""
 
     @property
     def subject_with_nodes(self) -> str:
@@ -408,6 +410,7 @@ def unrouted_remarks(topology: Topology) -> Iterator[UnroutedRemark]:
             text=f"{unrouted.reason}; {unrouted.remedy}",
             nodes=unrouted.nodes,
             not_from=unrouted.not_from,
+            suspects=unrouted.suspects,
         )
 
 
@@ -452,6 +455,7 @@ def grouped_unrouted(remarks: Iterable[UnroutedRemark]) -> tuple[UnroutedRemark,
             text=text,
             nodes=tuple(dict.fromkeys(name for remark in group for name in remark.nodes)),
             not_from=not_from,
+            suspects=tuple(dict.fromkeys(name for remark in group for name in remark.suspects)),
         )
         for (text, not_from), group in alike.items()
     )
