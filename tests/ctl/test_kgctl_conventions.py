@@ -7,9 +7,11 @@ import re
 import shutil
 import subprocess
 import sys
+from collections.abc import Iterator
 from datetime import date
 from pathlib import Path
 
+import click
 import pytest
 import trio
 from click.shell_completion import ShellComplete
@@ -36,6 +38,20 @@ def completed(*words: str) -> list[str]:
     *before, incomplete = words
     completion_items = ShellComplete(main, {}, "kgctl", "_KGCTL_COMPLETE").get_completions(before, incomplete)
     return [item.value for item in completion_items]
+
+
+def commands_of(command: click.Command, *names: str) -> Iterator[tuple[str, ...]]:
+    yield names
+    for name, inner in getattr(command, "commands", {}).items():
+        yield from commands_of(inner, *names, name)
+
+
+@pytest.mark.parametrize("program", [kg, main])
+def test_no_line_of_any_help_ends_before_its_sentence_does(program: click.Command) -> None:
+    for names in commands_of(program):
+        text = CliRunner().invoke(program, [*names, "--help"]).stdout
+        cut = [line for line in text.splitlines() if line.endswith("...") and not line.startswith("Usage:")]
+        assert cut == [], names
 
 
 @pytest.mark.usefixtures("etcd")

@@ -76,7 +76,7 @@ def main(context: click.Context, config: AgentConfig) -> None:
         _run(_dry_run if config.dry_run else _agent, config)
 
 
-@main.command()
+@main.command(short_help="Remove everything that the agent has made, and its records in etcd.")
 @click.pass_obj
 def cleanup(config: AgentConfig) -> None:
     """Remove everything that the agent has made on this host, and its records in etcd."""
