@@ -59,6 +59,7 @@ def test_etcd_stays_outside_by_address_and_port() -> None:
     assert found.etcd == ((ip_address("10.0.0.2"), 2379), (ip_address("10.0.0.7"), 4001))
     assert (found.etcd_here, found.talk, found.sources) == ((), (1107,), own)
     assert found.clear == (Exemption.parse("tcp/22@10.0.0.0/24"),)
+    assert outside(evolve(config(), peer_query_port=2107), None, own, {}).talk == (2107,)
 
 
 def test_a_member_of_etcd_here_has_its_peers_outside_too() -> None:

@@ -92,3 +92,13 @@ async def test_it_leads_since_it_was_elected_and_not_since_it_stands(
         assert elected.tzinfo == UTC
         await trio.sleep(300)
         assert datetime.fromisoformat(published().leads_since) == elected
+
+
+@pytest.mark.autojump
+@pytest.mark.parametrize(("port", "says"), [(1107, None), (2107, 2107)])
+async def test_it_reports_another_port_for_peer_queries_than_the_usual_one(
+    world: World, port: int, says: int | None
+) -> None:
+    async with running(world, peer_query_port=port):
+        await eventually(lambda: world.etcd.get("/kilo-status/by/h1/status") is not None, 30, every=0.1)
+        assert decode_status(world.etcd.get("/kilo-status/by/h1/status") or b"").peer_query_port == says

@@ -113,7 +113,7 @@ def test_three_hosts_without_labels_are_one_error() -> None:
     assert finding.remedy == (
         "if they share no network, label them apart (kgctl location set NODE NAME; all are at the default location, "
         "which is that of hosts without a label) or take the address away (kgctl annotate NODE force-internal-ip=-); "
-        "if they do, let UDP 1107 or ICMP echo pass between them, or set --encapsulate wireguard"
+        "if they do, let UDP 1107 (--peer-query-port) or ICMP echo pass between them, or set --encapsulate wireguard"
     )
 
 
@@ -205,4 +205,4 @@ def test_where_every_host_filters_echo_requests_answered_peer_queries_speak_for_
     topology = mesh(ALONE)
     (finding,) = found(topology, statuses(topology), lost(topology, *ALL))
     assert (finding.severity, finding.subject) == (Severity.WARNING, "packets")
-    assert "although members of a location answer each other's peer queries (UDP 1107)" in finding.text
+    assert "although members of a location answer each other's peer queries" in finding.text

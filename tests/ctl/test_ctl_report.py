@@ -282,6 +282,24 @@ def test_agents_that_disagree_are_named_with_what() -> None:
     assert "33 (7 behind)" in plain(status_tables(found))
 
 
+def test_agents_that_take_peer_queries_at_another_port_than_most_are_named() -> None:
+    def other_ports(**ports: int) -> list[tuple[str, str]]:
+        told = ALL_WELL | {name: evolve(ALL_WELL[name], peer_query_port=port) for name, port in ports.items()}
+        return [(remark.subject, remark.text) for remark in report(WORLD, told, newest=40).disagreements]
+
+    assert other_ports() == []
+    assert other_ports(a2=1107) == [], "as most, and said"
+    assert other_ports(**dict.fromkeys(ALL_WELL, 2107)) == []
+    (remark,) = other_ports(a2=2107)
+    assert remark == (
+        "a2",
+        "it takes peer queries at UDP 2107 and most others at 1107, so they query each other in vain while etcd is "
+        "away: give all agents the same --peer-query-port",
+    )
+    (remark,) = other_ports(**{name: 2107 for name in ALL_WELL if name != "a2"})
+    assert remark[1].startswith("it takes peer queries at UDP 1107 and most others at 2107, ")
+
+
 def test_what_every_agent_says_of_the_mesh_is_shown_once() -> None:
     greedy = evolve(WORLD.nodes["a2"], subnets=(ip_network("0.0.0.0/0"),))
     world = evolve(WORLD, nodes={**WORLD.nodes, "a2": greedy})

@@ -73,8 +73,8 @@ def test_a_member_that_never_answered_is_reached_by_the_leader_or_not_at_all() -
     assert problem.text == (
         "a2 has never answered a3 at its internal IP 10.0.0.2, so a3 reaches it through a1, the leader of both: if "
         "the two share no network, label them apart (kgctl location set a2 NAME; both are at location gcp) or take the "
-        "address away (kgctl annotate a2 force-internal-ip=-); if they do, let UDP 1107 or ICMP echo pass between "
-        "them, or set --encapsulate wireguard"
+        "address away (kgctl annotate a2 force-internal-ip=-); if they do, let UDP 1107 (--peer-query-port) or ICMP "
+        "echo pass between them, or set --encapsulate wireguard"
     )
 
     leads = planned(LED, "a1", *silent(A2))

@@ -274,6 +274,7 @@ READERS: dict[type, dict[str, Callable[[object], Any]]] = {
         "unreachable": items(unreachable),
         "unsigned": items(string),
         "answers": truth,
+        "peerQueryPort": or_none(whole),
         "clear": items(string),
     },
     StageRecord: {"revision": whole},

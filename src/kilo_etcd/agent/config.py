@@ -21,6 +21,7 @@ from kilo_etcd.model import (
     DEFAULT_PORT,
     DEFAULT_PREFIX,
     DEFAULT_SUBNET,
+    PEER_QUERY_PORT,
     Encapsulate,
     Endpoint,
     Granularity,
@@ -123,6 +124,8 @@ class AgentConfig:
     state_dir: Path = field(default=Path(DEFAULT_STATE_DIR))
     listen: ListenAddress | None = ListenAddress("127.0.0.1", 1107)
     """None: nothing is served."""
+    peer_query_port: int = PEER_QUERY_PORT
+    """Where this host takes peer queries, and where it sends its own: one for the whole mesh."""
     endpoint: Endpoint | None = None
     """Forces the endpoint that this node registers; None: discovered."""
     persistent_keepalive: int = 0
@@ -165,6 +168,7 @@ class AgentConfig:
         forget_after: str = "24h",
         state_dir: str = DEFAULT_STATE_DIR,
         listen: str = DEFAULT_LISTEN,
+        peer_query_port: str = str(PEER_QUERY_PORT),
         endpoint: str = "",
         persistent_keepalive: str = "0",
         dry_run: bool = False,
@@ -205,11 +209,19 @@ class AgentConfig:
             forget_after=read("--forget-after", lambda: _whole_seconds(forget_after, ttl)),
             state_dir=read("--state-dir", lambda: _absolute(state_dir)),
             listen=read("--listen", lambda: parse_listen(listen)),
+            peer_query_port=read("--peer-query-port", lambda: _other_port(peer_query_port, listen_port)),
             endpoint=read("--endpoint", lambda: Endpoint.parse(endpoint, listen_port) if endpoint.strip() else None),
             persistent_keepalive=read("--persistent-keepalive", lambda: _keepalive(persistent_keepalive)),
             dry_run=dry_run,
             etcd=Config() if etcd is None else etcd,
         )
+
+
+def _other_port(text: str, port: int) -> int:
+    number = parse_number(text, 1, 65535)
+    if number == port:
+        raise ValueError(f"{number} is WireGuard's port (--port); name another one")
+    return number
 
 
 def parse_number(text: str, low: int, high: int) -> int:

@@ -45,7 +45,7 @@ from kilo_etcd.agent.status import State, StatusReporter
 from kilo_etcd.etcd import api as etcd
 from kilo_etcd.kernel.firewall.cleartext import refused_sources
 from kilo_etcd.kernel.state import Observed
-from kilo_etcd.model import Granularity, InternalIPs, IPAddress, IPNetwork, MeshSettings, Snapshot
+from kilo_etcd.model import PEER_QUERY_PORT, Granularity, InternalIPs, IPAddress, IPNetwork, MeshSettings, Snapshot
 from kilo_etcd.model.hostplan import HostPlan, RoutePlan, Via
 from kilo_etcd.planning.encryption import StageReport
 from kilo_etcd.planning.exit_node import BYPASSES
@@ -239,6 +239,7 @@ class Daemon:
         self._nudge = self._reconciler.nudge
         self._internal_ips: candidacy_policy.InternalIPsState | None = None
         self._clear = tuple(map(str, config.clear)) if len(config.clear) <= MOST_LISTED else None
+        self._peer_query_port = config.peer_query_port if config.peer_query_port != PEER_QUERY_PORT else None
         self._reporter = StatusReporter(self.session, public_key, config.mesh_granularity)
         self._restorer = Restorer(
             self.session,
@@ -953,6 +954,7 @@ class Daemon:
             unreachable=self._unreachable(),
             unsigned=() if self._reachability is None else self._reachability.unsigned[:MOST_LISTED],
             answers=self.answers,
+            peer_query_port=self._peer_query_port,
             clear=self._clear,
             without_etcd=self.mirror.untrusted_reason or self._bridged() or self.mirror.trouble or "",
         )

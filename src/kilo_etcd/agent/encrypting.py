@@ -22,7 +22,6 @@ import trio
 from attrs import evolve, frozen
 
 from kilo_etcd.agent.config import AgentConfig
-from kilo_etcd.agent.leader_hints.peer_query import PORT
 from kilo_etcd.agent.snapshot_cache import Disk
 from kilo_etcd.agent.stage_watch import StageWatch
 from kilo_etcd.base.fast_ip import ip_address, ip_network
@@ -142,7 +141,7 @@ def outside(
             key=lambda pair: (pair[0].version, int(pair[0]), pair[1]),
         )),
         etcd_here=tuple(sorted(local_ports)),
-        talk=(PORT,),
+        talk=(config.peer_query_port,),
         sources=sources,
         clear=(*config.clear, *(exemption for exemption in anywhere if exemption not in config.clear)),
         addresses=addresses,

@@ -151,7 +151,7 @@ async def _only_agent(config: AgentConfig) -> None:
                 metrics=metrics,
                 disk=disk,
                 secret=lambda key: key_file.agreed(private, key),
-                transport=UdpTransport(),
+                transport=UdpTransport(config.peer_query_port),
                 write_names=writer(config),
             ).run()
 

@@ -16,6 +16,7 @@ from kilo_etcd.model import (
     DEFAULT_INTERFACE,
     DEFAULT_PORT,
     DEFAULT_SUBNET,
+    PEER_QUERY_PORT,
     Encapsulate,
     Granularity,
     InternalIPs,
@@ -127,6 +128,11 @@ _AGENT = (
     kilo_flag("--state-dir", DEFAULT_STATE_DIR, "Where the private key and the cached snapshot are kept."),
     kilo_flag(
         "--listen", DEFAULT_LISTEN, "Where /metrics and /health are served; :1107 is everywhere, off is nowhere."
+    ),
+    kilo_flag(
+        "--peer-query-port",
+        str(PEER_QUERY_PORT),
+        "The UDP port at which nodes ask each other while etcd is away; the same on all hosts of a mesh.",
     ),
     kilo_flag("--log-level", "info", "The lowest level that is logged.", choices=(*LOG_LEVELS, "all", "warn")),
     kilo_flag("--dry-run", "false", "Print what would be changed, change nothing, and end.", switch=True),

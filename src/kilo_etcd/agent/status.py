@@ -47,6 +47,8 @@ class State:
     """Those that answer without their key."""
     answers: bool = False
     """Whether this host answers others."""
+    peer_query_port: int | None = None
+    """Where, if not at the usual port."""
     clear: tuple[str, ...] | None = None
     """What stays in clear under `encrypted` (`--clear`); None: it is not reported."""
     without_etcd: str
@@ -91,6 +93,7 @@ class StatusReporter:
             unreachable=state.unreachable,
             unsigned=state.unsigned,
             answers=state.answers,
+            peer_query_port=state.peer_query_port,
             clear=state.clear,
         )
         self._due.set()

@@ -12,6 +12,9 @@ from kilo_etcd.model.addresses import IPNetwork
 DEFAULT_LOCATION = ""
 DEFAULT_PREFIX = "/kilo"
 DEFAULT_INTERFACE = "kilo0"
+PEER_QUERY_PORT = 1107
+"""UDP, of peer queries; Kilo's number."""
+
 DEFAULT_PORT = 51820
 DEFAULT_SUBNET = "10.4.0.0/16"
 

@@ -215,8 +215,8 @@ def apart(node: str, hosts: str, where: str) -> str:
 def share(node: str) -> str:
     """What else to do, as its end."""
     return (
-        f" or take the address away (kgctl annotate {node} force-internal-ip=-); if they do, let UDP 1107 or "
-        "ICMP echo pass between them, or set --encapsulate wireguard"
+        f" or take the address away (kgctl annotate {node} force-internal-ip=-); if they do, let UDP 1107 "
+        "(--peer-query-port) or ICMP echo pass between them, or set --encapsulate wireguard"
     )
 
 

@@ -133,7 +133,9 @@ class StatusRecord:
     unsigned: tuple[str, ...] = ()
     """Members at whose internal IPs something answers, but never with the member's key."""
     answers: bool = False
-    """Whether it answers others on UDP 1107; agents of older versions do not say so, and do not."""
+    """Whether it answers others' peer queries; agents of older versions do not say so, and do not."""
+    peer_query_port: int | None = None
+    """Its UDP port for these (`--peer-query-port`); None: the usual one, 1107."""
     clear: tuple[str, ...] | None = None
     """What its operator leaves in clear under `encrypted` (`--clear`); None: the agent does not say."""
 

@@ -1,8 +1,8 @@
 """The peer query: queries other nodes about leaders while etcd is away, and responds to their queries.
 
-One UDP socket for each family on port 1107. While etcd answers it is silent: it waits for queries and looks once a
-second whether etcd has gone. A host that has lost etcd queries one node every half second, of its own location and of
-others in turn. `agent.leader_hints.hints` decides what the responses mean.
+One UDP socket for each family on one port, 1107 as a rule. While etcd answers it is silent: it waits for queries and
+looks once a second whether etcd has gone. A host that has lost etcd queries one node every half second, of its own
+location and of others in turn. `agent.leader_hints.hints` decides what the responses mean.
 
 It reads the messages of known nodes only (`leader_hints.unpack`), answers each query once
 (`agent.leader_hints.admission`), and it never raises: if the port is taken, one warning says so, and this host goes
@@ -41,9 +41,6 @@ from kilo_etcd.agent.probing.reachability import Reachability
 from kilo_etcd.base import descriptors
 from kilo_etcd.model import IPAddress, Node, is_public
 from kilo_etcd.topology.segments import Topology, UnknownNode
-
-PORT = 1107
-"""UDP; Kilo's number."""
 
 LOOK_SECONDS = 1.0
 """Between two looks whether etcd is away."""
@@ -91,9 +88,9 @@ class DatagramTransport(Protocol):
 
 
 class UdpTransport:
-    """The real one."""
+    """The real one, on one UDP port, which is that of all hosts of the mesh."""
 
-    def __init__(self, port: int = PORT) -> None:
+    def __init__(self, port: int) -> None:
         self._port = port
         self.admit: Callable[[bytes, IPAddress], bool] = lambda _data, _source: True
         self._served: frozenset[bytes] | None = None

@@ -282,7 +282,7 @@ def _unanswered(topology: Topology, tried: _Tried, sessions: Collection[Pair]) -
     number = len(tried.tried)
     senders = f"{number} hosts sent" if number > 1 else f"{next(iter(tried.tried))} sent"
     tunnel = f"{len(sessions)} tunnel{' has a session' if len(sessions) == 1 else 's have sessions'}"
-    signal = tunnel if sessions else "members of a location answer each other's peer queries (UDP 1107)"
+    signal = tunnel if sessions else "members of a location answer each other's peer queries"
     return Loss(
         subject="packets", filtered=True,
         text=f"none of the echo requests that {senders} to mesh addresses was answered, although {signal}: it is not "

@@ -15,7 +15,7 @@ from attrs import field, frozen
 
 from kilo_etcd.base.quoting import first_of
 from kilo_etcd.ctl.reports.label import oddity
-from kilo_etcd.model import Candidate, Endpoint, InternalIPs, IPAddress, Node, RejectedRecord, Snapshot
+from kilo_etcd.model import PEER_QUERY_PORT, Candidate, Endpoint, InternalIPs, IPAddress, Node, RejectedRecord, Snapshot
 from kilo_etcd.planning.reach import called_location
 from kilo_etcd.store.keys import AddressKey, Keys, NodeKey
 from kilo_etcd.store.records import Role, StatusRecord
@@ -235,6 +235,7 @@ def report(
             if name in statuses
             for text in _disagreements(name, statuses[name], topology, newest)
         )
+        + tuple(_other_ports(names, statuses))
         + tuple(_unsigned(names, statuses, topology, separately=about is not None)),
         errors=tuple(
             Remark(subject=name, text=error)
@@ -585,8 +586,8 @@ def _unsigned(
                 yield Remark(
                     subject=name,
                     text=f"something answers it at {addresses}, the internal IP of {other}, but not with {other}'s "
-                    "key: a firewall drops UDP 1107 between the two, or that is another host's network; if so, label "
-                    f"them apart (kgctl location set {other} NAME)",
+                    "key: a firewall drops UDP 1107 (--peer-query-port) between the two, or that is another host's "
+                    f"network; if so, label them apart (kgctl location set {other} NAME)",
                 )
             continue
         answering = sorted({other for _, other in result})
@@ -594,9 +595,8 @@ def _unsigned(
         yield Remark(
             subject=f"location {location}" if location else "the default location",
             text=f"something answers at the internal IPs of {first_of(answering, MOST_SUBJECTS)}, but not with their "
-            f"keys, in {len(result)} cases ({first}): a firewall drops UDP 1107 between these hosts, or these are "
-            f"other "
-            "hosts' networks; if so, label them apart (kgctl location set NODE NAME)",
+            f"keys, in {len(result)} cases ({first}): a firewall drops UDP 1107 (--peer-query-port) between these "
+            "hosts, or these are other hosts' networks; if so, label them apart (kgctl location set NODE NAME)",
         )
 
 
@@ -605,6 +605,21 @@ def _disagreements(name: str, status: StatusRecord, topology: Topology, newest: 
     if status.revision < newest:
         result.append(f"it has applied revision {status.revision}, {newest - status.revision} behind {newest}")
     return [*result, *contradictions(name, status, topology)]
+
+
+def _other_ports(names: Sequence[str], statuses: Mapping[str, StatusRecord]) -> Iterator[Remark]:
+    """The agents that take peer queries at another port than most, so that others query them in vain."""
+    ports = {name: statuses[name].peer_query_port or PEER_QUERY_PORT for name in names if name in statuses}
+    if len(number := Counter(ports.values())) < 2:
+        return
+    usual = max(number, key=lambda port: (number[port], port == PEER_QUERY_PORT, -port))
+    for name, port in ports.items():
+        if port != usual:
+            yield Remark(
+                subject=name,
+                text=f"it takes peer queries at UDP {port} and most others at {usual}, so they query each other in "
+                "vain while etcd is away: give all agents the same --peer-query-port",
+            )
 
 
 def contradictions(name: str, status: StatusRecord, topology: Topology) -> list[str]:
