@@ -6,6 +6,7 @@ and nothing of this machine is written to.
 
 from __future__ import annotations
 
+import re
 import shlex
 import shutil
 import signal
@@ -121,13 +122,14 @@ def _booted(process: subprocess.Popen[bytes], name: str, address: str, log: Path
         if process.poll() is not None:
             pytest.fail(f"systemd-nspawn ended with {process.returncode}:\n{log.read_text(errors='replace')}")
         children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
-        return int(children[0]) if children else 0
+        return next((int(child) for child in children if _is_systemd(Path(f"/proc/{child}"))), 0)
 
     wait(init, _BOOT_SECONDS, lambda: f"{name} has no process 1:\n{log.read_text(errors='replace')}")
     host = Host(name, address, init(), Path(f"/proc/{init()}/root"))
 
     def state() -> str:
-        return host.run("systemctl is-system-running 2>&1", check=False).stdout.strip()
+        done = host.run("systemctl is-system-running 2>&1", check=False)
+        return (done.stdout + done.stderr).strip()
 
     def why() -> str:
         jobs = host.run("systemctl list-jobs --no-pager 2>&1; journalctl -b -n 20 --no-pager 2>&1", check=False).stdout
@@ -137,6 +139,16 @@ def _booted(process: subprocess.Popen[bytes], name: str, address: str, log: Path
     host.run(f"ip address add {address}/24 dev host0; ip link set host0 up; ip link set lo up; "
              f"ip route add default via {NETWORK}.254")  # fmt: skip
     return host
+
+
+def _is_systemd(process: Path) -> bool:
+    """Whether it is process 1 of a container, and runs systemd. The first child that systemd-nspawn has is another one,
+    which makes it and ends; on a busy machine that is seen."""
+    try:
+        numbers = re.search(r"^NSpid:(.*)$", (process / "status").read_text(), re.MULTILINE)
+        return numbers is not None and numbers[1].split()[1:] == ["1"] and (process / "comm").read_text() == "systemd\n"
+    except (FileNotFoundError, ProcessLookupError):
+        return False
 
 
 @contextmanager
