@@ -30,7 +30,7 @@ demo:
 test:
 	@scripts/setup all
 	@scripts/guest ready || { scripts/setup guest && scripts/guest build >/dev/null; }
-	@KILO_SEEDS=$${KILO_SEEDS:-60} KILO_CROWD=$${KILO_CROWD:-10} .venv/bin/python -m pytest -n 2 --dist loadgroup $(ARGS)
+	@KILO_SEEDS=$${KILO_SEEDS:-60} KILO_CROWD=$${KILO_CROWD:-10} .venv/bin/python -m pytest -n 3 --dist loadgroup --no-loadscope-reorder $(ARGS)
 
 test-fast:
 	@scripts/setup python

@@ -30,15 +30,24 @@ hypothesis.settings.register_profile("kilo-etcd", deadline=None, derandomize=boo
 hypothesis.settings.load_profile("kilo-etcd")
 
 
+NEEDS = ("etcd", "root", "lab", "guest")
+
+
 @pytest.hookimpl(trylast=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Two streams under `pytest -n 2 --dist loadgroup`: a guest has one processor only, and all else shares this
-    machine's namespaces, ports and clock, so that one half never runs beside itself. What runs in virtual time may run
-    beside either."""
+    """Streams for `pytest --dist loadgroup`, the longest first. Where packets and times are looked at, nothing runs
+    beside itself: guests, which have one processor each, are one stream, and what uses this machine's namespaces and
+    clock another. The rest runs beside both, file by file: what is marked `beside`, and what needs nothing."""
+
+    def stream(item: pytest.Item) -> tuple[int, str]:
+        needs = {name for name in NEEDS if item.get_closest_marker(name) is not None}
+        if needs and item.get_closest_marker("beside") is None:
+            return (0, "guest") if "guest" in needs else (1, "here")
+        return 2 if needs else 3, str(item.path.relative_to(item.config.rootpath))
+
+    items.sort(key=lambda item: stream(item)[0])
     for item in items:
-        guest = item.get_closest_marker("guest") is not None
-        virtual = item.path.name == "test_agent_simulation.py"
-        item.add_marker(pytest.mark.xdist_group("guest" if guest else "virtual" if virtual else "here"))
+        item.add_marker(pytest.mark.xdist_group(stream(item)[1]))
 
 
 @pytest.hookimpl(tryfirst=True)

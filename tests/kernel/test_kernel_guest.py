@@ -14,6 +14,7 @@ CHOSEN = (
 
 
 @pytest.mark.guest
+@pytest.mark.beside
 def test_the_kernels_own_wireguard_and_ipip() -> None:
     done = pytest_in_guest(
         "tests/kernel/test_kernel_root.py",

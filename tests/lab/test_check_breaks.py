@@ -21,7 +21,7 @@ from helpers import eventually, require
 from kilo_etcd.lab.client import Lab, running_lab
 from kilo_etcd.lab.spec import HostSpec, SiteSpec, Spec
 
-pytestmark = [pytest.mark.lab, pytest.mark.deadline(1200)]
+pytestmark = [pytest.mark.lab, pytest.mark.beside, pytest.mark.deadline(1200)]
 
 DEAD = 30.0
 """Seconds until a fault has cut its pair off, at most."""

@@ -14,7 +14,7 @@ import pytest
 from helpers import require
 from helpers_nspawn import Host, hosts, wait
 
-pytestmark = [pytest.mark.root, pytest.mark.etcd, pytest.mark.lab]
+pytestmark = [pytest.mark.root, pytest.mark.etcd, pytest.mark.lab, pytest.mark.beside]
 
 ROOT = Path(__file__).resolve().parents[2]
 STEPS = ("install", "etcd", "hand out", "start", "look")

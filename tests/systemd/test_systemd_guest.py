@@ -8,6 +8,7 @@ from helpers_guest import pytest_in_guest
 
 
 @pytest.mark.guest
+@pytest.mark.beside
 def test_the_service_under_systemd() -> None:
     done = pytest_in_guest("-x", "tests/systemd/on_systemd.py", "--durations=5", systemd=True)
     assert done.returncode == 0, done.stdout + done.stderr
