@@ -7,13 +7,14 @@ ARGS ?=
 # Sets of texts have one order in every run, so that a failing schedule of the simulation can be played again.
 export PYTHONHASHSEED ?= 0
 
-.PHONY: help demo test test-fast simulate check coverage docs matrix bench bench-failover format clean
+.PHONY: help demo test test-fast simulate newcomer check coverage docs matrix bench bench-failover format clean
 
 help:
 	@echo 'make demo       a small internet on this machine: three sites, real etcd, real agents, real packets'
 	@echo 'make test       all tests (the first time it may build a kernel for some of them, some ten minutes)'
 	@echo 'make test-fast  the tests that need neither etcd nor root nor a network, a minute or two'
 	@echo 'make simulate   thousands of schedules of faults, agents and all, in virtual time; KILO_SEEDS=5000'
+	@echo 'make newcomer   what the README says of demo and tests, word for word in a fresh minimal Debian; ARGS=demo'
 	@echo 'make check      ruff, mypy strict, import-linter'
 	@echo 'make coverage   which lines the tests reach, as a table; ARGS chooses tests as with make test'
 	@echo 'make docs       the documentation as a site, with the API, in build/docs; a broken link is an error'
@@ -39,6 +40,10 @@ test-fast:
 simulate:
 	@scripts/setup python
 	@KILO_SEEDS=$${KILO_SEEDS:-2000} .venv/bin/python -m pytest -n auto tests/agent/test_agent_simulation.py $(ARGS)
+
+newcomer:
+	@scripts/setup newcomer
+	@scripts/newcomer $(ARGS)
 
 check:
 	@scripts/setup python
