@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+from collections import Counter
 from functools import partial
 from ipaddress import ip_address, ip_interface, ip_network
 from typing import Any
@@ -251,6 +252,26 @@ async def test_packets_are_sent_to_whom_is_asked_for(world: World) -> None:
     assert (await answerer.answer(DiagnosticsRequest(tries=4))).trouble == ("this process may not ping",)
     assert (await answerer.answer(DiagnosticsRequest())).trouble == ()
     assert (await world.answerer(plan=None).answer(DiagnosticsRequest())).undone == 0
+
+
+async def test_an_address_that_answers_a_later_request_only_is_reached_and_packets_get_lost(world: World) -> None:
+    nodes = {
+        f"h{number}": Node(name=f"h{number}", public_key=str(number), mesh_addresses=(ip_address(f"10.4.0.{number}"),))
+        for number in (1, 7, 8, 9)
+    }
+    asked: Counter[IPAddress] = Counter()
+    needed = {ip_address("10.4.0.7"): 40, ip_address("10.4.0.8"): 20, ip_address("10.4.0.9"): 7}
+
+    def reach(address: IPAddress) -> bool:
+        asked[address] += 1
+        return asked[address] >= needed[address]
+
+    world.host.reach = reach
+    answerer = world.answerer(topology=build_topology(Snapshot(revision=1, nodes=nodes)))
+    response = await answerer.answer(DiagnosticsRequest(targets=tuple(map(str, needed))))
+    assert (response.reached, response.unreached) == (("10.4.0.8", "10.4.0.9"), ("10.4.0.7",))
+    assert response.late == ("10.4.0.8",)
+    assert decode_diagnostics_response(encode(response)) == response
 
 
 async def test_internal_ips_that_the_plan_has_a_route_to_are_tried_from_its_source(world: World) -> None:

@@ -8,7 +8,7 @@ from ipaddress import ip_address, ip_interface
 import pytest
 from attrs import evolve
 
-from kilo_etcd.ctl.reports.arrivals import losses, narrow
+from kilo_etcd.ctl.reports.arrivals import losses, narrow, unsteady
 from kilo_etcd.ctl.reports.live import Live
 from kilo_etcd.model import Candidate, CandidateClass, Endpoint, Node, Snapshot
 from kilo_etcd.store.records import DiagnosticsResponse, Tunnel
@@ -214,6 +214,30 @@ def test_where_no_large_packet_arrives_the_tunnel_is_named(small_only: Lost, tol
     assert [(loss.subject, loss.text) for loss in found] == told
     assert all("KILO_MTU" in loss.remedy for loss in found)
     assert losses(topology, live) == ()
+
+
+def test_where_only_a_later_request_is_answered_packets_get_lost_and_nothing_is_said_of_large_ones() -> None:
+    topology = mesh()
+    addresses = {name: str(node.mesh_addresses[0]) for name, node in topology.snapshot.nodes.items()}
+
+    def told(*late: tuple[str, str]) -> list[tuple[str, str]]:
+        live = asked(topology, lambda one, other: False)
+        answers = {
+            name: evolve(
+                answer, mtu=1420, late=(of := tuple(addresses[b] for a, b in late if a == name)), small_only=of
+            )
+            for name, answer in live.answers.items()
+        }
+        assert losses(topology, Live(answers=answers)) == ()
+        assert list(narrow(topology, Live(answers=answers))) == []
+        return [(loss.subject, loss.text) for loss in unsteady(topology, Live(answers=answers))]
+
+    lost = "of many echo requests the first were not answered, and a later one was"
+    assert told() == []
+    assert told(("a2", "a3")) == [("a2 - a3", f"between them packets get lost: {lost}")]
+    # Members of a and b, by their leaders' one tunnel.
+    assert told(("a2", "b2"), ("b1", "a3")) == [("a1 - b1", f"between them packets get lost: {lost}")]
+    assert told(("a2", "b2"), ("c1", "b1")) == [("b1", f"between it and a1, c1 packets get lost: {lost}")]
 
 
 @pytest.mark.parametrize(

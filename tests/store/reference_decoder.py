@@ -294,6 +294,7 @@ READERS: dict[type, dict[str, Callable[[object], Any]]] = {
         "refused": items(string),
         "reached": items(string),
         "unreached": items(string),
+        "late": items(string),
         "smallOnly": items(string),
         "routes": items(taken_route),
         "unansweredPeers": items(string),

@@ -31,7 +31,7 @@ LEASE_SECONDS = 15
 MOST_AT_ONCE = 100
 """Operations in one transaction: etcd takes 128 (--max-txn-ops)."""
 
-PATIENCE_SECONDS = 3.0
+PATIENCE_SECONDS = 4.0
 """How long answers are waited for by default; most come within a tenth of a second."""
 
 

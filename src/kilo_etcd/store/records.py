@@ -230,6 +230,8 @@ class DiagnosticsResponse:
     requests."""
     unreached: tuple[str, ...] = ()
     """Those that have not."""
+    late: tuple[str, ...] = ()
+    """Those of `reached` that have answered none of the first requests, so that packets get lost on the way."""
     small_only: tuple[str, ...] = ()
     """Of those that have answered, the ones that answer no packet as large as the tunnel's MTU."""
     routes: tuple[TakenRoute, ...] = ()

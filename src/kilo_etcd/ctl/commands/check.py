@@ -32,6 +32,7 @@ from kilo_etcd.ctl.reports.arrivals import (
     narrow,
     reached_by,
     some,
+    unsteady,
 )
 from kilo_etcd.ctl.reports.causes import Silence, causes, silence
 from kilo_etcd.ctl.reports.evidence import Evidence, evidence, shown
@@ -518,7 +519,7 @@ def _packets(examined: Examined, silence: Silence, places: Evidence) -> Iterator
         explained=lambda one, other: led_anew(one, other) or refused(one, other),
     ):  # fmt: skip
         yield Finding(severity=Severity.ERROR, subject=loss.subject, text=loss.text, remedy=loss.next_steps)
-    for loss in narrow(topology, live):
+    for loss in (*unsteady(topology, live), *narrow(topology, live)):
         yield Finding(severity=Severity.WARNING, subject=loss.subject, text=loss.text, remedy=loss.remedy)
     if len(topology.snapshot.nodes) > 1:
         yield from _untried(examined)

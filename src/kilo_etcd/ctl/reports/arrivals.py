@@ -154,24 +154,49 @@ def reached_by(topology: Topology, live: Live) -> dict[str, tuple[str, ...]]:
 
 def narrow(topology: Topology, live: Live) -> Iterator[Loss]:
     """Ways on which small packets arrive and none as large as the tunnel's MTU, one for all tunnels of a host. Where
-    ping works and nothing else does, this is why."""
-    nodes = topology.snapshot.nodes
-    by_address = {str(address): node.name for node in nodes.values() for address in node.mesh_addresses}
-    tunnels: dict[frozenset[str], int] = {}
-    for name, answer in sorted(live.answers.items()):
-        for address in answer.small_only:
-            if name in nodes and (target := by_address.get(address)) is not None:
-                here, there = end_of(topology, name), end_of(topology, target)
-                ends = frozenset((here, there) if here != there else (name, target))
-                tunnels[ends] = max(answer.mtu, tunnels.get(ends, 0))
-    for host, others in by_host(tunnels):
-        size = max(tunnels[frozenset((host, other))] for other in others)
+    ping works and nothing else does, this is why. Large packets that get lost where small ones do say nothing."""
+    unsteady = _tunnels_to(topology, {name: answer.late for name, answer in live.answers.items()})
+    tunnels = _tunnels_to(topology, {name: answer.small_only for name, answer in live.answers.items()})
+    for host, others in by_host(tunnels.keys() - unsteady.keys()):
+        askers = {asker for other in others for asker in tunnels[frozenset((host, other))]}
+        size = max(live.answers[asker].mtu for asker in askers)
         yield Loss(
             subject=host if len(others) > 1 else f"{host} - {others[0]}", filtered=True,
             text=f"small packets arrive between it and {some(others)}, and none of {size} bytes does" if len(others) > 1
                  else f"small packets arrive between them, and none of {size} bytes does",
             remedy=_smaller(topology, live, host, others[0], size),
         )  # fmt: skip
+
+
+def unsteady(topology: Topology, live: Live) -> Iterator[Loss]:
+    """Ways on which some packets get lost and others arrive, one for all ways of a host."""
+    late = _tunnels_to(topology, {name: answer.late for name, answer in live.answers.items()})
+    for host, others in by_host(late):
+        address = topology.snapshot.nodes[others[0]].mesh_addresses[0]
+        yield Loss(
+            subject=host if len(others) > 1 else f"{host} - {others[0]}", filtered=True,
+            text=f"{f'between it and {some(others)}' if len(others) > 1 else 'between them'} packets get lost: of many "
+                 "echo requests the first were not answered, and a later one was",
+            remedy=f"how many: `ping -c 100 -i 0.1 {address}` on {host}; if the network between them loses as many "
+                   f"(ping to the endpoint that `wg` shows there), look at links and queues (ip -s link), else at a "
+                   "firewall's limits (nft list ruleset); a way that came up a moment ago looks the same: check again",
+        )  # fmt: skip
+
+
+def _tunnels_to(
+    topology: Topology, addresses: Mapping[str, Collection[str]]
+) -> dict[frozenset[str], set[str]]:  # fmt: skip
+    """The ends of the tunnels on the way from hosts to mesh addresses, or the two hosts if there is none, with the
+    hosts that ask."""
+    nodes = topology.snapshot.nodes
+    by_address = {str(address): node.name for node in nodes.values() for address in node.mesh_addresses}
+    tunnels: dict[frozenset[str], set[str]] = {}
+    for name, of_host in sorted(addresses.items()):
+        for address in of_host:
+            if name in nodes and (target := by_address.get(address)) is not None and target != name:
+                here, there = end_of(topology, name), end_of(topology, target)
+                tunnels.setdefault(frozenset((here, there) if here != there else (name, target)), set()).add(name)
+    return tunnels
 
 
 def by_host(

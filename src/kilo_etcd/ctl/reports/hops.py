@@ -14,7 +14,7 @@ from ipaddress import ip_address, ip_network
 
 from attrs import evolve, frozen
 
-from kilo_etcd.ctl.reports.arrivals import Loss, losses, narrow
+from kilo_etcd.ctl.reports.arrivals import Loss, losses, narrow, unsteady
 from kilo_etcd.ctl.reports.causes import Cause, causes, silence
 from kilo_etcd.ctl.reports.evidence import evidence, shown
 from kilo_etcd.ctl.reports.internal_arrivals import internal_losses
@@ -243,7 +243,7 @@ def suspicions(
             ),
         )  # fmt: skip
         lost += (loss for loss in all_losses if names is None or _is_about(loss.subject, topology, names))
-    lost += narrow(topology, live)
+    lost += (*unsteady(topology, live), *narrow(topology, live))
     lost += internal_losses(topology, live, places, unsettled, explained=refused)
     for loss in lost:
         yield loss.subject, f"{loss.text}: {loss.remedy}"
