@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import sys
+from functools import partial
 from itertools import permutations
 from typing import Any
 
@@ -13,7 +14,7 @@ import trio
 from test_leader_faults import in_line
 
 from helpers import eventually, require
-from helpers_lab import leads
+from helpers_lab import leads, statuses
 from kilo_etcd.lab.client import Lab, running_lab
 from kilo_etcd.lab.spec import HostSpec, SiteSpec, Spec
 
@@ -57,6 +58,12 @@ def host(name: str, *, public: bool = False, agent: bool = True) -> HostSpec:
 
 async def internal_ips(lab: Lab) -> dict[str, str]:
     return {row.host: row.private[0].partition("/")[0] for row in await lab.status()}
+
+
+async def leads_not(lab: Lab, name: str) -> bool:
+    """Whether the members of gcp follow another host."""
+    found = await statuses(lab)
+    return all(found.get(member, {}).get("leader", name) != name for member in lab.hosts if member.startswith("gcp"))
 
 
 async def missing(lab: Lab, addresses: dict[str, str]) -> list[tuple[str, str]]:
@@ -144,6 +151,9 @@ async def test_a_member_whose_own_way_to_its_leader_is_broken_keeps_no_other_hos
         await eventually(unconfirmed, 60, every=0.2, what=f"{broken} says that nobody confirms its report")
         await eventually(all_answer, 10, every=0.2, what="the healthy hosts ping at internal IPs again")
         assert await missing(lab, addresses) != [], f"{broken} is cut off"
+        # A leader that forwards nothing is replaced all the same.
+        await lab.cut(first, "forwarding")
+        await eventually(partial(leads_not, lab, first), 30, every=0.2, what=f"another leads than {first}")
 
 
 async def test_what_drops_packets_by_internal_ips_alone_is_found() -> None:

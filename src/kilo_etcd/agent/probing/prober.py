@@ -105,10 +105,12 @@ class Prober:
         self._news = trio.Event()
         self._far_news = trio.Event()
         self._takeover_check_due = 0.0
-        self._since = 0.0
-        """When this host's present report on its leader was made."""
+        self._since: float | None = None
+        """When this host's present report on its leader was made, or was adopted from an earlier agent of the host."""
         self._alone_since = 0.0
         """Since when it is the only one on this leader."""
+        self._former: frozenset[float] | None = None
+        """When the last handshakes with the targets were, from before they could know this host by its report."""
         self._no_baseline: str | None = None
         self._lock = trio.Lock()
 
@@ -218,31 +220,37 @@ class Prober:
             # Requests that were sent before all was there again say nothing about it either.
             return periods.PERIOD
         now = trio.current_time()
-        if own_report is None or assignment.suspicions:
+        if own_report is None or self._since is None:
+            self._since, self._former = now, None
+        if self._since == now or assignment.suspicions:
             self._alone_since = now
+        unconfirmed = now - self._alone_since >= OPEN_SECONDS
         report = ProbeReportRecord(
             leader=assignment.leader.name,
             candidacy=assignment.candidacy,
             targets=tuple(sorted(node.name for node in targets)),
             leader_reachable=assignment.near in near,
             members_reachable=any(address in near for address in assignment.local_members),
+            # The targets forget this host while nobody confirms its report; what was shown before says nothing later.
             can_take_over=own_report is not None
             and own_report.can_take_over
+            and not unconfirmed
             and (self._baseline is None or bool(assignment.far_reports)),
-            unconfirmed=now - self._alone_since >= OPEN_SECONDS,
+            unconfirmed=unconfirmed,
         )
         if not self._may_say(assignment, report):
             return await self._has_nothing_to_say(assignment)
         if own_report is None:
-            self._since = now
-            self._takeover_check_due = self._since + (0.0 if assignment.first else OTHERS_WAIT)
-        former = await self._check.handshakes([node.public_key for node in targets])
-        await self._put_reports(assignment.location, report)
-        if report.unconfirmed:
+            self._takeover_check_due = now + (0.0 if assignment.first else OTHERS_WAIT)
+        if unconfirmed and own_report is not None and not own_report.unconfirmed:
             self._check.stop()
-        elif not report.can_take_over and trio.current_time() >= self._takeover_check_due:
+            self._former, self._takeover_check_due = None, now
+        if self._former is None:
+            self._former = await self._check.handshakes([node.public_key for node in assignment.targets])
+        await self._put_reports(assignment.location, report)
+        if not unconfirmed and not report.can_take_over and trio.current_time() >= self._takeover_check_due:
             self._takeover_check_due = trio.current_time() + TAKEOVER_CHECK_RETRY
-            if await self._can_take_over(assignment, targets, former):
+            if await self._can_take_over(assignment, targets, self._former):
                 if await self._through(targets, times=ONCE_MORE):
                     # What kept both of us from them is over.
                     return 0.0
@@ -289,13 +297,16 @@ class Prober:
         return can_take_over and await self._confirmed(assignment) and await self._forwards()
 
     async def _confirmed(self, assignment: ProbeAssignment) -> bool:
-        baseline, until = self._baseline, self._since + OPEN_SECONDS
+        baseline, since = self._baseline, self._since
         if baseline is None:
             return True
+        if since is None:
+            return False
+        until = since + OPEN_SECONDS
         while self._current(assignment):
             news, now = self._news, trio.current_time()
             assert self._assignment is not None
-            if baseline.confirms(self._assignment.far_reports, self._since, now):
+            if baseline.confirms(self._assignment.far_reports, since, now):
                 return True
             if now >= until:
                 break
