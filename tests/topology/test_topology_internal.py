@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from ipaddress import ip_address, ip_network
+from ipaddress import ip_address, ip_interface, ip_network
 from typing import Any
 
 import pytest
@@ -119,7 +119,7 @@ def test_nothing_is_routed_where_hosts_reach_it_over_their_own_links() -> None:
     assert str(entry.network) == "10.2.0.0/28"
     assert "a2 reaches these addresses over its own links" in entry.reason
     assert "if a2 should not, remove the route" in entry.remedy
-    assert entry.suspects == ("a2",)
+    assert entry.suspects == (), "of two hosts neither is the odd one"
 
 
 def test_a_host_that_differs_from_the_others_of_its_location_is_suspect_and_twin_networks_are_nobodys_mistake() -> None:
@@ -133,10 +133,13 @@ def test_a_host_that_differs_from_the_others_of_its_location_is_suspect_and_twin
     assert of(here("a1", 1, "a", "10.3.0.1/24"), A2, *twins) == {}, "half of a location is on the other network"
 
     # An address of a1's network, on b2's loopback perhaps.
+    b3 = here("b3", 7, "b", "10.2.0.3/24")
     stray = evolve(B2, underlay=(ip_network("10.1.0.0/24"),))
-    assert of(A1, A2, B1, stray) == {"10.1.0.0/24": ("b2",)}
-    # A route to one address of b's.
-    assert of(A1, evolve(A2, underlay=(ip_network("10.2.0.1/32"),)), B1, B2) == {"10.2.0.1/32": ("a2",)}
+    assert of(A1, A2, B1, stray, b3) == {"10.1.0.0/24": ("b2",)}
+    assert of(A1, A2, B1, stray) == {}
+    assert of(A1, A2, B1, stray, evolve(b3, underlay=stray.underlay)) == {}, "two of three, as with containers"
+    # A route to one address of a's.
+    assert of(A1, A2, B1, evolve(B2, underlay=(ip_network("10.1.0.2/32"),)), b3) == {"10.1.0.2/32": ("b2",)}
 
     mislabelled = here("a3", 5, "b", "10.1.0.3/24")
     assert of(A1, A2, B1, B2, mislabelled) == {"10.1.0.0/24": ("a3",)}
@@ -144,9 +147,27 @@ def test_a_host_that_differs_from_the_others_of_its_location_is_suspect_and_twin
     assert entry.remedy.startswith(
         "of its location a3 alone is on that network: if its label is wrong, correct it (kgctl location set a3 a), or "
     )
+    # A second network of its own, a network for each host, and one host at the other site: nobody's mistake.
+    both = evolve(mislabelled, internal_ips=(ip_interface("10.2.0.9/24"), ip_interface("10.1.0.3/24")))
+    assert of(A1, A2, B1, B2, both) == {}
+    apart = [here(f"b{number}", number, "b", f"10.1{number}.0.1/24") for number in (3, 4)]
+    assert of(A1, A2, *apart, mislabelled) == {}
+    assert of(A1, B1, B2, mislabelled) == {}
+    odd = [evolve(node, location="a's; $(x)") for node in (A1, A2)]
+    (entry,) = (entry for entry in routed(*odd, B1, B2, mislabelled).unrouted if entry.suspects)
+    assert """(kgctl location set a3 'a'"'"'s; $(x)')""" in entry.remedy
+    odd = [evolve(node, location="-a") for node in (A1, A2)]
+    (entry,) = (entry for entry in routed(*odd, B1, B2, mislabelled).unrouted if entry.suspects)
+    assert "(kgctl location set -- a3 -a)" in entry.remedy
     homeless = [evolve(node, location="") for node in (A1, A2)]
     (entry,) = (entry for entry in routed(*homeless, B1, B2, mislabelled).unrouted if entry.suspects)
     assert "(kgctl location unset a3)" in entry.remedy
+    (entry,) = (
+        entry
+        for entry in routed(*homeless, B1, B2, evolve(mislabelled, default_location="b")).unrouted
+        if entry.suspects
+    )
+    assert "(--location on a3)" in entry.remedy
 
 
 def test_the_host_whose_link_has_the_addresses_is_named_though_its_network_is_stated_with_a_neighbours() -> None:

@@ -36,6 +36,13 @@ def either(*names: str) -> str:
     return f"{', '.join(names[:-1])} or {names[-1]}"
 
 
+def command(words: str, *arguments: str) -> str:
+    """A command to copy: `words`, and arguments as a shell takes them for one each, and the program for no options."""
+    from shlex import join
+
+    return f"{words} {'-- ' if any(argument.startswith('-') for argument in arguments) else ''}{join(arguments)}"
+
+
 def sentence(clause: object) -> str:
     """A clause with a full stop, unless it ends as a sentence does."""
     text = str(clause)

@@ -7,17 +7,19 @@ another, however many addresses are in it. An address that two nodes have is alw
 
 from __future__ import annotations
 
+from bisect import bisect_left
+from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from ipaddress import ip_network
 from typing import TYPE_CHECKING
 
 from attrs import evolve, field, frozen
 
-from kilo_etcd.base.quoting import first_of
+from kilo_etcd.base.quoting import command, first_of
 from kilo_etcd.model import InternalIPs, IPAddress, IPNetwork, Node, Peer
 from kilo_etcd.model.hostplan import Problem
 from kilo_etcd.topology.granularity import GranularityPolicy
-from kilo_etcd.topology.internal import ENDPOINT, REMEDY, Links, endpoints_of, knows, public_endpoints
+from kilo_etcd.topology.internal import ENDPOINT, REMEDY, endpoints_of, knows, public_endpoints, stated
 
 if TYPE_CHECKING:
     from kilo_etcd.topology.segments import Segment, Topology
@@ -343,9 +345,14 @@ def _entry(network: IPNetwork, link: _Link, having: Mapping[str, Segment]) -> Un
         )
     elif reaching.perhaps_of is not None:
         node, home = reaching.perhaps_of
+        if home:
+            correct = command("kgctl location set", node.name, home)
+        elif node.default_location:
+            correct = f"--location on {node.name}"
+        else:
+            correct = command("kgctl location unset", node.name)
         first = (
-            f"of its location {node.name} alone is on that network: if its label is wrong, correct it (kgctl location "
-            f"{f'set {node.name} {home}' if home else f'unset {node.name}'}), or "
+            f"of its location {node.name} alone is on that network: if its label is wrong, correct it ({correct}), or "
         )
     return Unrouted(
         network=network,
@@ -370,42 +377,45 @@ class _Reaching:
     perhaps_of: tuple[Node, str] | None
     """The one member of a larger location whose internal IP is there, and the location whose members all are."""
 
+    suspects: tuple[str, ...]
+    """Nodes of larger locations that differ in this from all others there."""
+
     @classmethod
     def of(cls, network: IPNetwork, segments: Iterable[Segment], having: Iterable[Segment]) -> _Reaching:
         """The segments that state the network, and those that have the addresses."""
-        addresses = [
+        addresses = _Numbers.of(
             ip.ip
             for segment in having
             for node in segment.members
             for ip in node.internal_ips
             if ip.version == network.version and ip.ip in network
-        ]
+        )
         whole_segments: list[Segment] = []
         lone_nodes: list[Node] = []
         by_a_route: list[str] = []
-        alone: list[Node] = []
+        suspects: list[str] = []
+        strangers: list[Node] = []
         for segment in segments:
-            nodes = [node for node in segment.members if _holds_any(Links.of([node]).networks, addresses)]
+            nodes = [node for node in segment.members if addresses.any_in(stated(node))]
             if len(nodes) == len(segment.members):
                 whole_segments.append(segment)
                 continue
             lone_nodes += nodes
-            strays = [n.name for n in nodes if not _holds_any([ip.network for ip in n.internal_ips], addresses)]
+            strays = [node.name for node in nodes if not addresses.any_in(ip.network for ip in node.internal_ips)]
             by_a_route += strays
-            if len(nodes) == 1 < len(segment.members) - 1 and not strays:
-                alone += nodes
-        homes = [segment for segment in whole_segments if len(segment.members) > 1 or len(whole_segments) == 1]
+            if len(nodes) == 1 < len(segment.members) - 1:
+                suspects += strays
+                if not strays and _is_strange(nodes[0], segment.members):
+                    strangers += nodes
+        homes = [segment for segment in whole_segments if len(segment.members) > 1 and _all_are_on(network, segment)]
+        perhaps_of = (strangers[0], homes[0].location) if len(strangers) == len(homes) == 1 else None
         return cls(
             whole_segments=tuple(sorted(map(named, whole_segments))),
             lone_nodes=tuple(sorted(node.name for node in lone_nodes)),
             by_a_route=tuple(sorted(by_a_route)),
-            perhaps_of=(alone[0], homes[0].location) if len(alone) == len(homes) == 1 else None,
+            perhaps_of=None if by_a_route else perhaps_of,
+            suspects=tuple(sorted(suspects if by_a_route or perhaps_of is None else [perhaps_of[0].name])),
         )
-
-    @property
-    def suspects(self) -> tuple[str, ...]:
-        """The nodes that differ from the others of their location."""
-        return self.by_a_route or (() if self.perhaps_of is None else (self.perhaps_of[0].name,))
 
     def __str__(self) -> str:
         whole = f"hosts of {listed(self.whole_segments)}" if self.whole_segments else ""
@@ -415,7 +425,35 @@ class _Reaching:
         return f"{hosts} reach these addresses over their own links"
 
 
-def _holds_any(networks: Iterable[IPNetwork], addresses: Collection[IPAddress]) -> bool:
-    return any(
-        address.version == network.version and address in network for network in networks for address in addresses
+@frozen
+class _Numbers:
+    """Addresses of one family, sorted, to ask whether any is within a network."""
+
+    version: int
+    numbers: Sequence[int]
+
+    @classmethod
+    def of(cls, addresses: Iterable[IPAddress]) -> _Numbers:
+        found = list(addresses)
+        return cls(found[0].version if found else 0, sorted(map(int, found)))
+
+    def any_in(self, networks: Iterable[IPNetwork]) -> bool:
+        for network in networks:
+            if network.version == self.version:
+                at = bisect_left(self.numbers, int(network.network_address))
+                if at < len(self.numbers) and self.numbers[at] <= int(network.broadcast_address):
+                    return True
+        return False
+
+
+def _is_strange(node: Node, members: Collection[Node]) -> bool:
+    """Whether all other members share networks of their internal IPs, each with another one, and none with `node`."""
+    number = Counter(network for member in members for network in {ip.network for ip in member.internal_ips})
+    return all(any(number[ip.network] > 1 for ip in member.internal_ips) is (member is not node) for member in members)
+
+
+def _all_are_on(network: IPNetwork, segment: Segment) -> bool:
+    """Whether the internal IPs of all members are within a network."""
+    return all(
+        any(ip.version == network.version and ip.ip in network for ip in node.internal_ips) for node in segment.members
     )
