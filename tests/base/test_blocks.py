@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from ipaddress import ip_network
+from ipaddress import ip_address, ip_network
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -36,6 +37,16 @@ def test_blocks_follow_changes_as_a_dict_does(
         assert sorted(changes(former, blocks)) == sorted(changes(before, expected))
         assert all((key in blocks) is (key in expected) for key in range(401))
         assert all(blocks.get(key) == expected.get(key) for key in range(401))
+
+
+@pytest.mark.parametrize(
+    ("first", "step"),
+    [("10.0.0.0", 1 << bits) for bits in (0, 8, 16)] + [("fd00::1:0:1", 1 << bits) for bits in range(0, 80, 16)],
+)
+def test_networks_spread_over_all_blocks_in_whatever_place_they_differ(first: str, step: int) -> None:
+    blocks = Blocks({ip_network(ip_address(first) + number * step): number for number in range(10_000)})
+    sizes = [len(block) for block in blocks._blocks]
+    assert max(sizes) < 4 * len(blocks) / len(sizes)
 
 
 def test_the_next_mapping_shares_all_blocks_but_those_in_which_it_differs() -> None:

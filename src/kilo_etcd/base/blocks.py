@@ -17,7 +17,8 @@ V = TypeVar("V")
 _FEW = 64
 """Items of a block, about."""
 _MIX = 0x9E3779B97F4A7C15
-"""Networks of one length have hashes that differ in some bits alone: multiplied, they differ in those that count."""
+"""Networks of one length have hashes that differ in some bits alone: multiplied, they differ in the highest ones."""
+_MASK = (1 << 64) - 1
 
 
 class Blocks(Mapping[K, V]):
@@ -123,4 +124,4 @@ class _Values(ValuesView[V]):
 
 
 def _place(key: object, count: int) -> int:
-    return (hash(key) * _MIX >> 24) & (count - 1)
+    return (hash(key) * _MIX & _MASK) >> (64 - (count.bit_length() - 1))

@@ -466,8 +466,9 @@ def _follow(
         networks, allowed = segment.networks, segment.allowed
         if near and segment.location_networks:
             # They are this host's own location's networks too: it does not go through a tunnel to get home.
-            networks = tuple(n for n in networks if n not in segment.location_networks)
-            allowed = tuple(n for n in allowed if n not in segment.location_networks)
+            offered = frozenset(segment.location_networks)
+            networks = tuple(n for n in networks if n not in offered)
+            allowed = tuple(n for n in allowed if n not in offered)
         route(networks)
         if segment.internal and view.knows and view.policy.share_no_site(segment.site, site_of(own)):
             internal = [n for n in segment.internal if not links.hold(n.version, int(n.network_address))]

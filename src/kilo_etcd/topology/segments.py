@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from bisect import insort
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from functools import cached_property
 from ipaddress import IPv4Address, IPv4Network, IPv6Network
 from typing import TypeVar
 
@@ -108,12 +109,17 @@ class Segment:
         ends = (self.leader, *(node for node, _ in self.takeover_candidates))
         return tuple(network for node in ends for network in self.routed.get(node.name, ()))
 
+    @cached_property
+    def network_set(self) -> frozenset[IPNetwork]:
+        """`networks`, to ask for one: each member may have some."""
+        return frozenset(self.networks)
+
     def reached_at(self, node: Node) -> list[IPNetwork]:
         """A member's internal IPs that other segments may send to, as host routes: those that are routed, and those
         within a network that the location offers."""
         networks = list(self.routed.get(node.name, ()))
         if self.networks:
-            networks = [network for network in networks if network not in self.networks]
+            networks = [network for network in networks if network not in self.network_set]
         for network in self.location_networks:
             inside = (ip.ip for ip in node.internal_ips if ip.version == network.version and ip.ip in network)
             networks += (host for host in map(host_network, inside) if host not in networks)
@@ -376,7 +382,7 @@ def _with_internal(
             )
     internal = tuple(network for networks in routed.values() for network in networks)
     if segment.networks:
-        internal = tuple(network for network in internal if network not in segment.networks)
+        internal = tuple(network for network in internal if network not in segment.network_set)
     internal = _sorted(internal, () if old is None else old.internal)
     if old is not None and internal == old.internal:
         internal = old.internal

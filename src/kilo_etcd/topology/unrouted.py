@@ -249,7 +249,7 @@ def _addresses(
                 remedy="the mesh address works; give the leaders there a public endpoint (kgctl annotate NODE "
                 "force-endpoint=...)",
             )
-        elif host not in routed and host not in segment.networks:
+        elif host not in routed and host not in segment.network_set:
             why = obstacle(topology, ip.ip, node.name, segment, ends)
             if why is not None:
                 holders = topology.internals.holders.of(ip.ip) or (node.name,)
