@@ -83,6 +83,8 @@ KUBERNETES = """\
         ("-P FORWARD ACCEPT\n-A FORWARD -d 10.4.1.1/32 -j DROP", False, False),  # somebody's own wish
         ("-P FORWARD DROP\n-A FORWARD -j LOG\n-A FORWARD -m set --match-set x src -j ACCEPT", None, None),
         ("-P FORWARD DROP\n-A FORWARD -m set --match-set new src -j ACCEPT", None, None),
+        ("-P FORWARD DROP\n-A FORWARD -m conntrack --ctstate RELATED,ESTABLISHED,UNTRACKED -j ACCEPT", None, None),
+        ("-P FORWARD ACCEPT\n-N Y\n-A FORWARD -m mark --mark 0x0 -g Y\n-A FORWARD -j DROP", None, None),
     ],
 )  # fmt: skip
 def test_what_iptables_says_of_its_chain(printed: str, out: bool | None, back: bool | None) -> None:
@@ -537,6 +539,21 @@ LOOKED_UP = [
     ("ip saddr { 10.4.0.0-10.4.0.9 } accept", "??? ???"),
     ("ip saddr != { 192.168.0.0/16 } accept", "--- ---"),
     ("ip saddr . ip daddr { 10.4.0.0/16 . 10.4.0.0/16 } accept", "--- ---"),
+    ("ip saddr 10.4.0.0-10.4.255.255 accept", "--- ---"),
+    ("ip saddr 10.4.0.0-10.4.0.9 accept", "??? ???"),
+    ("ip saddr 10.5.0.0-10.9.0.0 accept", "DDD DDD"),
+    ("ip saddr > 10.3.255.255 accept", "--- ---"),
+    ("ip saddr >= 10.4.0.1 accept", "??? ???"),
+    ("ip saddr < 10.4.0.0 accept", "DDD DDD"),
+    ("ip saddr <= 10.4.255.255 accept", "--- ---"),
+    ("meta protocol ip drop; accept", "DDD DDD"),
+    ("meta protocol { ip, arp } accept", "--- ---"),
+    ("meta protocol ip6 drop; accept", "--- ---"),
+    ("ct state established,related accept", "DDD DDD"),
+    ("ct state established,related,untracked accept", "??? ???"),
+    ("ct state vmap { established : accept, untracked : accept }", "??? ???"),
+    ("ct state new,untracked accept", "--- ---"),
+    ("ct state != untracked accept", "--- ---"),
     ("ip saddr & 255.0.0.255 == 10.0.0.1 accept", "??? ???"),
     ("ip6 saddr fd00::/8 drop; accept", "--- ---"),
     ("meta nfproto vmap { ipv4 : accept }", "--- ---"),
@@ -586,6 +603,37 @@ def test_sets_and_maps_are_read_field_by_field_and_range_by_range() -> None:
     (chain,) = netfilter.forward_chains()
     assert drops(chain, Packet(6, "kilo0", "eth0", (ip_network("fd04::/48"),), "tcp")) is False
     assert drops(chain, Packet(6, "kilo0", "eth0", (ip_network("2001:db8::/48"),), "tcp")) is True
+    netfilter.close()
+
+
+@pytest.mark.root
+@pytest.mark.usefixtures("own_namespaces")
+def test_a_goto_that_may_match_takes_a_packet_past_the_rest_of_its_chain() -> None:
+    netfilter = Netfilter()
+    for policy, rules, expected in (
+        ("accept", "tcp dport 1-65535 goto empty; drop", "?DD ?DD"),
+        ("drop", "tcp dport 1-65535 goto empty; drop", "DDD DDD"),
+        ("accept", "tcp dport 1-65535 goto dropping; drop", "DDD DDD"),
+        ("accept", "tcp dport 1-65535 jump empty; drop", "DDD DDD"),
+        ("drop", "jump inner; accept", "?DD ?DD"),
+    ):
+        chains = "chain empty { }\nchain dropping { drop\n}\nchain inner { tcp dport 1-65535 goto empty; drop\n}\n"
+        base = f"chain f {{ type filter hook forward priority 0; policy {policy}; {rules}; }}"
+        load(f"table inet x {{ {chains} {base}\n}}")
+        (chain,) = netfilter.forward_chains()
+        assert letters(chain, "kilo0", "eth0") == expected, (policy, rules)
+        sh("nft delete table inet x")
+    netfilter.close()
+
+
+@pytest.mark.root
+@pytest.mark.usefixtures("own_namespaces")
+def test_a_table_that_is_switched_off_drops_nothing() -> None:
+    netfilter = Netfilter()
+    for flags, number in (("", 1), ("flags dormant;", 0)):
+        load(f"table inet x {{ {flags} chain f {{ type filter hook forward priority 0; policy drop; }}\n}}")
+        assert len(netfilter.forward_chains()) == number
+        sh("nft delete table inet x")
     netfilter.close()
 
 

@@ -81,6 +81,12 @@ class Condition:
         return fits if fits is None or self.equal else not fits
 
 
+def new_packets(new: bool, untracked: bool, *, equal: bool = True) -> Condition:
+    """The test for a state of connections that new packets have if `new`, and packets have that are not tracked if
+    `untracked`. A rule that lets those through and no new ones is written where some are not tracked."""
+    return Condition("?") if untracked and not new else Condition("new", new, equal)
+
+
 def _or(answers: Iterable[bool | None]) -> bool | None:
     found = set(answers)
     return True if True in found else None if None in found else False
@@ -172,7 +178,9 @@ def _follow(
             if depth >= _DEPTH:
                 return "", True
             end, maybe = _follow(chain.chains.get(rule.target, ()), chain, packet, without, depth + 1)
-            spared = spared or maybe or (matched is None and end == "accept")
+            # A goto that ends without a verdict takes the packet past the rest of this chain too.
+            past = end == "accept" or (rule.verdict == "goto" and not end and (depth > 0 or not chain.drops))
+            spared = spared or maybe or (matched is None and past)
             if matched and (end or rule.verdict == "goto"):
                 return end, spared
         elif rule.verdict and matched:
@@ -385,7 +393,8 @@ def _rule(words: list[str]) -> FilterRule:
         elif word == "--comment":
             comment = next(rest, "")
         elif word in ("--ctstate", "--state"):
-            conditions.append(Condition("new", "NEW" in next(rest, "").split(","), equal))
+            states = next(rest, "").split(",")
+            conditions.append(new_packets("NEW" in states, "UNTRACKED" in states, equal=equal))
         elif word == "-m":
             module = next(rest, "")
             # Those of protocols match by their own options alone, which follow.

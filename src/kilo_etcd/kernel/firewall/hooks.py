@@ -24,12 +24,20 @@ def read(device: sockets.Socket, hooks: Collection[str] = ("forward",)) -> tuple
             family, table, name, hook, dropping = base
             bases.setdefault((family, table), []).append((name, hook, dropping))
 
+    dormant: set[tuple[int, str]] = set()
+
+    def keep_dormant(body: bytes) -> None:
+        if (table := replies.read_dormant(body)) is not None:
+            dormant.add(table)
+
     device.dump(requests.get_all_chains(), keep)
+    if bases:
+        device.dump(requests.get_all_tables(), keep_dormant)
     return tuple(
         BaseChain(
             family=FAMILIES[family], table=table, name=name, hook=hook, drops=dropping, rules=rules[name], chains=rules,
         )
-        for (family, table), chains in sorted(bases.items())
+        for (family, table), chains in sorted(bases.items()) if (family, table) not in dormant
         for name, hook, dropping in chains
         for rules in (_rules_from(device, family, table, name),)
     )  # fmt: skip

@@ -177,6 +177,10 @@ NFTNL_UDATA_RULE_COMMENT = 0
 """A comment within the userdata of a rule (libnftnl/udata.h)."""
 NF_CT_STATE_NEW = 8
 """The bit of new packets, in nftables' ct state and in xtables' conntrack alike (nf_conntrack_common.h)."""
+NF_CT_STATE_UNTRACKED = 64
+"""That of packets that are not tracked, in nftables' ct state and xtables' older match `state`."""
+XT_CONNTRACK_STATE_UNTRACKED = 256
+"""That of the same in xtables' conntrack (xt_conntrack.h)."""
 XT_CONNTRACK_REVISION = 3
 """The newest form of the match (net/netfilter/xt_conntrack.c)."""
 XT_CONNTRACK3 = Struct("=148xHHH")

@@ -16,12 +16,13 @@ from typing import Any
 
 from attrs import evolve, frozen
 
-from kilo_etcd.kernel.firewall.chains import PROTOCOLS, Condition, FilterRule, Verdict
+from kilo_etcd.kernel.firewall.chains import PROTOCOLS, Condition, FilterRule, Verdict, new_packets
 from kilo_etcd.kernel.firewall.nftables import FAMILY, NETWORK_HEADER, VERDICT_REGISTER, be32, number
 from kilo_etcd.kernel.netlink import formats
 from kilo_etcd.kernel.netlink.codec import Reader, elements, read
 from kilo_etcd.kernel.netlink.formats import nft
 from kilo_etcd.kernel.read.nft import expressions, read_chain_items, text, values, verdicts
+from kilo_etcd.model import IPAddress
 
 FAMILIES = {nft.NFPROTO_INET: "inet", nft.NFPROTO_IPV4: "ip", nft.NFPROTO_IPV6: "ip6"}
 
@@ -49,6 +50,7 @@ _members = Reader(
     "NFTA_SET_ELEM_KEY", "NFTA_SET_ELEM_KEY_END", "NFTA_SET_ELEM_DATA", "NFTA_SET_ELEM_FLAGS", "NFTA_SET_ELEM_EXPR",
     "NFTA_SET_ELEM_EXPRESSIONS",
 )  # fmt: skip
+_tables = Reader(nft.nft_table_msg, "nfgen_family", "NFTA_TABLE_NAME", "NFTA_TABLE_FLAGS")
 _sets = Reader(nft.nft_set_msg, "NFTA_SET_TABLE", "NFTA_SET_NAME", "NFTA_SET_FLAGS", "NFTA_SET_KEY_LEN")
 
 _keys, _ct_keys = _expr.nft_meta.meta_key.ops, _expr.nft_ct.keys.ops
@@ -57,13 +59,24 @@ _META = {
     for name, kind in (
         ("NFT_META_IIF", "iif index"), ("NFT_META_OIF", "oif index"),
         ("NFT_META_IIFNAME", "iif"), ("NFT_META_OIFNAME", "oif"), ("NFT_META_NFPROTO", "version"),
-        ("NFT_META_L4PROTO", "protocol"),
+        ("NFT_META_L4PROTO", "protocol"), ("NFT_META_PROTOCOL", "ethertype"),
     )
 }  # fmt: skip
 _CT = {number(_ct_keys, "NFT_CT_STATE"): "state", number(_ct_keys, "NFT_CT_STATUS"): "status"}
-_LENGTHS = {"iif index": 4, "oif index": 4, "iif": 16, "oif": 16, "version": 1, "protocol": 1, "state": 4, "status": 4}
+_LENGTHS = {
+    "iif index": 4,
+    "oif index": 4,
+    "iif": 16,
+    "oif": 16,
+    "version": 1,
+    "protocol": 1,
+    "ethertype": 2,
+    "state": 4,
+    "status": 4,
+}
 """Bytes of what a register is given."""
-_NEW = formats.NF_CT_STATE_NEW
+_NEW, _UNTRACKED = formats.NF_CT_STATE_NEW, formats.NF_CT_STATE_UNTRACKED
+_ETHERTYPES = {b"\x08\x00": 4, b"\x86\xdd": 6}
 _comparisons = _expr.nft_cmp.ops.ops
 _EQUAL, _UNEQUAL = number(_comparisons, "NFT_CMP_EQ"), number(_comparisons, "NFT_CMP_NEQ")
 _ORDERED = {
@@ -84,6 +97,8 @@ _set_flags = nft.nft_set_msg.set_flags.ops
 _INTERVAL, _CONCAT = (1 << _set_flags.index(f"NFT_SET_{name}") for name in ("INTERVAL", "CONCAT"))
 _VOLATILE = sum(1 << _set_flags.index(f"NFT_SET_{name}") for name in ("TIMEOUT", "EVAL"))
 """Members of such sets come and go by packets or by time, which changes no generation of the ruleset."""
+_DORMANT = 1
+"""NFT_TABLE_F_DORMANT."""
 _END, _CATCHALL = 1, formats.NFT_SET_ELEM_CATCHALL
 _VERSIONS = {family: version for version, family in FAMILY.items()}
 _SILENT = frozenset({"counter", "log", "notrack", "last"})
@@ -127,6 +142,13 @@ def read_base(body: bytes) -> tuple[int, str, str, str, bool] | None:
         return None
     drops = _VERDICTS.get(result.get("NFTA_CHAIN_POLICY", b"")) == "drop"
     return family, text(result, "NFTA_CHAIN_TABLE"), text(result, "NFTA_CHAIN_NAME"), hook_name, drops
+
+
+def read_dormant(body: bytes) -> tuple[int, str] | None:
+    """The family's number and the name of a table whose chains are switched off; None: they are not."""
+    attributes = _tables(body)
+    flags = int.from_bytes(attributes.get("NFTA_TABLE_FLAGS", b""))
+    return (attributes["nfgen_family"], text(attributes, "NFTA_TABLE_NAME")) if flags & _DORMANT else None
 
 
 def read_set(body: bytes, table: str) -> tuple[str, int, int] | None:
@@ -427,14 +449,19 @@ def _condition(loaded: _Loaded, comparison: bytes, data: bytes) -> Condition:
     held, mask = loaded.kind, loaded.mask
     if (compare := _ORDERED.get(comparison)) is not None and held == "protocol" and not mask:
         return Condition(held, tuple(_protocol(bytes([value])) for value in range(256) if compare(value, data[0])))
+    side, _, version = held.partition(" ")
+    if compare is not None and side in ("saddr", "daddr") and not mask:
+        return _beyond(side, compare, ip_address(data))
     if comparison not in (_EQUAL, _UNEQUAL):
         return _UNKNOWN
     equal = comparison == _EQUAL
-    side, _, version = held.partition(" ")
     if held in ("state", "status"):
         # A new packet has the state `new`, and no bit of the status.
-        bits = _NEW if held == "state" else 0
-        return Condition("new", (bits & loaded.number(mask) if mask else bits) == loaded.number(data), equal)
+        new, untracked = (
+            (bits & loaded.number(mask) if mask else bits) == loaded.number(data)
+            for bits in ((_NEW, _UNTRACKED) if held == "state" else (0, 0))
+        )
+        return new_packets(new is equal, untracked is equal) if held == "state" else Condition("new", new, equal)
     if side in ("saddr", "daddr"):
         size = 4 if version == "4" else 16
         length = int.from_bytes(mask).bit_count() if mask else len(data) * 8
@@ -452,7 +479,21 @@ def _condition(loaded: _Loaded, comparison: bytes, data: bytes) -> Condition:
         return Condition("protocol", _protocol(data), equal)
     if held == "version":
         return Condition("version", _VERSIONS.get(data[0] if data else 0), equal)
+    if held == "ethertype":
+        return Condition("version", _ETHERTYPES.get(data), equal)
     return _UNKNOWN
+
+
+def _beyond(side: str, compare: Callable[[int, int], bool], bound: IPAddress) -> Condition:
+    """Whether an address is less than another one, or greater: one end of a range."""
+    first, last, most = 0, int(bound), (1 << bound.max_prefixlen) - 1
+    if compare in (operator.gt, operator.ge):
+        first, last = int(bound), most
+    first, last = first + (compare is operator.gt), last - (compare is operator.lt)
+    if first > last:
+        return Condition(side, ())
+    address = type(bound)
+    return Condition(side, tuple(summarize_address_range(address(first), address(last))))
 
 
 def _xt_match(attributes: Found) -> Iterator[Condition]:
@@ -466,9 +507,14 @@ def _xt_match(attributes: Found) -> Iterator[Condition]:
     ):
         flags, inverted, state = layout.unpack_from(info)
         of_state = formats.XT_CONNTRACK_STATE
-        yield Condition("new", bool(state & _NEW), not inverted & of_state) if flags == of_state else Condition("?")
+        if flags == of_state:
+            untracked = bool(state & formats.XT_CONNTRACK_STATE_UNTRACKED)
+            yield new_packets(bool(state & _NEW), untracked, equal=not inverted & of_state)
+        else:
+            yield Condition("?")
     elif name == "state" and len(info) >= 4:
-        yield Condition("new", bool(formats.U32.unpack_from(info)[0] & _NEW))
+        (state,) = formats.U32.unpack_from(info)
+        yield new_packets(bool(state & _NEW), bool(state & _UNTRACKED))
     elif name != "comment":
         yield Condition(name)
 

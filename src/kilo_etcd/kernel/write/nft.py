@@ -72,6 +72,12 @@ def get_elements(table: str, name: str, family: int = nft.NFPROTO_INET) -> Netli
 
 
 @cache
+def get_all_tables() -> NetlinkMessage:
+    """Of all families."""
+    return _message(nft.NFT_MSG_GETTABLE, nft.nft_table_msg, family=socket.AF_UNSPEC)
+
+
+@cache
 def get_all_chains() -> NetlinkMessage:
     """Of all tables of all families."""
     return _message(nft.NFT_MSG_GETCHAIN, nft.nft_chain_msg, family=socket.AF_UNSPEC)
