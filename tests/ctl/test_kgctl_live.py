@@ -230,7 +230,7 @@ def test_hosts_that_are_gone_are_grey_as_is_all_that_ends_at_them(mesh: Mesh) ->
     mesh.etcd.delete("/kilo-status/by/home-1/status")
     drawn = mesh.run("graph").output.splitlines()
     (node,) = (line for line in drawn if line.strip().startswith('"home-1" ['))
-    assert 'label="home-1\\ngone\\n' in node
+    assert 'label=<<font point-size="17">home-1</font><font point-size="10"><br/>gone<br/>' in node
     assert 'fontcolor="#757575", style="filled,dashed", penwidth=3' in node
     (edge,) = (line.strip() for line in drawn if '"gcp-1" -> "home-1"' in line)
     assert edge == '"gcp-1" -> "home-1" [dir=both, style=dashed, color="#9e9e9e"];', "an old handshake proves nothing"

@@ -240,11 +240,15 @@ class TestGraph:
         text = graph(build_topology(WORLDS["location"]))
         assert text.startswith("digraph kilo {")
         colour = next(line for line in text.splitlines() if '"a1" [' in line).split("fillcolor=")[1].split('"')[1]
+        small = '<font point-size="10"><br/>'
         assert (
-            f'"a1" [label="a1\\n10.4.0.1\\n10.0.0.1/24\\n203.0.113.1:51820\\nat gcp", fillcolor="{colour}", '
-            "penwidth=3];" in text
+            f'"a1" [label=<<font point-size="17">a1</font>{small}10.4.0.1<br/>10.0.0.1/24<br/>203.0.113.1:51820<br/>'
+            f'at gcp</font>>, fillcolor="{colour}", penwidth=3];' in text
         )
-        assert f'"a2" [label="a2\\n10.4.0.2\\n10.0.0.2/24\\nno endpoint\\nat gcp", fillcolor="{colour}"];' in text
+        assert (
+            f'"a2" [label=<<font point-size="17">a2</font>{small}10.4.0.2<br/>10.0.0.2/24<br/>no endpoint<br/>at gcp'
+            f'</font>>, fillcolor="{colour}"];' in text
+        )
         assert 'style="dashed,rounded"' in text
 
     @pytest.mark.parametrize("granularity", Granularity)

@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Collection, Iterable, Mapping
 from enum import StrEnum
+from html import escape
 from itertools import combinations
 from operator import attrgetter
 
@@ -32,6 +33,9 @@ _STATES = {
 
 
 _GONE = 'fillcolor="#f5f5f5", color="#9e9e9e", fontcolor="#757575", style="filled,dashed"'
+
+_LARGE, _SMALL = 17, 10
+"""Points: of names, and of the addresses below them."""
 
 LEGEND = (
     "leaders have a thick line; a dotted line is inside a location, a dashed one leads to a peer",
@@ -184,12 +188,12 @@ def _node_label(node: Node, gone: bool) -> str:
     internal = ", ".join(str(address) for address in node.internal_ips) or "no internal IP"
     endpoints = [str(endpoint) for endpoint in node.endpoints] or ["no endpoint"]
     at = [f"at {node.location}"] if node.location else []
-    return _text(node.name, *(["gone"] if gone else []), mesh, internal, *endpoints, *at)
+    return _named(node.name, *(["gone"] if gone else []), mesh, internal, *endpoints, *at)
 
 
 def _peer_label(peer: Peer) -> str:
     allowed = ", ".join(str(network) for network in peer.allowed_ips)
-    return _text(peer.name, allowed, *([str(peer.endpoint)] if peer.endpoint else []))
+    return _named(peer.name, allowed, *([str(peer.endpoint)] if peer.endpoint else []))
 
 
 def _clean(text: str) -> str:
@@ -208,3 +212,10 @@ def _text(*lines: str) -> str:
     """A label; in labels, Graphviz reads `&...;` as HTML does and `\\` as an escape."""
     escaped = (_clean(line).replace("&", "&amp;").replace("\\", "\\\\").replace('"', '\\"') for line in lines)
     return '"' + "\\n".join(escaped) + '"'
+
+
+def _named(name: str, *lines: str) -> str:
+    """A label in Graphviz's HTML, where nothing may be empty: a name, and small lines about it."""
+    large, *small = (escape(_clean(line)) or "&#160;" for line in (name, *lines))
+    below = "".join(f"<br/>{line}" for line in small)
+    return f'<<font point-size="{_LARGE}">{large}</font><font point-size="{_SMALL}">{below}</font>>'
