@@ -405,6 +405,16 @@ def test_check_names_an_error_once_that_hosts_report_in_two_ways(mesh: Mesh) -> 
     assert not [said for _, said in found if "kilo0.forwarding is 0" in said]
 
 
+def test_check_asks_whether_the_name_is_right_of_what_is_said_of_nodes_that_are_not_there(mesh: Mesh) -> None:
+    mesh.etcd.put("/kilo/locations/gcp-11", "gcp")
+    mesh.etcd.put("/kilo/annotations/gcp-12/leader", "true")
+    mesh.etcd.put("/kilo/annotations/gcp-1/leader", "true")
+    found = json.loads(mesh.run("check", "-o", "json").stdout)
+    (note,) = (one for one in found if one["subject"] == "labels and annotations")
+    assert note["severity"] == "note"
+    assert note["text"].startswith("gcp-11, gcp-12 have labels or annotations and no record: is the name right?")
+
+
 def test_check_names_who_claims_addresses_without_a_record(mesh: Mesh) -> None:
     for number in range(5):
         mesh.etcd.put(f"/kilo/by/evil/addresses/10.4.7.{number}", "")

@@ -54,6 +54,7 @@ from kilo_etcd.ctl.reports.report import (
     newest_revision,
     registered_names,
     report,
+    set_without_record,
     subject_of,
     unrouted_sentence,
 )
@@ -127,6 +128,8 @@ class Examined:
     live: Live = field(factory=Live)
     claims: Mapping[str, int] = field(factory=dict)
     """Names without a record -> how many mesh addresses they claim."""
+    settings: tuple[str, ...] = ()
+    """Names without a record that have a label or annotations."""
     led_anew: frozenset[str] = frozenset()
     """Nodes that have another leader than before the agents were asked: by whom their packets went is not known."""
 
@@ -157,6 +160,7 @@ def findings(examined: Examined) -> tuple[Finding, ...]:
         *_records(examined.report, frozenset(repeated)),
         *_unrouted(examined),
         *_claims(examined.claims),
+        *_settings(examined.settings),
         *_hosts(examined, places, wrong),
         *packets,
     )
@@ -346,6 +350,17 @@ def _claims(claims: Mapping[str, int]) -> Iterator[Finding]:
             text=f"mesh addresses are claimed by {some(few)}, which are not registered: they are joining, or gone for "
                  "longer than --forget-after",
             remedy="gone for good: kgctl node forget NODE takes the claim away",
+        )  # fmt: skip
+
+
+def _settings(names: Sequence[str]) -> Iterator[Finding]:
+    """What is said of nodes that are not there."""
+    if names:
+        yield Finding(
+            severity=Severity.NOTE, subject="labels and annotations",
+            text=f"{some(names)} {'has' if len(names) == 1 else 'have'} labels or annotations and no record: is the "
+                 "name right? they count once a host of that name joins",
+            remedy="of no use: kgctl location unset NODE, kgctl annotate NODE NAME-",
         )  # fmt: skip
 
 
@@ -687,6 +702,7 @@ async def examine(client: Client, keys: Keys, endpoints: tuple[str, ...]) -> Exa
         statuses=statuses,
         live=live,
         claims=claims_without_record(view, keys),
+        settings=set_without_record(view, keys),
         led_anew=frozenset(
             name
             for name in before.snapshot.nodes.keys() & snapshot.nodes.keys()

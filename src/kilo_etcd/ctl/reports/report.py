@@ -17,7 +17,7 @@ from kilo_etcd.base.quoting import first_of
 from kilo_etcd.ctl.reports.label import oddity
 from kilo_etcd.model import PEER_QUERY_PORT, Candidate, Endpoint, InternalIPs, IPAddress, Node, RejectedRecord, Snapshot
 from kilo_etcd.planning.reach import called_location
-from kilo_etcd.store.keys import AddressKey, Keys, NodeKey
+from kilo_etcd.store.keys import AddressKey, AnnotationKey, Keys, LocationKey, NodeKey
 from kilo_etcd.store.records import Role, StatusRecord
 from kilo_etcd.store.view import View
 from kilo_etcd.topology.mesh_settings import about_flag
@@ -191,6 +191,13 @@ def claims_without_record(view: View, keys: Keys) -> dict[str, int]:
     parsed = [keys.parse(kv.key) for kv in view.kvs(keys.by_root)]
     registered = {key.node for key in parsed if isinstance(key, NodeKey)}
     return Counter(key.node for key in parsed if isinstance(key, AddressKey) and key.node not in registered)
+
+
+def set_without_record(view: View, keys: Keys) -> tuple[str, ...]:
+    """Names that have a label or annotations and no record, sorted."""
+    parsed = [keys.parse(kv.key) for root in (keys.locations_root, keys.annotations_root) for kv in view.kvs(root)]
+    named = {key.node for key in parsed if isinstance(key, LocationKey | AnnotationKey)}
+    return tuple(sorted(named - registered_names(view, keys)))
 
 
 def report(
