@@ -8,7 +8,9 @@ import re
 import shutil
 import subprocess
 import sys
+import tarfile
 import tomllib
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -16,6 +18,7 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
 from helpers import PACKAGES
+from kilo_etcd import __version__
 from kilo_etcd.agent.options import all_flags
 from kilo_etcd.store.annotations import ANNOTATIONS
 
@@ -289,11 +292,14 @@ def test_a_release_is_a_version_a_changelog_a_wheel_a_commit_and_a_tag(tmp_path:
     package.mkdir(parents=True)
     shutil.copy(ROOT / "src/kilo_etcd/__init__.py", package)
     shutil.copytree(ROOT / "systemd", tmp_path / "systemd")
+    # The real one is tested by tests/systemd/test_package.py. A file named `broken` makes this one fail.
+    (tmp_path / "scripts/package").write_text("#!/bin/sh\n[ ! -e broken ] && touch dist/package.deb\n")
+    (tmp_path / "scripts/package").chmod(0o755)
     (tmp_path / ".venv").symlink_to(sys.prefix)
     git("init", "-q")
     git("add", "-A", ":!.venv")
     git("commit", "-qm", "before")
-    (tmp_path / ".git/info/exclude").write_text(".venv\ndist\n")
+    (tmp_path / ".git/info/exclude").write_text(".venv\ndist\nbroken\n")
     environment = {**os.environ, **{f"GIT_{who}_{what}": "a@example.org" for who in ("AUTHOR", "COMMITTER")
                                     for what in ("NAME", "EMAIL")}}  # fmt: skip
 
@@ -303,10 +309,14 @@ def test_a_release_is_a_version_a_changelog_a_wheel_a_commit_and_a_tag(tmp_path:
 
     for wrong, says in (((), "give the version"), (("v1",), "give the version")):
         assert (release(*wrong).returncode, says in release(*wrong).stderr) == (1, True)
+    (tmp_path / "broken").touch()
+    assert release("7.8.9").returncode != 0
+    assert (git("status", "--porcelain"), git("tag"), git("log", "--format=%s")) == ("", "", "before\n")
+    (tmp_path / "broken").unlink()
     done = release("7.8.9")
     assert done.returncode == 0, done.stdout + done.stderr
     assert sorted(path.name for path in (tmp_path / "dist").iterdir()) == [
-        "kilo_etcd-7.8.9-py3-none-any.whl", "kilo_etcd-7.8.9.tar.gz",
+        "kilo_etcd-7.8.9-py3-none-any.whl", "kilo_etcd-7.8.9.tar.gz", "package.deb",
     ]  # fmt: skip
     assert git("describe", "--tags").strip() == "v7.8.9"
     assert git("status", "--porcelain") == ""
@@ -314,3 +324,32 @@ def test_a_release_is_a_version_a_changelog_a_wheel_a_commit_and_a_tag(tmp_path:
         r"^## \[Unreleased\]\n\n## \[7\.8\.9\] - 20..-..-..$", (tmp_path / "CHANGELOG.md").read_text(), re.M
     )
     assert "there is a tag v7.8.9 already" in release("7.8.9").stderr
+    assert "says nothing under [Unreleased]" in release("7.8.10").stderr
+
+
+def test_the_wheel_has_the_package_and_the_source_archive_all_that_makes_it(tmp_path: Path) -> None:
+    def build(directory: Path, *arguments: str | Path) -> None:
+        subprocess.run([sys.executable, "-m", "hatchling", "build", *arguments], cwd=directory, capture_output=True,
+                       text=True, check=True)  # fmt: skip
+
+    def contents(wheel: Path) -> dict[str, bytes]:
+        with zipfile.ZipFile(wheel) as file:
+            return {name: file.read(name) for name in file.namelist() if not name.endswith("/RECORD")}
+
+    build(ROOT, "-d", tmp_path)
+    name = f"kilo_etcd-{__version__}"
+    wheel = contents(tmp_path / f"{name}-py3-none-any.whl")
+    package = {f"kilo_etcd/{path.relative_to(ROOT / 'src/kilo_etcd')}" for path in (ROOT / "src").rglob("*.py")}
+    assert package < wheel.keys()
+    assert {path.partition("/")[0] for path in wheel} == {"kilo_etcd", f"{name}.dist-info"}
+    assert f"\nVersion: {__version__}\n" in wheel[f"{name}.dist-info/METADATA"].decode()
+    assert b"kg = kilo_etcd.agent.entry:main\n" in wheel[f"{name}.dist-info/entry_points.txt"]
+    with tarfile.open(tmp_path / f"{name}.tar.gz") as archive:
+        archive.extractall(tmp_path, filter="data")
+    source = tmp_path / name
+    for path in ("scripts/package", "packaging/postinst", "systemd/kilo-etcd.service", "requirements.lock", "LICENSE",
+                 "docs/systemd.md", "tests/conftest.py", "Makefile"):  # fmt: skip
+        assert (source / path).read_bytes() == (ROOT / path).read_bytes()
+        assert os.access(source / path, os.X_OK) == os.access(ROOT / path, os.X_OK)
+    build(source, "-t", "wheel", "-d", tmp_path / "again")
+    assert contents(tmp_path / "again" / f"{name}-py3-none-any.whl") == wheel
