@@ -7,7 +7,7 @@ ARGS ?=
 # Sets of texts have one order in every run, so that a failing schedule of the simulation can be played again.
 export PYTHONHASHSEED ?= 0
 
-.PHONY: help demo test test-fast simulate newcomer check coverage docs matrix bench bench-failover format clean
+.PHONY: help demo test test-fast simulate newcomer check coverage docs deb matrix bench bench-failover format clean
 
 help:
 	@echo 'make demo       a small internet on this machine: three sites, real etcd, real agents, real packets'
@@ -18,6 +18,7 @@ help:
 	@echo 'make check      ruff, mypy strict, import-linter'
 	@echo 'make coverage   which lines the tests reach, as a table; ARGS chooses tests as with make test'
 	@echo 'make docs       the documentation as a site, with the API, in build/docs; a broken link is an error'
+	@echo 'make deb        the Debian package, and the archive for other systems, in dist/'
 	@echo 'make matrix     the fast tests under each Python from 3.11 that this machine has'
 	@echo 'make bench      the numbers, as tables; ARGS=--quick, or the names of some benchmarks'
 	@echo 'make bench-failover  the gap when a leader crashes, kilo-etcd next to keepalived (Debian'\''s package is installed)'
@@ -59,6 +60,10 @@ coverage:
 docs:
 	@scripts/setup docs
 	@scripts/docs
+
+deb:
+	@scripts/setup package
+	@scripts/package $(ARGS)
 
 matrix:
 	@scripts/matrix $(ARGS)
