@@ -378,6 +378,7 @@ def test_it_leaves_by_the_docs_own_lines() -> None:
         ENVIRONMENT,
         "/opt/kilo-etcd",
         "/var/lib/kilo-etcd",
+        "/run/kilo-etcd",
         "/usr/local/bin/kg",
         "/usr/local/bin/kgctl",
     ):

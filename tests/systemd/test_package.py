@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import subprocess
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -139,7 +140,8 @@ def mesh_address(host: Host, name: str) -> str:
 @contextmanager
 def none_lost(host: Host, address: str) -> Iterator[None]:
     """Pings to `address`, 100 a second, before, during and after the block; no answer may be missing."""
-    host.run(f"systemd-run --quiet --unit pings -p StandardOutput=file:/run/pings ping -n -i 0.01 {address}")
+    unit = f"pings-{time.monotonic_ns()}"  # systemd knows a unit that has ended for a while
+    host.run(f"systemd-run --quiet --unit {unit} -p StandardOutput=file:/run/pings ping -n -i 0.01 {address}")
     output = host.root / "run/pings"
 
     def answered() -> set[int]:
@@ -154,7 +156,7 @@ def none_lost(host: Host, address: str) -> Iterator[None]:
         yield
         more(len(answered()))
     finally:
-        host.run("systemctl stop pings; systemctl reset-failed pings 2>/dev/null || true", check=False)
+        host.run(f"systemctl stop {unit}", check=False)
     received = answered()
     # The last one may be on its way yet.
     assert set(range(1, max(received) + 1)) - received == set()
@@ -168,7 +170,7 @@ def nothing_in_the_kernel(host: Host) -> None:
 
 
 def test_from_the_installation_to_the_purge(built: tuple[Path, Path], tmp_path: Path) -> None:
-    require("etcd", "etcdctl", "wireguard-go", "wg", "nft", "ping", "pgrep")
+    require("etcd", "etcdctl", "wireguard-go", "wg", "nft", "ping", "pgrep", "strace")
     package, archive = built
     version = kilo_etcd.__version__
     second = next_version(package, f"{version}+second")
@@ -201,7 +203,10 @@ def test_from_the_installation_to_the_purge(built: tuple[Path, Path], tmp_path: 
         it_leaves_on_removal_and_keeps_its_key(one, two)
         one.run(f"{APT} purge kilo-etcd")
         assert left(one) == set()
-        the_archive_does_the_same(one, two, archive)
+        the_archive_installs_and_upgrades(one, two, archive)
+        the_package_follows_the_archive(one, two, package)
+        one.run(f"{APT} purge kilo-etcd")
+        assert left(one) == set()
         # Etcd is away: the host is cleaned up all the same, and the operator is told what is left where.
         one.run("systemctl stop test-etcd")
         said = two.run("dpkg --purge kilo-etcd 2>&1").stdout
@@ -267,8 +272,9 @@ def it_leaves_on_removal_and_keeps_its_key(one: Host, two: Host) -> None:
     assert one.run("systemctl status kilo-etcd", check=False).returncode == 4  # no such unit
 
 
-def the_archive_does_the_same(one: Host, two: Host, archive: Path) -> None:
+def the_archive_installs_and_upgrades(one: Host, two: Host, archive: Path) -> None:
     one.run(f"tar -C /var/tmp -xf {archive}")
+    two.run(f"tar -C /var/tmp --strip-components 1 -xf {archive}")
     install = f"/var/tmp/{archive.name.removesuffix('.tar.gz')}/install"
     one.run(install)
     configure(one)
@@ -281,8 +287,20 @@ def the_archive_does_the_same(one: Host, two: Host, archive: Path) -> None:
         lambda: one.run("journalctl -u kilo-etcd").stdout,
     )
     assert service(one, "MainPID", "ActiveState") == process
-    page = (ROOT / "docs/systemd.md").read_text()
-    (block,) = re.findall(r"^```sh\n(systemctl disable.*?)^```", page, re.MULTILINE | re.DOTALL)
-    one.run(block)
-    nothing_in_the_kernel(one)
-    assert left(one) == set()
+
+
+def the_package_follows_the_archive(one: Host, two: Host, package: Path) -> None:
+    """It refuses to be mixed with what is there, says what to do, and then takes over while the agent runs."""
+    process = service(one, "MainPID")
+    refused = one.run(f"dpkg -i {package}", check=False)
+    assert refused.returncode != 0
+    lines = re.findall(r"^  (rm .*)$", refused.stderr, re.MULTILINE)
+    one.run("kg --version")
+    one.run("\n".join([*lines, f"dpkg --force-confold -i {package}"]))
+    assert service(one, "MainPID") == process
+    one.run("systemctl restart kilo-etcd")
+    assert service(one, "MainPID") != process
+    assert service(one, "UnitFileState") == {"UnitFileState": "enabled"}
+    assert Path(service(one, "FragmentPath")["FragmentPath"]).parts[-4:-1] == ("lib", "systemd", "system")
+    wait_for_version(one, two, kilo_etcd.__version__)
+    assert "the Debian package is installed" in two.run("/var/tmp/install 2>&1", check=False).stdout
