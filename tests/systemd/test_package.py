@@ -125,10 +125,17 @@ def status(host: Host, name: str) -> dict[str, str]:
     return dict(json.loads(text)) if text else {}
 
 
-def wait_for_version(one: Host, two: Host, version: str) -> None:
-    """Until the agent of node-1 is of that version, as node-2 sees it."""
-    wait(lambda: status(two, "node-1").get("version") == version, 60,
-         lambda: one.run("systemctl status kilo-etcd; journalctl -u kilo-etcd", check=False).stdout)  # fmt: skip
+def wait_for_version(one: Host, two: Host, version: str) -> dict[str, str]:
+    """What the agent of node-1 says of itself as soon as it is of that version, as node-2 sees it."""
+    seen: list[dict[str, str]] = []
+
+    def is_there() -> bool:
+        seen.append(status(two, "node-1"))
+        # The first record of a session does not say yet since when the agent runs.
+        return seen[-1].get("version") == version and "since" in seen[-1]
+
+    wait(is_there, 60, lambda: one.run("systemctl status kilo-etcd; journalctl -u kilo-etcd", check=False).stdout)
+    return seen[-1]
 
 
 def mesh_address(host: Host, name: str) -> str:
@@ -278,8 +285,8 @@ def the_archive_installs_and_upgrades(one: Host, two: Host, archive: Path) -> No
     install = f"/var/tmp/{archive.name.removesuffix('.tar.gz')}/install"
     one.run(install)
     configure(one)
-    wait_for_version(one, two, kilo_etcd.__version__)
-    process, since = service(one, "MainPID", "ActiveState"), status(two, "node-1")["since"]
+    since = wait_for_version(one, two, kilo_etcd.__version__)["since"]
+    process = service(one, "MainPID", "ActiveState")
     one.run(install)
     wait(
         lambda: status(two, "node-1").get("since", since) != since,
