@@ -16,7 +16,7 @@ import kilo_etcd
 from helpers import require
 from helpers_nspawn import Host, hosts, wait
 
-pytestmark = [pytest.mark.root, pytest.mark.etcd, pytest.mark.lab, pytest.mark.deadline(600)]
+pytestmark = [pytest.mark.root, pytest.mark.etcd, pytest.mark.lab, pytest.mark.beside, pytest.mark.deadline(600)]
 
 ROOT = Path(__file__).resolve().parents[2]
 UNIT = "usr/lib/systemd/system/kilo-etcd.service"
