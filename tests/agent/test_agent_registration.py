@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from ipaddress import ip_network
 
-from kilo_etcd.agent.registration import networks_to_register
+from kilo_etcd.agent.registration import KEPT_SECONDS, MOST_KEPT_SECONDS, PassingNetworks, networks_to_register
 from kilo_etcd.model import IPNetwork
 from kilo_etcd.runtime.host_facts import Reached
 
@@ -27,3 +27,22 @@ def test_what_comes_and_goes_by_itself_is_stated_on_coming_and_withdrawn_with_th
     assert networks_to_register(Reached((lan, other)), counted, fifth)[0] == (lan, other)
     assert networks_to_register(Reached((other,)), counted, fifth)[0] == (other,)
     assert networks_to_register(Reached(), counted, fifth)[0] == ()
+
+
+def test_what_is_gone_for_a_minute_counts_no_more_and_what_comes_again_and_again_counts_longer() -> None:
+    docker, other = nets("172.18.0.0/16", "172.19.0.0/16")
+    passing, now = PassingNetworks(), 1000.0
+    kept: list[float] = []
+    for _ in range(9):
+        assert set(passing.look((docker, other), now)) == {docker, other}
+        gone = now
+        while docker in passing.look((other,), now):
+            now += 10
+        kept.append(now - gone)
+    assert kept[:3] == [KEPT_SECONDS, 2 * KEPT_SECONDS, 4 * KEPT_SECONDS]
+    assert kept[-1] == MOST_KEPT_SECONDS
+    for number in range(1000):
+        passing.look(nets(f"10.{number // 256}.{number % 256}.0/24"), now)
+        now += MOST_KEPT_SECONDS
+    assert len(passing._kept) <= 256
+    assert len(passing._seen) <= 2

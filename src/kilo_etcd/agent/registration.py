@@ -6,10 +6,10 @@ facts, from which the surroundings of a plan follow, and addresses of the operat
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Iterable
 
 import trio
-from attrs import evolve
+from attrs import define, evolve, field
 
 from kilo_etcd import __version__, kernel
 from kilo_etcd.agent import discover
@@ -24,6 +24,34 @@ from kilo_etcd.runtime.resolve import etcd_networks
 from kilo_etcd.store.records import NodeRecord
 from kilo_etcd.store.session.node_identity import NameTaken
 from kilo_etcd.store.session.session import Session
+
+KEPT_SECONDS, MOST_KEPT_SECONDS = 60.0, 3600.0
+"""Seconds for which a passing network still counts after it is gone: at first, and at most. They double each time that
+it is withdrawn."""
+_MOST_REMEMBERED = 256
+
+
+@define
+class PassingNetworks:
+    """Networks that come and go by themselves, such as containers'. Times are seconds of one monotonic clock."""
+
+    _seen: dict[IPNetwork, float] = field(factory=dict)
+    """When each was last there."""
+    _kept: dict[IPNetwork, float] = field(factory=dict)
+    """For how long those count that were withdrawn before, the latest last."""
+
+    def look(self, present: Iterable[IPNetwork], now: float) -> Collection[IPNetwork]:
+        """Those that count: they are there, or have not been gone for long."""
+        self._seen.update(dict.fromkeys(present, now))
+        for network, seen in list(self._seen.items()):
+            seconds = self._kept.get(network, KEPT_SECONDS)
+            if now - seen >= seconds:
+                del self._seen[network]
+                self._kept.pop(network, None)
+                self._kept[network] = min(2 * seconds, MOST_KEPT_SECONDS)
+                if len(self._kept) > _MOST_REMEMBERED:
+                    del self._kept[next(iter(self._kept))]
+        return self._seen.keys()
 
 
 class HostRegistration:
@@ -48,6 +76,7 @@ class HostRegistration:
         self._etcd = etcd
         self._reached = Reached()
         """What the record's `underlay` was made of."""
+        self._passing = PassingNetworks()
         self._looking = trio.Lock()
         self._untold = False
         """Whether the session may hold another record than `record`."""
@@ -109,8 +138,11 @@ class HostRegistration:
             location, why = discover.location_from_cloud_init()
         self.facts = facts
         self.overlaps = facts.overlaps(self.subnets)
+        reached = facts.reached(etcd_at)
+        counting = self._passing.look(reached.passing, trio.current_time())
+        before = evolve(self._reached, passing=tuple(n for n in self._reached.passing if n in counting))
         stated, self._reached = networks_to_register(
-            facts.reached(etcd_at), self._reached, None if self.record is None else self.record.underlay
+            reached, before, None if self.record is None else self.record.underlay
         )
         self._once.errors("overlaps", self.overlaps, level="warning")
         record = NodeRecord(
@@ -144,8 +176,8 @@ def networks_to_register(
     """What to state of the networks `reached`, and those that were counted for it, given those counted `before` for
     `record`.
 
-    A passing network that is gone stays stated until something else changes: each record that is written wakes
-    the whole mesh.
+    A passing network that is gone and still counts (`PassingNetworks`) stays stated until something else changes: each
+    record that is written wakes the whole mesh.
     """
     together = Reached((*reached.lasting, *reached.passing, *before.passing))
     if record is not None and together.stated() == record:
