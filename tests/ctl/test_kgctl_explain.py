@@ -720,6 +720,24 @@ def test_an_exemption_that_one_end_states_is_named_with_what_the_other_has_to_st
     assert says not in told("status")
 
 
+def test_an_exemption_of_one_end_is_named_where_nobody_refuses_it_and_answers_take_the_tunnels(etcd: FakeEtcd) -> None:
+    """In locations of several members whose endpoints are public nothing in clear is refused in that family."""
+    encrypts(etcd, home_1={"underlay": PUBLIC})
+    for name in HOSTS:
+        reports(etcd, name, clear=())
+    says = "is stated at one end only: what "
+    assert says not in told("status")
+    reports(etcd, "home-2", clear=("tcp/7777@10.1.0.0/16",))
+    line = next(line for line in told("status").split("home-2 - ") if says in line)
+    assert f"--clear tcp/7777@10.1.0.0/16 {says}home-2 sends to gcp-1, gcp-2, gcp-3 by it leaves in clear, and " in line
+    assert f"{says}home-2 sends to gcp-1, gcp-2 by it" in told("explain", "gcp-2", "home-2")
+    for name in ("gcp-1", "gcp-2", "gcp-3"):
+        reports(etcd, name, clear=("tcp/7777@10.2.0.0/24",))
+    assert f"home-1 --clear tcp/7777@10.2.0.0/24 {says}" in told("status"), "home-1 does not state it"
+    reports(etcd, "home-1", clear=("tcp/7777@10.1.0.0/16",))
+    assert says not in told("status")
+
+
 def test_node_show_has_the_table_of_encrypted_and_how_others_reach_each_address(etcd: FakeEtcd) -> None:
     def document(name: str) -> dict[str, Any]:
         found: dict[str, Any] = json.loads(told("node", "show", name, "-o", "json"))

@@ -1,5 +1,5 @@
-"""Exemptions (`--clear`) that one host states and the other does not: what the first sends in clear the other refuses.
-Pure.
+"""Exemptions (`--clear`) that one host states and the other does not: what the first sends in clear the other refuses,
+or answers through the tunnels. Pure.
 
 They are known from the statuses, without a packet; of agents that do not say what they exempt (they are of older
 versions, or exempt too much to list), nothing is concluded.
@@ -20,7 +20,7 @@ from kilo_etcd.model import InternalIPs, IPAddress, Node
 from kilo_etcd.model.hostplan import Exemption
 from kilo_etcd.store.records import StatusRecord
 from kilo_etcd.topology.places import own_addresses
-from kilo_etcd.topology.segments import Topology
+from kilo_etcd.topology.segments import Topology, host_network
 
 MOST_LOOKED_AT = 20
 """Hosts of which it is looked, for one exemption, whether they refuse."""
@@ -32,27 +32,33 @@ Exempted = Mapping[str, tuple[Exemption, ...]]
 
 @frozen(kw_only=True)
 class OneSided:
-    """An exemption of one or more hosts, and hosts that refuse what it sends them in clear."""
+    """An exemption of one or more hosts, and hosts to which it sends in clear and that do not send to it so."""
 
     exemption: Exemption
     senders: tuple[str, ...]
-    refusing: tuple[str, ...]
+    others: tuple[str, ...]
+    refusing: int
+    """How many of them refuse it."""
     needed: Exemption
-    """The exemption that the first refusing host needs so that it accepts the first sender."""
+    """The exemption that the first of the others needs for the first sender."""
 
     @property
     def subject(self) -> str:
         """The hosts, for people."""
-        return f"{first_of(self.senders, MOST_NAMED)} - {first_of(self.refusing, MOST_NAMED)}"
+        return f"{first_of(self.senders, MOST_NAMED)} - {first_of(self.others, MOST_NAMED)}"
 
     @property
     def text(self) -> str:
         """A sentence with its remedy."""
-        refusing, first = first_of(self.refusing, MOST_NAMED), self.refusing[0]
-        likewise = "" if len(self.refusing) == len(self.senders) == 1 else "; likewise for each pair of the others"
+        others, first = first_of(self.others, MOST_NAMED), self.others[0]
+        likewise = "" if len(self.others) == len(self.senders) == 1 else "; likewise for each pair of the others"
+        back = "what is sent back travels in the tunnels"
+        fate = "is refused there" if self.refusing else back
+        if 0 < self.refusing < len(self.others):
+            fate = f"is refused by {self.refusing} of them; {back} from the others"
         return (
             f"--clear {self.exemption} is stated at one end only: what {first_of(self.senders, MOST_NAMED)} sends to "
-            f"{refusing} by it leaves in clear, and is refused there; state it on {first} too "
+            f"{others} by it leaves in clear, and {fate}; state it on {first} too "
             f"(add {self.needed} to KILO_CLEAR there{likewise}), or take it away on "
             f"{first_of(self.senders, MOST_NAMED)}"
         )
@@ -84,7 +90,8 @@ def one_sided(
 def _refused(
     exemption: Exemption, senders: Iterable[Node], stated: tuple[Exemption, ...], nodes: list[Node], plans: Plans
 ) -> OneSided | None:
-    """What hosts that state `stated` refuse of an exemption of `senders`; None: nothing."""
+    """What hosts that state `stated` refuse of an exemption of `senders`, or else answer through the tunnels; None:
+    nothing."""
     unknown = {node.name: address for node in senders if (address := _uncovered(node, exemption, stated)) is not None}
     if not unknown:
         return None
@@ -95,18 +102,23 @@ def _refused(
         if any(_within(address, exemption) for address in own_addresses(node))
         and segments != {plans.topology.segment_of(node.name).key}
     )  # fmt: skip
-    refusing, sending = [], set()
+    others: dict[str, bool] = {}
+    sending: set[str] = set()
     for node in islice(receivers, MOST_LOOKED_AT):
-        encryption = plans[node.name].encryption
-        refused = {name for name, address in unknown.items() if encryption is not None and address in encryption.refuse}
-        if refused := refused - {node.name}:
-            refusing.append(node.name)
-            sending |= refused
-    if not refusing:
+        if (encryption := plans[node.name].encryption) is None:
+            continue
+        near = plans.topology.segment_of(node.name)
+        far = {name: a for name, a in unknown.items() if plans.topology.segment_of(name) is not near}
+        refused = {name for name, address in far.items() if address in encryption.refuse}
+        tunneled = {name for name, address in far.items() if host_network(address) in encryption.send}
+        if refused or tunneled:
+            others[node.name] = bool(refused)
+            sending |= refused or tunneled
+    if not others:
         return None
     named = tuple(sorted(sending))
     return OneSided(
-        exemption=exemption, senders=named, refusing=tuple(refusing),
+        exemption=exemption, senders=named, others=tuple(others), refusing=sum(others.values()),
         needed=Exemption(protocol=exemption.protocol, port=exemption.port, network=ip_network(unknown[named[0]])),
     )  # fmt: skip
 

@@ -387,7 +387,7 @@ def _one_sided(
     from kilo_etcd.ctl.reports.one_sided import one_sided
 
     for mismatch in one_sided(topology, statuses, about):
-        yield Remark(subject=mismatch.subject, text=mismatch.text, about=mismatch.refusing[0])
+        yield Remark(subject=mismatch.subject, text=mismatch.text, about=mismatch.others[0])
 
 
 def _endpoints_in_clear(topology: Topology, names: Collection[str]) -> Iterator[Remark]:
