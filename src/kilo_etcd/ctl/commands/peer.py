@@ -198,6 +198,11 @@ def _clash(peer: NamedPeer, snapshot: Snapshot, replaced: frozenset[str]) -> str
         for subnet in snapshot.subnets:
             if network.version == subnet.version and network.overlaps(subnet):
                 return f"{network} overlaps the mesh's subnet {subnet}, whose addresses nodes claim; choose another"
+        if network.num_addresses == 1:
+            # A wider one may be a location's network, which the peer is to carry.
+            for node in snapshot.nodes.values():
+                if any(ip.ip == network.network_address for ip in node.internal_ips):
+                    return f"{network.network_address} is the internal IP of node {node.name}; choose another address"
         for other in other_peers:
             for theirs in other.allowed_ips:
                 if network.version == theirs.version and network.overlaps(theirs):
