@@ -820,6 +820,8 @@ def test_an_answer_that_may_be_another_hosts_is_named_if_the_member_would_have_s
     assert text.startswith("something answers it at 192.168.97.2, the internal IP of a2, but not with a2's key")
     assert "kgctl location set a2 NAME" in text
     assert said() == [], "an agent that is older, or has --probe off, signs nothing"
+    (remark,) = said(answers=True, peer_query_port=2107)
+    assert remark[1].startswith("it takes peer queries at UDP 2107"), "one cause, one line"
 
 
 def test_answers_without_a_key_are_one_line_for_a_location() -> None:

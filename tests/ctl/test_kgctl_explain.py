@@ -597,6 +597,10 @@ def test_between_two_nodes_it_says_how_the_internal_ip_is_reached_too(etcd: Fake
         ({"home_2": {"underlay": None}},
          "internal-ips routed waits for agents that do not know it (kgctl status names them)"),
         ({"gcp_1": {"underlay": (ip_network("10.2.0.0/16"),)}},
+         "gcp-1 reaches these addresses over its own links, so they are not routed from there; if gcp-1 should not, "
+         "remove the route or the address there (ip route show 10.2.0.0/16), or give one of them other addresses, or "
+         f"{REMEDY}; the mesh addresses work"),
+        ({name: {"underlay": (ip_network("10.2.0.0/16"),)} for name in ("gcp_1", "gcp_2")},
          f"gcp-2 or a host of its segment reaches 10.2.0.0/16 over its own links; {REMEDY}"),
         ({"gcp_3": {"internal_ips": (ip_interface("10.2.0.5/24"),)}}, f"gcp-3 and home-2 have it; {REMEDY}"),
         ({"home_1": {"endpoint": Endpoint.parse("10.2.0.5:51820")}},

@@ -157,7 +157,7 @@ def test_a_peer_that_is_there_is_replaced_only_when_that_is_said(etcd: FakeEtcd)
         ("laptop", 21, "0.0.0.0/0", "peer laptop: 0.0.0.0/0 is a default route"),
         ("laptop", 21, "10.1.0.1", "peer laptop: 10.1.0.1 is the internal IP of node gcp-1; choose another address"),
     ],
-    ids=["node's key", "peer's key", "peer's network", "mesh's subnet", "node's subnet", "default route", "internal IP"],
+    ids=["node's key", "peer's key", "peer's network", "mesh's subnet", "node's subnet", "default route", "node's IP"],
 )
 def test_what_contradicts_the_mesh_is_refused(
     etcd: FakeEtcd, name: str, number: int, allowed: str, sentence: str

@@ -584,7 +584,9 @@ def _unsigned(
     for name in names:
         for other in statuses[name].unsigned if name in statuses and name in nodes else ():
             status = statuses.get(other)
-            if other in nodes and status is not None and status.answers:
+            # Who queries at another port than the other one takes gets no answer, and is named for that.
+            ports = {None if s is None else s.peer_query_port for s in (status, statuses[name])}
+            if other in nodes and status is not None and status.answers and len(ports) == 1:
                 pairs.setdefault(nodes[other].location, []).append((name, other))
     for location, result in sorted(pairs.items()):
         if separately or len(result) == 1:
