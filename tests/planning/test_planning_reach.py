@@ -95,6 +95,12 @@ def test_who_never_heard_its_leader_is_cut_off_and_refuses_all() -> None:
     alone = planned(LED, "a2", *silent(A1, A3))
     assert (routes(alone), alone.ipip_remotes, alone.ipip_local) == ({}, frozenset(), None)
     assert len(alone.problems) == 2
+    for problem in alone.problems:
+        assert (
+            "(kgctl location set a2 NAME; both are at location gcp) or take the address away (kgctl annotate a2 "
+            in (problem.text)
+        ), "no member answers it, so it is the one that is labelled wrong"
+    assert "(kgctl location set a1 NAME;" in plan.problems[0].text
 
 
 def test_in_a_cross_mesh_no_node_stands_in_for_another() -> None:

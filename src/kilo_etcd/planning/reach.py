@@ -192,9 +192,15 @@ def _problems(topology: Topology, name: str, leader: str, silent: Collection[Sil
     )
     where = called_location(topology.snapshot.nodes[name].location)
     through = leader if all(member.target.node != leader for member in silent if member.withheld) else ""
+    others = {node.name for node in topology.segment_of(name).members} - {name}
+    # If none of several answers, it is more likely this host that is labelled wrong.
+    stranger = (
+        name if len(others) > 1 and others == {member.target.node for member in silent if member.withheld} else ""
+    )
     problems = []
     for member in named[:MOST_NAMED]:
-        problems.append(Problem(subject=member.target.node, text=_sentence(name, member, where, leader, through)))
+        text = _sentence(name, member, where, leader, through, stranger or member.target.node)
+        problems.append(Problem(subject=member.target.node, text=text))
     if (more := len(named) - MOST_NAMED) > 0:
         text = f"{more} more members of {where} do not answer {name} at their internal IPs; kgctl explain names each"
         problems.append(Problem(subject=name, text=text))
@@ -223,7 +229,8 @@ def share(node: str) -> str:
 _ANOTHER_ROUTE = "takes another route than the agent's: "
 
 
-def _sentence(name: str, silent: Silent, where: str, leader: str, through: str) -> str:
+def _sentence(name: str, silent: Silent, where: str, leader: str, through: str, labelled: str) -> str:
+    """`labelled`: the node to be labelled apart."""
     node, address = silent.target.node, silent.target.address
     called = f"{node}, its leader," if node == leader else node
     if silent.route:
@@ -231,13 +238,13 @@ def _sentence(name: str, silent: Silent, where: str, leader: str, through: str) 
             f"{called} does not answer {name} at {address}, to which the kernel of {name} {_ANOTHER_ROUTE}"
             f"{silent.route}; remove that rule or route of another program on {name} (ip rule, ip route)"
         )
-    labels = apart(node, "the two", f"both are at {where}")
+    labels = apart(labelled, "the two", f"both are at {where}")
     if silent.tunneled:
         return (
             f"{called} does not answer {name} through their tunnel inside the location, although its agent lives: let "
             f"UDP 51820 (--port) pass between them; {labels}"
         )
-    remedy = labels + share(node)
+    remedy = labels + share(labelled)
     if not silent.withheld:
         return (
             f"{called} no longer answers {name} at its internal IP {address}, although its agent lives: is the "
