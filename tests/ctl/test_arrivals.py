@@ -235,9 +235,11 @@ def test_where_only_a_later_request_is_answered_packets_get_lost_and_nothing_is_
     lost = "of many echo requests the first were not answered, and a later one was"
     assert told() == []
     assert told(("a2", "a3")) == [("a2 - a3", f"between them packets get lost: {lost}")]
-    # Members of a and b, by their leaders' one tunnel.
+    # Members of a and b, by their leaders' one tunnel, in which b1 itself has losses.
     assert told(("a2", "b2"), ("b1", "a3")) == [("a1 - b1", f"between them packets get lost: {lost}")]
-    assert told(("a2", "b2"), ("c1", "b1")) == [("b1", f"between it and a1, c1 packets get lost: {lost}")]
+    # Others have none there, so it is on the way from a2 to its leader.
+    assert told(("a2", "b2")) == [("a1 - a2", f"between them packets get lost: {lost}")]
+    assert told(("c1", "b1"), ("c1", "a1")) == [("c1", f"between it and a1, b1 packets get lost: {lost}")]
 
 
 @pytest.mark.parametrize(

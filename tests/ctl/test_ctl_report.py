@@ -296,6 +296,10 @@ def test_agents_that_take_peer_queries_at_another_port_than_most_are_named() -> 
         "it takes peer queries at UDP 2107 and most others at 1107, so they query each other in vain while etcd is "
         "away: give all agents the same --peer-query-port",
     )
+    told = ALL_WELL | {"a2": evolve(ALL_WELL["a2"], peer_query_port=2107)}
+    for about in (["a2"], ["a1", "a2"]):
+        (of_two,) = report(WORLD, told, newest=40, about=about).disagreements
+        assert (of_two.subject, of_two.text) == remark, "most of the mesh, whoever is asked about"
     (remark,) = other_ports(**{name: 2107 for name in ALL_WELL if name != "a2"})
     assert remark[1].startswith("it takes peer queries at UDP 1107 and most others at 2107, ")
 

@@ -84,6 +84,8 @@ KUBERNETES = """\
         ("-P FORWARD DROP\n-A FORWARD -j LOG\n-A FORWARD -m set --match-set x src -j ACCEPT", None, None),
         ("-P FORWARD DROP\n-A FORWARD -m set --match-set new src -j ACCEPT", None, None),
         ("-P FORWARD DROP\n-A FORWARD -m conntrack --ctstate RELATED,ESTABLISHED,UNTRACKED -j ACCEPT", None, None),
+        ("-P FORWARD ACCEPT\n-A FORWARD -m conntrack ! --ctstate RELATED,ESTABLISHED,UNTRACKED -j DROP", True, True),
+        ("-P FORWARD DROP\n-A FORWARD -m conntrack ! --ctstate UNTRACKED -j ACCEPT", False, False),
         ("-P FORWARD ACCEPT\n-N Y\n-A FORWARD -m mark --mark 0x0 -g Y\n-A FORWARD -j DROP", None, None),
     ],
 )  # fmt: skip

@@ -271,3 +271,4 @@ class TestGraph:
         assert done.stdout.count('class="edge"') == len(edges(build_topology(world)))
         assert "日本語" in done.stdout
         assert "&amp;amp;" in done.stdout
+        assert ">\\N</text>" in done.stdout, "a name with a backslash stays as it is"

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import random
 import time
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from collections.abc import Awaitable, Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import suppress
 from ipaddress import ip_address
 from itertools import islice
@@ -221,15 +221,34 @@ class DiagnosticsServer:
             answers = await self._kernel.ping(to_try, EchoRequests(sources=sources, times=PINGS, patience=PING_SECONDS))
             mesh = [address for address in answers if address not in routes]
             silent = [address for address in to_try if address not in answers]
-            late: Mapping[IPAddress, float] = {}
-            if silent:
+            tried.answered.update((str(address), address in answers) for address in to_try)
+
+            async def try_again() -> None:
                 more = EchoRequests(sources=sources, times=MORE_PINGS, patience=MORE_SECONDS)
-                late = await self._kernel.ping(silent, more)
-            tried.answered.update((str(address), address in answers or address in late) for address in to_try)
-            tried.late += [str(address) for address in silent if address in late]
-            if mtu and mesh:
+                late = [str(address) for address in await self._kernel.ping(silent, more)]
+                tried.answered.update(dict.fromkeys(late, True))
+                tried.late += late
+
+            async def try_large() -> None:
                 large = await self._kernel.ping(mesh, EchoRequests(times=LARGE_PINGS, patience=LARGE_SECONDS, size=mtu))
                 tried.small_only += [str(address) for address in mesh if address not in large]
+
+            # Of a nursery's errors a group would be made.
+            errors: list[kernel.KernelError] = []
+
+            async def noted(attempt: Callable[[], Awaitable[None]]) -> None:
+                try:
+                    await attempt()
+                except kernel.KernelError as error:
+                    errors.append(error)
+
+            async with trio.open_nursery() as nursery:
+                if silent:
+                    nursery.start_soon(noted, try_again)
+                if mtu and mesh:
+                    nursery.start_soon(noted, try_large)
+            if errors:
+                raise errors[0]
             if programmed.sends:
                 tried.compare(observed, (await self._kernel.peer_activity()).peers)
         except kernel.KernelError as error:

@@ -215,7 +215,7 @@ def _text(*lines: str) -> str:
 
 
 def _named(name: str, *lines: str) -> str:
-    """A label in Graphviz's HTML, where nothing may be empty: a name, and small lines about it."""
-    large, *small = (escape(_clean(line)) or "&#160;" for line in (name, *lines))
+    """A label in Graphviz's HTML: a name, and small lines about it. Nothing may be empty, and a backslash escapes."""
+    large, *small = (escape(_clean(line)).replace("\\", "\\\\") or "&#160;" for line in (name, *lines))
     below = "".join(f"<br/>{line}" for line in small)
     return f'<<font point-size="{_LARGE}">{large}</font><font point-size="{_SMALL}">{below}</font>>'

@@ -110,7 +110,7 @@ class Prober:
         self._alone_since = 0.0
         """Since when it is the only one on this leader."""
         self._former: frozenset[float] | None = None
-        """When the last handshakes with the targets were, from before they could know this host by its report."""
+        """When the last handshakes with any peers were, from before targets could know this host by its report."""
         self._no_baseline: str | None = None
         self._lock = trio.Lock()
 
@@ -246,7 +246,7 @@ class Prober:
             self._check.stop()
             self._former, self._takeover_check_due = None, now
         if self._former is None:
-            self._former = await self._check.handshakes([node.public_key for node in assignment.targets])
+            self._former = await self._check.handshakes()
         await self._put_reports(assignment.location, report)
         if not unconfirmed and not report.can_take_over and trio.current_time() >= self._takeover_check_due:
             self._takeover_check_due = trio.current_time() + TAKEOVER_CHECK_RETRY

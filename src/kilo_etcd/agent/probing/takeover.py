@@ -44,11 +44,13 @@ class TakeoverCheck:
         self.stop()
         return False
 
-    async def handshakes(self, keys: Collection[str]) -> frozenset[float] | None:
-        """When the last ones with these peers were; None: it cannot be known."""
+    async def handshakes(self, keys: Collection[str] | None = None) -> frozenset[float] | None:
+        """When the last ones with these peers were, or with all; None: it cannot be known."""
         with suppress(OSError, kernel.KernelError):
             peers = (await self._device.peer_activity()).peers
-            return frozenset((0.0, *(peers[key].last_handshake for key in keys if key in peers)))
+            return frozenset(
+                (0.0, *(peer.last_handshake for key, peer in peers.items() if keys is None or key in keys))
+            )
         return None
 
     async def _shaken(self, keys: Collection[str], former: Container[float], seconds: float) -> bool:

@@ -155,9 +155,13 @@ def reached_by(topology: Topology, live: Live) -> dict[str, tuple[str, ...]]:
 def narrow(topology: Topology, live: Live) -> Iterator[Loss]:
     """Ways on which small packets arrive and none as large as the tunnel's MTU, one for all tunnels of a host. Where
     ping works and nothing else does, this is why. Large packets that get lost where small ones do say nothing."""
-    unsteady = _tunnels_to(topology, {name: answer.late for name, answer in live.answers.items()})
-    tunnels = _tunnels_to(topology, {name: answer.small_only for name, answer in live.answers.items()})
-    for host, others in by_host(tunnels.keys() - unsteady.keys()):
+    late = _tunnels_to(topology, {name: answer.late for name, answer in live.answers.items()})
+    tunnels = {
+        ends: steady
+        for ends, askers in _tunnels_to(topology, {n: answer.small_only for n, answer in live.answers.items()}).items()
+        if (steady := askers - late.get(ends, set()))
+    }
+    for host, others in by_host(tunnels):
         askers = {asker for other in others for asker in tunnels[frozenset((host, other))]}
         size = max(live.answers[asker].mtu for asker in askers)
         yield Loss(
@@ -171,7 +175,14 @@ def narrow(topology: Topology, live: Live) -> Iterator[Loss]:
 def unsteady(topology: Topology, live: Live) -> Iterator[Loss]:
     """Ways on which some packets get lost and others arrive, one for all ways of a host."""
     late = _tunnels_to(topology, {name: answer.late for name, answer in live.answers.items()})
-    for host, others in by_host(late):
+    prompt = _tunnels_to(topology, {name: {*answer.reached} - {*answer.late} for name, answer in live.answers.items()})
+    ways: set[frozenset[str]] = set()
+    for ends, askers in late.items():
+        # If others have no loss in the same tunnel, it is on the way between a member and its leader.
+        near = {frozenset((asker, end_of(topology, asker))) for asker in askers if asker not in ends}
+        steady = prompt.get(ends, set()) - askers
+        ways |= near if steady and near and askers.isdisjoint(ends) else {ends}
+    for host, others in by_host(ways):
         address = topology.snapshot.nodes[others[0]].mesh_addresses[0]
         yield Loss(
             subject=host if len(others) > 1 else f"{host} - {others[0]}", filtered=True,

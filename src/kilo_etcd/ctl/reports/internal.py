@@ -70,9 +70,9 @@ def _not_routed(topology: Topology, address: IPAddress, holder: Node, source: No
     if host_network(address) not in there.internal:
         return f"the leader of its segment, {there.leader.name}, does not reach {holder.name} there"
     if (network := here.links.holding(address)) is not None:
-        entry = next((entry for entry in topology.unrouted if entry.suspects and address in entry.network), None)
-        if entry is not None and named(here) in entry.not_from:
-            return f"{entry.reason}; {entry.remedy}"
+        for entry in topology.unrouted:
+            if entry.suspects and address in entry.network and named(here) in entry.not_from:
+                return f"{entry.reason}; {entry.remedy}"
         return f"{source.name} or a host of its segment reaches {network} over its own links; {REMEDY}"
     if address.version in here.called and host_network(address) in there.front:
         caller = here.leader.name

@@ -57,7 +57,8 @@ class OneSided:
         if 0 < self.refusing < len(self.others):
             fate = f"is refused by {self.refusing} of them; {back} from the others"
         return (
-            f"--clear {self.exemption} is stated at one end only: what {first_of(self.senders, MOST_NAMED)} sends to "
+            f"--clear {self.exemption} is stated at one end only: what {first_of(self.senders, MOST_NAMED)} "
+            f"{'sends' if len(self.senders) == 1 else 'send'} to "
             f"{others} by it leaves in clear, and {fate}; state it on {first} too "
             f"(add {self.needed} to KILO_CLEAR there{likewise}), or take it away on "
             f"{first_of(self.senders, MOST_NAMED)}"
@@ -104,6 +105,7 @@ def _refused(
     )  # fmt: skip
     others: dict[str, bool] = {}
     sending: set[str] = set()
+    first: set[str] = set()
     for node in islice(receivers, MOST_LOOKED_AT):
         if (encryption := plans[node.name].encryption) is None:
             continue
@@ -113,13 +115,13 @@ def _refused(
         tunneled = {name for name, address in far.items() if host_network(address) in encryption.send}
         if refused or tunneled:
             others[node.name] = bool(refused)
+            first = first or refused or tunneled
             sending |= refused or tunneled
     if not others:
         return None
-    named = tuple(sorted(sending))
     return OneSided(
-        exemption=exemption, senders=named, others=tuple(others), refusing=sum(others.values()),
-        needed=Exemption(protocol=exemption.protocol, port=exemption.port, network=ip_network(unknown[named[0]])),
+        exemption=exemption, senders=tuple(sorted(sending)), others=tuple(others), refusing=sum(others.values()),
+        needed=Exemption(protocol=exemption.protocol, port=exemption.port, network=ip_network(unknown[min(first)])),
     )  # fmt: skip
 
 
@@ -131,7 +133,8 @@ def echo_refused(plans: Plans, one: str, other: str) -> bool:
         return False
     return any(
         exemption.protocol == "icmp"
-        and _refused(exemption, (nodes[here],), stated[there], [nodes[there]], plans) is not None
+        and (mismatch := _refused(exemption, (nodes[here],), stated[there], [nodes[there]], plans)) is not None
+        and mismatch.refusing
         for here, there in ((one, other), (other, one))
         for exemption in stated[here]
     )

@@ -618,12 +618,12 @@ def _disagreements(name: str, status: StatusRecord, topology: Topology, newest: 
 
 def _other_ports(names: Sequence[str], statuses: Mapping[str, StatusRecord]) -> Iterator[Remark]:
     """The agents that take peer queries at another port than most, so that others query them in vain."""
-    ports = {name: statuses[name].peer_query_port or PEER_QUERY_PORT for name in names if name in statuses}
+    ports = {name: status.peer_query_port or PEER_QUERY_PORT for name, status in statuses.items()}
     if len(number := Counter(ports.values())) < 2:
         return
     usual = max(number, key=lambda port: (number[port], port == PEER_QUERY_PORT, -port))
-    for name, port in ports.items():
-        if port != usual:
+    for name in names:
+        if (port := ports.get(name, usual)) != usual:
             yield Remark(
                 subject=name,
                 text=f"it takes peer queries at UDP {port} and most others at {usual}, so they query each other in "

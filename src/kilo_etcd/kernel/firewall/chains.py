@@ -81,10 +81,10 @@ class Condition:
         return fits if fits is None or self.equal else not fits
 
 
-def new_packets(new: bool, untracked: bool, *, equal: bool = True) -> Condition:
-    """The test for a state of connections that new packets have if `new`, and packets have that are not tracked if
+def new_packets(new: bool, untracked: bool) -> Condition:
+    """The test of a state of connections that new packets pass if `new`, and packets pass that are not tracked if
     `untracked`. A rule that lets those through and no new ones is written where some are not tracked."""
-    return Condition("?") if untracked and not new else Condition("new", new, equal)
+    return Condition("?") if untracked and not new else Condition("new", new)
 
 
 def _or(answers: Iterable[bool | None]) -> bool | None:
@@ -394,7 +394,7 @@ def _rule(words: list[str]) -> FilterRule:
             comment = next(rest, "")
         elif word in ("--ctstate", "--state"):
             states = next(rest, "").split(",")
-            conditions.append(new_packets("NEW" in states, "UNTRACKED" in states, equal=equal))
+            conditions.append(new_packets(("NEW" in states) is equal, ("UNTRACKED" in states) is equal))
         elif word == "-m":
             module = next(rest, "")
             # Those of protocols match by their own options alone, which follow.

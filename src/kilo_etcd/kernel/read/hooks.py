@@ -450,7 +450,7 @@ def _condition(loaded: _Loaded, comparison: bytes, data: bytes) -> Condition:
     if (compare := _ORDERED.get(comparison)) is not None and held == "protocol" and not mask:
         return Condition(held, tuple(_protocol(bytes([value])) for value in range(256) if compare(value, data[0])))
     side, _, version = held.partition(" ")
-    if compare is not None and side in ("saddr", "daddr") and not mask:
+    if compare is not None and side in ("saddr", "daddr") and not mask and len(data) in (4, 16):
         return _beyond(side, compare, ip_address(data))
     if comparison not in (_EQUAL, _UNEQUAL):
         return _UNKNOWN
@@ -508,8 +508,8 @@ def _xt_match(attributes: Found) -> Iterator[Condition]:
         flags, inverted, state = layout.unpack_from(info)
         of_state = formats.XT_CONNTRACK_STATE
         if flags == of_state:
-            untracked = bool(state & formats.XT_CONNTRACK_STATE_UNTRACKED)
-            yield new_packets(bool(state & _NEW), untracked, equal=not inverted & of_state)
+            bits, equal = (_NEW, formats.XT_CONNTRACK_STATE_UNTRACKED), not inverted & of_state
+            yield new_packets(*(bool(state & bit) is equal for bit in bits))
         else:
             yield Condition("?")
     elif name == "state" and len(info) >= 4:
