@@ -48,9 +48,8 @@ class TakeoverCheck:
         """When the last ones with these peers were, or with all; None: it cannot be known."""
         with suppress(OSError, kernel.KernelError):
             peers = (await self._device.peer_activity()).peers
-            return frozenset(
-                (0.0, *(peer.last_handshake for key, peer in peers.items() if keys is None or key in keys))
-            )
+            wanted = peers if keys is None else (key for key in keys if key in peers)
+            return frozenset((0.0, *(peers[key].last_handshake for key in wanted)))
         return None
 
     async def _shaken(self, keys: Collection[str], former: Container[float], seconds: float) -> bool:

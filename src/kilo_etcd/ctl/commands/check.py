@@ -354,7 +354,7 @@ def _claims(claims: Mapping[str, int]) -> Iterator[Finding]:
 
 
 def _settings(names: Sequence[str]) -> Iterator[Finding]:
-    """What is said of nodes that are not there."""
+    """A note on labels and annotations of nodes that have not registered."""
     if names:
         yield Finding(
             severity=Severity.NOTE, subject="labels and annotations",
@@ -701,8 +701,8 @@ async def examine(client: Client, keys: Keys, endpoints: tuple[str, ...]) -> Exa
         topology=topology,
         statuses=statuses,
         live=live,
-        claims=claims_without_record(view, keys),
-        settings=set_without_record(view, keys),
+        claims=claims_without_record(view, keys, registered),
+        settings=set_without_record(view, keys, registered),
         led_anew=frozenset(
             name
             for name in before.snapshot.nodes.keys() & snapshot.nodes.keys()

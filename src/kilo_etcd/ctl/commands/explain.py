@@ -95,7 +95,7 @@ def explain_command(mesh: Mesh, source: str, target: str, output: str, live: boo
         targets = ends((*traces, *internal), snapshot)
         gathered = mesh.ask(partial(gather, names=names_asked, tries=TRIES if few else 0, targets=targets))
         against = tuple(dict.fromkeys(suspicions((*traces, *internal), topology, statuses, gathered, names)))
-        # What a host has just answered is shown as wrong, and not a second time among the remarks.
+        # The hosts' answers are shown as what is wrong. A remark that says the same is left out.
         remarks = tuple(remark for remark in remarks if remark not in against)
     traces, internal = (weigh(group, source, plans, gathered) for group in (traces, internal))
     urgent = tuple(problem.text for problem in unaware_problems(topology))

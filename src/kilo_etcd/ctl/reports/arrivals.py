@@ -12,11 +12,13 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from ipaddress import ip_address
 from itertools import pairwise
+from operator import attrgetter
 
 from attrs import evolve, frozen
 
 from kilo_etcd.base.quoting import first_of
 from kilo_etcd.ctl.reports.live import Live, Pair, pairs, tunnels
+from kilo_etcd.store.records import DiagnosticsResponse
 from kilo_etcd.store.status_texts import FORWARDING_LOOK
 from kilo_etcd.topology.segments import Topology
 
@@ -155,10 +157,10 @@ def reached_by(topology: Topology, live: Live) -> dict[str, tuple[str, ...]]:
 def narrow(topology: Topology, live: Live) -> Iterator[Loss]:
     """Ways on which small packets arrive and none as large as the tunnel's MTU, one for all tunnels of a host. Where
     ping works and nothing else does, this is why. Large packets that get lost where small ones do say nothing."""
-    late = _tunnels_to(topology, {name: answer.late for name, answer in live.answers.items()})
+    late = _tunnels_to(topology, live, attrgetter("late"))
     tunnels = {
         ends: steady
-        for ends, askers in _tunnels_to(topology, {n: answer.small_only for n, answer in live.answers.items()}).items()
+        for ends, askers in _tunnels_to(topology, live, attrgetter("small_only")).items()
         if (steady := askers - late.get(ends, set()))
     }
     for host, others in by_host(tunnels):
@@ -174,8 +176,9 @@ def narrow(topology: Topology, live: Live) -> Iterator[Loss]:
 
 def unsteady(topology: Topology, live: Live) -> Iterator[Loss]:
     """Ways on which some packets get lost and others arrive, one for all ways of a host."""
-    late = _tunnels_to(topology, {name: answer.late for name, answer in live.answers.items()})
-    prompt = _tunnels_to(topology, {name: {*answer.reached} - {*answer.late} for name, answer in live.answers.items()})
+    if not (late := _tunnels_to(topology, live, attrgetter("late"))):
+        return
+    prompt = _tunnels_to(topology, live, lambda answer: {*answer.reached} - {*answer.late})
     ways: set[frozenset[str]] = set()
     for ends, askers in late.items():
         # If others have no loss in the same tunnel, it is on the way between a member and its leader.
@@ -195,15 +198,15 @@ def unsteady(topology: Topology, live: Live) -> Iterator[Loss]:
 
 
 def _tunnels_to(
-    topology: Topology, addresses: Mapping[str, Collection[str]]
-) -> dict[frozenset[str], set[str]]:  # fmt: skip
-    """The ends of the tunnels on the way from hosts to mesh addresses, or the two hosts if there is none, with the
-    hosts that ask."""
+    topology: Topology, live: Live, addresses: Callable[[DiagnosticsResponse], Collection[str]]
+) -> dict[frozenset[str], set[str]]:
+    """The ends of the tunnels on the way from hosts to some mesh addresses of their answers, or the two hosts if there
+    is none, with the hosts that ask."""
     nodes = topology.snapshot.nodes
     by_address = {str(address): node.name for node in nodes.values() for address in node.mesh_addresses}
     tunnels: dict[frozenset[str], set[str]] = {}
-    for name, of_host in sorted(addresses.items()):
-        for address in of_host:
+    for name, answer in live.answers.items():
+        for address in addresses(answer):
             if name in nodes and (target := by_address.get(address)) is not None and target != name:
                 here, there = end_of(topology, name), end_of(topology, target)
                 tunnels.setdefault(frozenset((here, there) if here != there else (name, target)), set()).add(name)

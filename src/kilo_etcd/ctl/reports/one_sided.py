@@ -84,11 +84,11 @@ def one_sided(
     for exemption in sorted({exemption for stated in alike for exemption in stated}, key=str):
         senders = [node for stated, nodes in alike.items() if exemption in stated for node in nodes]
         for stated, nodes in alike.items():
-            if (mismatch := _refused(exemption, senders, stated, nodes, plans)) is not None:
+            if (mismatch := _mismatch(exemption, senders, stated, nodes, plans)) is not None:
                 yield mismatch
 
 
-def _refused(
+def _mismatch(
     exemption: Exemption, senders: Iterable[Node], stated: tuple[Exemption, ...], nodes: list[Node], plans: Plans
 ) -> OneSided | None:
     """What hosts that state `stated` refuse of an exemption of `senders`, or else answer through the tunnels; None:
@@ -133,7 +133,7 @@ def echo_refused(plans: Plans, one: str, other: str) -> bool:
         return False
     return any(
         exemption.protocol == "icmp"
-        and (mismatch := _refused(exemption, (nodes[here],), stated[there], [nodes[there]], plans)) is not None
+        and (mismatch := _mismatch(exemption, (nodes[here],), stated[there], [nodes[there]], plans)) is not None
         and mismatch.refusing
         for here, there in ((one, other), (other, one))
         for exemption in stated[here]

@@ -186,18 +186,17 @@ def registered_names(view: View, keys: Keys) -> frozenset[str]:
     return frozenset(key.node for key in parsed if isinstance(key, NodeKey))
 
 
-def claims_without_record(view: View, keys: Keys) -> dict[str, int]:
-    """Names that claim mesh addresses and have no record -> how many they claim."""
-    parsed = [keys.parse(kv.key) for kv in view.kvs(keys.by_root)]
-    registered = {key.node for key in parsed if isinstance(key, NodeKey)}
+def claims_without_record(view: View, keys: Keys, registered: Collection[str]) -> dict[str, int]:
+    """Names that claim mesh addresses and are not among those `registered` -> how many they claim."""
+    parsed = (keys.parse(kv.key) for kv in view.kvs(keys.by_root))
     return Counter(key.node for key in parsed if isinstance(key, AddressKey) and key.node not in registered)
 
 
-def set_without_record(view: View, keys: Keys) -> tuple[str, ...]:
-    """Names that have a label or annotations and no record, sorted."""
+def set_without_record(view: View, keys: Keys, registered: Collection[str]) -> tuple[str, ...]:
+    """Names that have a label or annotations and are not among those `registered`, sorted."""
     parsed = [keys.parse(kv.key) for root in (keys.locations_root, keys.annotations_root) for kv in view.kvs(root)]
     named = {key.node for key in parsed if isinstance(key, LocationKey | AnnotationKey)}
-    return tuple(sorted(named - registered_names(view, keys)))
+    return tuple(sorted(named.difference(registered)))
 
 
 def report(

@@ -178,9 +178,9 @@ NFTNL_UDATA_RULE_COMMENT = 0
 NF_CT_STATE_NEW = 8
 """The bit of new packets, in nftables' ct state and in xtables' conntrack alike (nf_conntrack_common.h)."""
 NF_CT_STATE_UNTRACKED = 64
-"""That of packets that are not tracked, in nftables' ct state and xtables' older match `state`."""
+"""The bit of packets that are not tracked: in nftables' ct state, and in the older of xtables' two matches, `state`."""
 XT_CONNTRACK_STATE_UNTRACKED = 256
-"""That of the same in xtables' conntrack (xt_conntrack.h)."""
+"""The bit of such packets in xtables' newer match, `conntrack` (xt_conntrack.h)."""
 XT_CONNTRACK_REVISION = 3
 """The newest form of the match (net/netfilter/xt_conntrack.c)."""
 XT_CONNTRACK3 = Struct("=148xHHH")

@@ -458,10 +458,10 @@ def _condition(loaded: _Loaded, comparison: bytes, data: bytes) -> Condition:
     if held in ("state", "status"):
         # A new packet has the state `new`, and no bit of the status.
         new, untracked = (
-            (bits & loaded.number(mask) if mask else bits) == loaded.number(data)
+            ((bits & loaded.number(mask) if mask else bits) == loaded.number(data)) is equal
             for bits in ((_NEW, _UNTRACKED) if held == "state" else (0, 0))
         )
-        return new_packets(new is equal, untracked is equal) if held == "state" else Condition("new", new, equal)
+        return new_packets(new, untracked)
     if side in ("saddr", "daddr"):
         size = 4 if version == "4" else 16
         length = int.from_bytes(mask).bit_count() if mask else len(data) * 8
