@@ -254,23 +254,26 @@ async def test_packets_are_sent_to_whom_is_asked_for(world: World) -> None:
     assert (await world.answerer(plan=None).answer(DiagnosticsRequest())).undone == 0
 
 
-async def test_an_address_that_answers_a_later_request_only_is_reached_and_packets_get_lost(world: World) -> None:
+async def test_where_addresses_answer_later_requests_only_or_too_few_packets_get_lost(
+    world: World,
+) -> None:
     nodes = {
         f"h{number}": Node(name=f"h{number}", public_key=str(number), mesh_addresses=(ip_address(f"10.4.0.{number}"),))
-        for number in (1, 7, 8, 9)
+        for number in (1, 6, 7, 8, 9)
     }
     asked: Counter[IPAddress] = Counter()
     needed = {ip_address("10.4.0.7"): 40, ip_address("10.4.0.8"): 20, ip_address("10.4.0.9"): 7}
+    dropped = ip_address("10.4.0.6")
 
     def reach(address: IPAddress) -> bool:
         asked[address] += 1
-        return asked[address] >= needed[address]
+        return asked[address] >= needed.get(address, 0) and (address != dropped or asked[address] % 5 > 0)
 
     world.host.reach = reach
     answerer = world.answerer(topology=build_topology(Snapshot(revision=1, nodes=nodes)))
-    response = await answerer.answer(DiagnosticsRequest(targets=tuple(map(str, needed))))
-    assert (response.reached, response.unreached) == (("10.4.0.8", "10.4.0.9"), ("10.4.0.7",))
-    assert response.late == ("10.4.0.8",)
+    response = await answerer.answer(DiagnosticsRequest(targets=tuple(map(str, (dropped, *needed)))))
+    assert (response.reached, response.unreached) == (("10.4.0.6", "10.4.0.8", "10.4.0.9"), ("10.4.0.7",))
+    assert response.lossy == ("10.4.0.8", "10.4.0.6")
     assert decode_diagnostics_response(encode(response)) == response
 
 

@@ -8,7 +8,7 @@ from ipaddress import ip_address, ip_interface
 import pytest
 from attrs import evolve
 
-from kilo_etcd.ctl.reports.arrivals import losses, narrow, unsteady
+from kilo_etcd.ctl.reports.arrivals import across, limited, losses, narrow, path, unsteady
 from kilo_etcd.ctl.reports.live import Live
 from kilo_etcd.model import Candidate, CandidateClass, Endpoint, Node, Snapshot
 from kilo_etcd.store.records import DiagnosticsResponse, Tunnel
@@ -193,12 +193,17 @@ def test_a_host_that_neither_answers_nor_is_answered_although_its_tunnel_has_a_s
         # What goes by b1's tunnels, whoever sends it.
         (lambda one, other: (PLACES[one] == "b") != (PLACES[other] == "b"),
          [("b1", "small packets arrive between it and a1, c1, and none of 1420 bytes does")]),
+        (lambda one, other: "a2" in (one, other),
+         [("a2", "small packets arrive between it and a1, a3, and none of 1420 bytes does")]),
+        # Its own are answered, so that no hop is to blame.
+        (lambda one, other: other == "a2",
+         [("a2", "small packets arrive between it and a1, a3, b1, b2, c1, and none of 1420 bytes does")]),
         (lambda one, other: {PLACES[one], PLACES[other]} == {"b", "c"},
          [("b1 - c1", "small packets arrive between them, and none of 1420 bytes does")]),
         (lambda one, other: {one, other} == {"a2", "a3"},
          [("a2 - a3", "small packets arrive between them, and none of 1420 bytes does")]),
     ],
-    ids=["none", "a host", "a pair of locations", "within a location"],
+    ids=["none", "a host", "a member", "what a member takes", "a pair of locations", "within a location"],
 )  # fmt: skip
 def test_where_no_large_packet_arrives_the_tunnel_is_named(small_only: Lost, told: list[tuple[str, str]]) -> None:
     topology = mesh()
@@ -216,30 +221,80 @@ def test_where_no_large_packet_arrives_the_tunnel_is_named(small_only: Lost, tol
     assert losses(topology, live) == ()
 
 
-def test_where_only_a_later_request_is_answered_packets_get_lost_and_nothing_is_said_of_large_ones() -> None:
+def test_where_several_requests_are_not_answered_packets_get_lost_and_nothing_is_said_of_large_ones() -> None:
     topology = mesh()
     addresses = {name: str(node.mesh_addresses[0]) for name, node in topology.snapshot.nodes.items()}
 
-    def told(*late: tuple[str, str]) -> list[tuple[str, str]]:
+    def answers(lossy: Lost, silent: str = "") -> Live:
         live = asked(topology, lambda one, other: False)
-        answers = {
-            name: evolve(
-                answer, mtu=1420, late=(of := tuple(addresses[b] for a, b in late if a == name)), small_only=of
-            )
-            for name, answer in live.answers.items()
-        }
-        assert losses(topology, Live(answers=answers)) == ()
-        assert list(narrow(topology, Live(answers=answers))) == []
-        return [(loss.subject, loss.text) for loss in unsteady(topology, Live(answers=answers))]
+        return Live(
+            answers={
+                name: evolve(
+                    answer, mtu=1420, small_only=(of := tuple(addresses[b] for b in PLACES if lossy(name, b))), lossy=of
+                )
+                for name, answer in live.answers.items() if name != silent
+            },
+            silent=(silent,) if silent else (),
+        )  # fmt: skip
 
-    lost = "of many echo requests the first were not answered, and a later one was"
-    assert told() == []
-    assert told(("a2", "a3")) == [("a2 - a3", f"between them packets get lost: {lost}")]
-    # Members of a and b, by their leaders' one tunnel, in which b1 itself has losses.
-    assert told(("a2", "b2"), ("b1", "a3")) == [("a1 - b1", f"between them packets get lost: {lost}")]
-    # Others have none there, so it is on the way from a2 to its leader.
-    assert told(("a2", "b2")) == [("a1 - a2", f"between them packets get lost: {lost}")]
-    assert told(("c1", "b1"), ("c1", "a1")) == [("c1", f"between it and a1, b1 packets get lost: {lost}")]
+    def told(lossy: Lost, silent: str = "") -> list[tuple[str, str]]:
+        live = answers(lossy, silent)
+        assert losses(topology, live) == ()
+        assert list(narrow(topology, live)) == []
+        return [(loss.subject, loss.text) for loss in unsteady(topology, live)]
+
+    def between(*names: str) -> Lost:
+        return lambda one, other: one in names and other in names and one != other
+
+    def by(*hop: str) -> Lost:
+        return lambda one, other: one != other and across(topology, one, other, [frozenset(hop)])
+
+    lost = "packets get lost: some echo requests were answered, and several were not"
+    assert told(lambda one, other: False) == []
+    assert told(between("a2", "a3")) == [("a2 - a3", f"between them {lost}")]
+    # The tunnel of two leaders, for members too.
+    assert told(by("a1", "b1")) == [("a1 - b1", f"between them {lost}")]
+    # What a member receives, from everybody, whether its agent is there to say so or not.
+    for silent in ("", "a2"):
+        assert told(lambda one, other: (one == "a2") != (other == "a2"), silent) == [
+            ("a2", f"between it and a1, a3 {lost}")
+        ]
+        assert told(lambda one, other: (one == "c1") != (other == "c1"), silent) == [
+            ("c1", f"between it and a1, b1 {lost}")
+        ]
+    # Nothing between the two has lost anything else.
+    assert told(between("a2", "b2")) == [("a2 - b2", f"between them {lost}")]
+    # One direction alone loses no packets: the answers of the other direction arrive.
+    limit = lambda one, other: other == "a3" != one  # noqa: E731
+    assert told(limit) == []
+    assert [loss.subject for loss in limited(topology, answers(limit))] == ["a3"]
+    assert list(limited(topology, answers(between("a2", "a3")))) == []
+
+
+@pytest.mark.parametrize("host", ["a1", "a2", "c1"])
+@pytest.mark.parametrize(("mtu", "wanted", "least"), [(620, "more", 620), (8920, "less", 1420)])
+def test_a_device_with_another_mtu_is_named_wherever_it_is(host: str, mtu: int, wanted: str, least: int) -> None:
+    topology = mesh()
+    addresses = {name: str(node.mesh_addresses[0]) for name, node in topology.snapshot.nodes.items()}
+    mtus = {name: mtu if name == host else 1420 for name in PLACES}
+
+    def passes(one: str, other: str) -> bool:
+        return all(mtus[one] <= mtus[name] for name in path(topology, one, other))
+
+    live = Live(answers={
+        name: evolve(
+            answer, mtu=mtus[name], uplink="eth0", uplink_mtu=mtus[name] + 80,
+            small_only=tuple(addresses[other] for other in PLACES if other != name and not passes(name, other)),
+        )
+        for name, answer in asked(topology, lambda one, other: False).answers.items()
+    })  # fmt: skip
+    (loss,) = narrow(topology, live)
+    assert loss.subject == host
+    assert loss.remedy == (
+        f"the MTU of eth0 on {host} is {mtu + 80} bytes, so its tunnel takes packets of {mtu}, and those of most hosts "
+        f"take 1420: if its network carries {wanted}, ip link set dev eth0 mtu 1500 there, and in the configuration of "
+        f"its interfaces; if not, give all hosts {least} as --mtu (KILO_MTU) and restart the agents"
+    )
 
 
 @pytest.mark.parametrize(

@@ -6,7 +6,7 @@ from kernel_worlds import TARGET, lines, plan, tunnel, via
 
 from kilo_etcd.kernel.diff import diff
 from kilo_etcd.kernel.needs import possible
-from kilo_etcd.kernel.state import CreateLink, Link, Memory, Observed
+from kilo_etcd.kernel.state import AddAddress, CreateLink, Link, Memory, Observed
 from kilo_etcd.model.hostplan import Via
 
 ENCAPSULATED = plan(
@@ -28,6 +28,15 @@ def test_what_is_on_a_device_that_cannot_be_made_is_left_out() -> None:
         "ip link set kilo-ipip up",
         "ip route add 10.4.0.0/16 via 192.168.9.2 dev kilo-ipip proto 107 src 10.4.0.1 onlink",
     ]
+
+
+def test_what_sends_from_an_address_that_the_device_cannot_have_is_left_out() -> None:
+    changes = diff(ENCAPSULATED, Observed(), Memory(), TARGET)
+    (added,) = [change for change in changes if isinstance(change, AddAddress)]
+    left = lines(possible(changes, {added}))
+    needing = [line for line in lines(changes) if f" src {added.address.ip}" in line]
+    assert needing
+    assert [line for line in lines(changes) if line not in left] == [str(added), *needing]
 
 
 def test_a_device_that_is_there_by_now_is_looked_at_again() -> None:

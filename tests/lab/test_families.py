@@ -122,6 +122,33 @@ async def test_a_forced_endpoint_is_used_although_packets_come_from_the_former_o
                 await probe.flowing_again(30, after=(await probe.peek()).duration)
 
 
+async def test_check_names_a_host_whose_ipv6_is_switched_off_and_nothing_that_follows_from_it() -> None:
+    async with world(
+        site("gcp", host("gcp-1"), host("gcp-2", public=False)),
+        site("home", host("home-1")),
+        families=("ipv4", "ipv6"),
+        agent_args=(*BOTH, "--encapsulate", "wireguard"),
+    ) as lab:
+        for name in ("gcp-1", "gcp-2"):
+            sysctl = "net.ipv6.conf.all.disable_ipv6={}"
+            await lab.exec(name, "sysctl", "-qw", sysctl.format(1), check=True)
+
+            async def named(name: str = name) -> bool:
+                assert (name, "home-1") in await lab.missing_pings(timeout=0.5)
+                found = json.loads((await lab.kgctl("check", "-o", "json", check=False)).stdout)
+                (one,) = [finding for finding in found if finding["severity"] != "note"]
+                assert (one["severity"], one["subject"]) == ("error", name)
+                assert "IPv6 is switched off there" in one["text"]
+                return True
+
+            await eventually(named, 60, every=0.5, what=f"one error, of {name}")
+            told = await lab.kgctl("explain", name, "home-1", "--live", check=False)
+            assert told.returncode == 1
+            assert "IPv6 is switched off there" in told.stdout
+            await lab.exec(name, "sysctl", "-qw", sysctl.format(0), check=True)
+            await reached(lab)
+
+
 async def test_both_families_and_hosts_of_one() -> None:
     apart = [("four-1", "six-1"), ("four-1", "six-2")]
     async with world(

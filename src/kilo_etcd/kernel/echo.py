@@ -8,6 +8,7 @@ other. Nothing here draws conclusions: a host that did not answer may be gone, f
 from __future__ import annotations
 
 import errno
+import itertools
 import os
 import socket
 import struct
@@ -48,11 +49,14 @@ class EchoRequests:
     """How addresses are pinged."""
 
     times: int = 1
-    """Up to so many requests go to each address that has not answered yet."""
+    """Up to so many requests go to each address that does not count as answering yet."""
     patience: float
     """Seconds to wait after the last one."""
     first: bool = False
     """Whether the first answer ends it all."""
+    answers: int = 1
+    """Requests of an address that have to be answered until it counts as answering: with fewer than `times` of them
+    one learns on which ways some get lost."""
     size: int = 0
     """Bytes of each request's IP packet, to see whether large ones pass; 0: as few as can be."""
     sources: Mapping[IPAddress, IPAddress] = MappingProxyType({})
@@ -80,17 +84,20 @@ async def ping(addresses: Collection[IPAddress], requests: EchoRequests) -> Mapp
                 sockets[start] = out
         token = os.urandom(4)
         sent: dict[tuple[_From, int], tuple[IPAddress, float]] = {}
-        waiting = dict.fromkeys(address for address in addresses if starts[address] in sockets)
+        numbers = itertools.count()
+        waiting = dict.fromkeys((address for address in addresses if starts[address] in sockets), requests.answers)
 
         def done() -> bool:
             return not waiting or (requests.first and bool(answered))
 
         def read(start: _From) -> None:
             while (number := _reply(sockets[start], start[0], token)) is not None:
-                request = sent.get((start, number))
-                if request is not None and request[0] in waiting:
-                    del waiting[request[0]]
-                    answered[request[0]] = trio.current_time() - request[1]
+                address, at = sent.pop((start, number), (None, 0.0))
+                if address in waiting:
+                    waiting[address] -= 1
+                    if not waiting[address]:
+                        del waiting[address]
+                        answered[address] = trio.current_time() - at
 
         async def listen(start: _From) -> None:
             while True:
@@ -111,7 +118,7 @@ async def ping(addresses: Collection[IPAddress], requests: EchoRequests) -> Mapp
                         burst = requests.size
                     if address not in waiting:
                         continue
-                    number, start = len(sent) & 0xFFFF, starts[address]
+                    number, start = next(numbers) & 0xFFFF, starts[address]
                     sent[start, number] = (address, trio.current_time())
                     _request(sockets[start], address, number, token, requests.size)
                 await trio.sleep(SPACING if turn + 1 < requests.times else requests.patience)

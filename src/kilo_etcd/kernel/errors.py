@@ -190,8 +190,11 @@ def _sentence(change: Change, error: OSError) -> str:
     if isinstance(change, AddAddress) and code in (errno.EACCES, errno.EPERM, errno.EOPNOTSUPP):
         if change.address.version == 6:
             return (
-                f"{change.address} could not be put on {change.name}: IPv6 is switched off there; "
-                f"set net.ipv6.conf.{change.name}.disable_ipv6=0 or use an IPv4 mesh subnet"
+                f"{change.address} could not be put on {change.name}: IPv6 is switched off there, so the host sends "
+                f"and receives no IPv6 by the mesh; set net.ipv6.conf.{change.name}.disable_ipv6=0, or use an IPv4 "
+                "mesh subnet; if IPv6 was switched off on all devices (sysctl net.ipv6.conf.all.disable_ipv6), the "
+                "kernel has taken the IPv6 addresses of the others away too: switch it on for all, and have their "
+                "addresses set again"
             )
         return f"`{change}` was refused: {NO_PERMISSION}"
     if isinstance(change, ReplaceTable) and code in _NO_NFTABLES:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import errno
 import itertools
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from operator import attrgetter
 from pathlib import Path
 
 from attrs import evolve
@@ -251,9 +252,11 @@ class Host:
         far = {route.device for network, route in foreign.items() if not network.prefixlen}
         self._devices = tuple(sorted(near or far))
         dropping, openings = self._chains.read(self._devices)
+        uplinks = (link for index in self.egress if (link := self.links.get(index)) is not None)
         return Observed(
             time=self.handshake_clock.now(),
             link=own,
+            uplink=min(uplinks, key=attrgetter("mtu"), default=None),
             ours=ours,
             public_key=state.public_key,
             listen_port=state.listen_port,
@@ -516,13 +519,14 @@ class Host:
         made: list[Change] = []
         failed: list[tuple[Change, FailedChange]] = []
         missing: set[str] = set()
-        """Devices and rules that could not be made: what needs them is left out, since its failure says nothing new."""
+        """Devices, addresses and rules that could not be made: what needs them is left out, since its failure says
+        nothing new."""
         for kind, run in itertools.groupby(changes, _group):
             # Looked at one by one: a device may turn out to be missing within the group.
             able = (change for change in run if not needs(change) & missing)
             if kind == "wireguard":
                 results = self._make_wireguard(list(able))
-            elif kind in ("batch", "into the tunnel"):
+            elif kind in ("addresses", "batch", "into the tunnel"):
                 results = self._make_batch(list(able))
             else:
                 results = ((change, self._make_one(change)) for change in able)
@@ -696,6 +700,8 @@ def _group(change: Change) -> object:
         return "wireguard"
     if isinstance(change, AddRule) and leads_into_tunnel(change.rule):
         return "into the tunnel"
+    if isinstance(change, AddAddress):
+        return "addresses"  # Routes need them.
     if isinstance(change, _Batched):
         return "batch"
     return "one"

@@ -23,20 +23,23 @@ from kilo_etcd.kernel.state import (
 
 
 def needs(change: Change) -> frozenset[str]:
-    """The devices, and rules, without which a change makes no sense."""
+    """The devices, addresses and rules without which a change makes no sense."""
     if isinstance(change, AddRule) and leads_into_tunnel(change.rule):
         return frozenset({_past(change.rule)})
     if isinstance(change, AddRoute | ReplaceRoute):
-        return frozenset({change.route.device})
+        source = change.route.source
+        return frozenset({change.route.device} if source is None else {change.route.device, str(source)})
     if isinstance(change, SetMtu | SetUp | AddAddress):
         return frozenset({change.name})
     return frozenset()
 
 
 def provides(change: Change) -> frozenset[str]:
-    """The device, or the rules, that are missing if a change fails."""
+    """The device, the address or the rules that are missing if a change fails."""
     if isinstance(change, AddRule) and encrypted.is_ours(change.rule.priority):
         return frozenset({_past(change.rule)})
+    if isinstance(change, AddAddress):
+        return frozenset({str(change.address.ip)})
     return frozenset({change.name}) if isinstance(change, CreateLink | StartUserspace) else frozenset()
 
 

@@ -194,6 +194,8 @@ class Observed:
 
     time: float = 0.0
     link: Link | None = None
+    uplink: Link | None = field(default=None, eq=False)
+    """Of the devices by which packets to endpoints leave, one with the smallest MTU."""
     ours: bool = True
     public_key: str = ""
     """Of the device, whether it is ours or not; empty: it has no key."""

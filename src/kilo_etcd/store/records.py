@@ -209,6 +209,9 @@ class DiagnosticsResponse:
     """`kernel` or `userspace`."""
     mtu: int = 0
     """The tunnel's; 0: there is no interface."""
+    uplink: str = ""
+    """The device whose MTU gives that one; empty: another reason does, such as `--mtu` or a router on the way."""
+    uplink_mtu: int = 0
     tunnels: tuple[Tunnel, ...] = ()
     undone: int = 0
     """How many changes would turn what the kernel holds into the plan; 0: nothing differs."""
@@ -230,8 +233,8 @@ class DiagnosticsResponse:
     requests."""
     unreached: tuple[str, ...] = ()
     """Those that have not."""
-    late: tuple[str, ...] = ()
-    """Those of `reached` that have answered none of the first requests, so that packets get lost on the way."""
+    lossy: tuple[str, ...] = ()
+    """Those of `reached` that have left several requests unanswered, so that packets get lost on the way."""
     small_only: tuple[str, ...] = ()
     """Of those that have answered, the ones that answer no packet as large as the tunnel's MTU."""
     routes: tuple[TakenRoute, ...] = ()

@@ -6,6 +6,8 @@ CANNOT_PING = ("this process may not ping", "this host cannot ping")
 """How the sentences of an agent begin that cannot send echo requests (`kernel.errors`)."""
 NO_WIREGUARD = "does not answer (is its process stopped?)"
 """What the sentence of an agent says whose userspace WireGuard is stopped (`kernel.userspace`)."""
+NO_IPV6 = "IPv6 is switched off there"
+"""What the sentence of an agent says that cannot put its IPv6 mesh address on the device (`kernel.errors`)."""
 NO_BASELINE = "no host elsewhere has ever answered an echo request through the leader"
 """How the sentence on a leader without a baseline begins."""
 FORWARDING_LOOK = (

@@ -13,6 +13,7 @@ exactly what a real one would; only netlink is missing. Nothing is ever slow or 
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import AsyncIterator, Callable, Collection, Mapping, Sequence
 from contextlib import asynccontextmanager
 
@@ -305,10 +306,10 @@ class FakeKernel:
         if requests.size > self.host.largest:
             await trio.sleep(SPACING * (requests.times - 1) + requests.patience)
             return answered
+        answers: Counter[IPAddress] = Counter()
         for turn in range(requests.times):
-            answered.update(
-                (address, 0.0) for address in addresses if address not in answered and self.host.reach(address)
-            )
+            answers.update(address for address in addresses if address not in answered and self.host.reach(address))
+            answered.update((address, 0.0) for address in addresses if answers[address] >= requests.answers)
             if len(answered) == len(addresses) or (requests.first and answered):
                 await trio.lowlevel.checkpoint()
                 break

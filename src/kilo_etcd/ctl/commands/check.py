@@ -26,6 +26,7 @@ from kilo_etcd.ctl.reports.arrivals import (
     TRIES,
     by_host,
     end_of,
+    limited,
     losses,
     lost_across,
     lost_pairs,
@@ -35,7 +36,7 @@ from kilo_etcd.ctl.reports.arrivals import (
     unsteady,
 )
 from kilo_etcd.ctl.reports.causes import Silence, causes, silence
-from kilo_etcd.ctl.reports.evidence import Evidence, evidence, shown
+from kilo_etcd.ctl.reports.evidence import Evidence, evidence, shown, without_ipv6
 from kilo_etcd.ctl.reports.exemptions import exemptions
 from kilo_etcd.ctl.reports.internal_arrivals import internal_losses
 from kilo_etcd.ctl.reports.live import Live, Pair, differs, gather, pairs, tunnels
@@ -81,6 +82,13 @@ MOST_CLAIMS = 4
 
 MOST_NAMED = 20
 """Records that are named where there is something wrong with very many; the others are counted."""
+
+
+_LOSSY = (
+    "some packets between it and others get lost (see there), perhaps also those between its agent and etcd: mend that "
+    "first, then look at systemctl status kilo-etcd there"
+)
+"""What to do about an agent that is late or silent, on a host to or from which some packets get lost."""
 
 
 class Severity(StrEnum):
@@ -137,6 +145,8 @@ class Examined:
 def findings(examined: Examined) -> tuple[Finding, ...]:
     """The findings, the worst first."""
     order = list(Severity)
+    live = without_ipv6(examined.topology, examined.statuses, examined.live)
+    examined = evolve(examined, live=live)
     silences = silence(examined.topology, examined.statuses, examined.live)
     dead = {row.name for row in examined.report.nodes if not row.alive}
     places = evidence(examined.topology, examined.statuses, examined.live, dead)
@@ -147,21 +157,23 @@ def findings(examined: Examined) -> tuple[Finding, ...]:
     # If an error names a leader already, the probers' report of that leader would only repeat it.
     reported = unreached_through(examined.topology)
     repeated = [remark for remark in reported if any(_names(finding, remark.about) for finding in wrong)]
+    lossy = {name for loss in unsteady(examined.topology, live) for name in loss.subject.split(" - ")}
     unsorted = (
         *_etcd(examined.members),
         *_agents(
             examined.report,
             silences,
-            reached_by(examined.topology, examined.live),
+            reached_by(examined.topology, live),
             places,
-            {name: answer.trouble for name, answer in examined.live.answers.items()},
+            {name: answer.trouble for name, answer in live.answers.items()},
+            lossy,
         ),
         *_mode(examined.report),
         *_records(examined.report, frozenset(repeated)),
         *_unrouted(examined),
         *_claims(examined.claims),
         *_settings(examined.settings),
-        *_hosts(examined, places, wrong),
+        *_hosts(examined, places, wrong, lossy),
         *packets,
     )
     return tuple(sorted(dict.fromkeys(unsorted), key=lambda f: (order.index(f.severity), f.subject, f.text)))
@@ -210,9 +222,10 @@ def _agents(
     reached: Mapping[str, Sequence[str]] | None = None,
     places: Evidence | None = None,
     troubles: Mapping[str, Sequence[str]] | None = None,
+    lossy: Collection[str] = (),
 ) -> Iterator[Finding]:
     """`reached`: node -> the hosts whose echo requests it answers; `troubles`: node -> what its agent has answered
-    that is wrong."""
+    that is wrong; `lossy`: nodes to or from which some packets get lost."""
     if not report.nodes:
         yield Finding(
             severity=Severity.WARNING, subject="mesh", text="no node has registered under this prefix",
@@ -245,7 +258,8 @@ def _agents(
                          f"none of {first_of(lost, SHOWN)}" if lost
                          else f"its agent does not report, although the host answers echo requests of "
                               f"{first_of(askers, SHOWN)}; its place in the mesh is kept",
-                    remedy="systemctl status kilo-etcd there: it is stopped, does not reach etcd (look at ip route get "
+                    remedy=_LOSSY if row.name in lossy else
+                           "systemctl status kilo-etcd there: it is stopped, does not reach etcd (look at ip route get "
                            "ADDRESS-OF-ETCD, a firewall, name lookup), or has another name now (then: kgctl node "
                            f"forget {row.name})",
                 )  # fmt: skip
@@ -412,8 +426,11 @@ def _covers(network: IPNetwork, other: IPNetwork) -> bool:
     return network.version == other.version and other.subnet_of(network)  # type: ignore[arg-type]
 
 
-def _hosts(examined: Examined, places: Evidence, wrong: Collection[Finding]) -> Iterator[Finding]:
-    """`wrong`: errors about packets, which name what drops them already."""
+def _hosts(
+    examined: Examined, places: Evidence, wrong: Collection[Finding], lossy: Collection[str]
+) -> Iterator[Finding]:
+    """`wrong`: errors about packets, which name what drops them already; `lossy`: nodes to or from which some packets
+    get lost."""
     live, topology = examined.live, examined.topology
     if live.refused:
         yield Finding(
@@ -432,6 +449,7 @@ def _hosts(examined: Examined, places: Evidence, wrong: Collection[Finding]) -> 
                  f"{first_of(tried, SHOWN)}" if tried else "its agent lives, but has not answered in time",
             remedy="is the host up, with its default route (ip route), and its WireGuard running? systemctl status "
                    "kilo-etcd there" if tried
+                   else _LOSSY if name in lossy
                    else "systemctl status kilo-etcd there; an agent of an older version does not answer diagnostics "
                         "requests",
         )  # fmt: skip
@@ -534,8 +552,9 @@ def _packets(examined: Examined, silence: Silence, places: Evidence) -> Iterator
         explained=lambda one, other: led_anew(one, other) or refused(one, other),
     ):  # fmt: skip
         yield Finding(severity=Severity.ERROR, subject=loss.subject, text=loss.text, remedy=loss.next_steps)
-    for loss in (*unsteady(topology, live), *narrow(topology, live)):
-        yield Finding(severity=Severity.WARNING, subject=loss.subject, text=loss.text, remedy=loss.remedy)
+    for severity, kind in ((Severity.WARNING, unsteady), (Severity.WARNING, narrow), (Severity.NOTE, limited)):
+        for loss in kind(topology, live):
+            yield Finding(severity=severity, subject=loss.subject, text=loss.text, remedy=loss.remedy)
     if len(topology.snapshot.nodes) > 1:
         yield from _untried(examined)
 

@@ -9,6 +9,7 @@ session explains is left to whoever says that.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from ipaddress import ip_address
 from itertools import pairwise
@@ -155,62 +156,98 @@ def reached_by(topology: Topology, live: Live) -> dict[str, tuple[str, ...]]:
 
 
 def narrow(topology: Topology, live: Live) -> Iterator[Loss]:
-    """Ways on which small packets arrive and none as large as the tunnel's MTU, one for all tunnels of a host. Where
+    """Ways on which small packets arrive and none as large as the tunnel's MTU, one for all ways of a host. Where
     ping works and nothing else does, this is why. Large packets that get lost where small ones do say nothing."""
-    late = _tunnels_to(topology, live, attrgetter("late"))
-    tunnels = {
-        ends: steady
-        for ends, askers in _tunnels_to(topology, live, attrgetter("small_only")).items()
-        if (steady := askers - late.get(ends, set()))
-    }
-    for host, others in by_host(tunnels):
-        askers = {asker for other in others for asker in tunnels[frozenset((host, other))]}
-        size = max(live.answers[asker].mtu for asker in askers)
+    lossy = _to_nodes(topology, live, attrgetter("lossy"))
+    lost = _to_nodes(topology, live, attrgetter("small_only")) - lossy
+    passed = _to_nodes(topology, live, attrgetter("reached")) - lossy - lost
+    blamed = _blamed(topology, lost, passed, lambda sender: live.answers[sender].mtu)
+    for host, others in by_host(blamed):
+        size = max(live.answers[sender].mtu for other in others for sender in blamed[frozenset((host, other))])
         yield Loss(
             subject=host if len(others) > 1 else f"{host} - {others[0]}", filtered=True,
             text=f"small packets arrive between it and {some(others)}, and none of {size} bytes does" if len(others) > 1
                  else f"small packets arrive between them, and none of {size} bytes does",
-            remedy=_smaller(topology, live, host, others[0], size),
+            remedy=_other_mtu(live, (host,) if len(others) > 1 else (host, others[0]))
+                   or _smaller(topology, live, host, others[0], size),
         )  # fmt: skip
 
 
 def unsteady(topology: Topology, live: Live) -> Iterator[Loss]:
     """Ways on which some packets get lost and others arrive, one for all ways of a host."""
-    if not (late := _tunnels_to(topology, live, attrgetter("late"))):
-        return
-    prompt = _tunnels_to(topology, live, lambda answer: {*answer.reached} - {*answer.late})
-    ways: set[frozenset[str]] = set()
-    for ends, askers in late.items():
-        # If others have no loss in the same tunnel, it is on the way between a member and its leader.
-        near = {frozenset((asker, end_of(topology, asker))) for asker in askers if asker not in ends}
-        steady = prompt.get(ends, set()) - askers
-        ways |= near if steady and near and askers.isdisjoint(ends) else {ends}
-    for host, others in by_host(ways):
+    lossy = _to_nodes(topology, live, attrgetter("lossy"))
+    steady = _to_nodes(topology, live, attrgetter("reached")) - lossy
+    for host, others in by_host(_blamed(topology, {pair for pair in lossy if pair[::-1] not in steady}, steady)):
         address = topology.snapshot.nodes[others[0]].mesh_addresses[0]
         yield Loss(
             subject=host if len(others) > 1 else f"{host} - {others[0]}", filtered=True,
-            text=f"{f'between it and {some(others)}' if len(others) > 1 else 'between them'} packets get lost: of many "
-                 "echo requests the first were not answered, and a later one was",
+            text=f"{f'between it and {some(others)}' if len(others) > 1 else 'between them'} packets get lost: some "
+                 "echo requests were answered, and several were not",
             remedy=f"how many: `ping -c 100 -i 0.1 {address}` on {host}; if the network between them loses as many "
                    f"(ping to the endpoint that `wg` shows there), look at links and queues (ip -s link), else at a "
                    "firewall's limits (nft list ruleset); a way that came up a moment ago looks the same: check again",
         )  # fmt: skip
 
 
-def _tunnels_to(
+def limited(topology: Topology, live: Live) -> Iterator[Loss]:
+    """Hosts that leave several echo requests of others unanswered that answer all of theirs. Lost packets would be
+    missing in both directions."""
+    lossy = _to_nodes(topology, live, attrgetter("lossy"))
+    steady = _to_nodes(topology, live, attrgetter("reached")) - lossy
+    senders: dict[str, list[str]] = {}
+    for sender, target in sorted(lossy):
+        if (target, sender) in steady:
+            senders.setdefault(target, []).append(sender)
+    for target, others in sorted(senders.items()):
+        yield Loss(
+            subject=target, filtered=True,
+            text=f"it answers some echo requests of {some(others)} and leaves several unanswered, although all of its "
+                 "own are answered: its firewall limits their number, or few were lost by chance",
+            remedy="nft list ruleset there: a limit on echo requests does no harm, one on other packets would",
+        )  # fmt: skip
+
+
+def _to_nodes(
     topology: Topology, live: Live, addresses: Callable[[DiagnosticsResponse], Collection[str]]
-) -> dict[frozenset[str], set[str]]:
-    """The ends of the tunnels on the way from hosts to some mesh addresses of their answers, or the two hosts if there
-    is none, with the hosts that ask."""
+) -> set[tuple[str, str]]:
+    """The pairs of hosts that have sent packets to mesh addresses, and the nodes that have these, of some addresses of
+    the answers."""
     nodes = topology.snapshot.nodes
     by_address = {str(address): node.name for node in nodes.values() for address in node.mesh_addresses}
-    tunnels: dict[frozenset[str], set[str]] = {}
-    for name, answer in live.answers.items():
-        for address in addresses(answer):
-            if name in nodes and (target := by_address.get(address)) is not None and target != name:
-                here, there = end_of(topology, name), end_of(topology, target)
-                tunnels.setdefault(frozenset((here, there) if here != there else (name, target)), set()).add(name)
-    return tunnels
+    return {
+        (name, target)
+        for name, answer in live.answers.items()
+        if name in nodes
+        for address in addresses(answer)
+        if (target := by_address.get(address)) is not None and target != name
+    }
+
+
+def _blamed(
+    topology: Topology,
+    lost: Collection[tuple[str, str]],
+    passed: Collection[tuple[str, str]],
+    size: Callable[[str], int] = lambda sender: 0,
+) -> dict[frozenset[str], set[str]]:
+    """Two adjacent hosts for each way on which packets got lost, between whom none that was as large is known to have
+    passed, and of those the two who have most such ways in common; with the senders. If there are none: the two ends.
+    `size`: the bytes of a sender's packets."""
+    largest: dict[frozenset[str], int] = {}
+    for pair in passed:
+        for hop in _hops(topology, *pair):
+            largest[hop] = max(largest.get(hop, 0), size(pair[0]))
+    suspects = {
+        pair: [
+            hop for hop in _hops(topology, *pair) if hop not in largest or largest[hop] < size(pair[0])
+        ] or [frozenset(pair)]
+        for pair in lost
+    }  # fmt: skip
+    number = Counter(hop for hops in suspects.values() for hop in hops)
+    blamed: dict[frozenset[str], set[str]] = {}
+    for pair, hops in suspects.items():
+        hop = min(hops, key=lambda hop: (-number[hop], sorted(hop)))
+        blamed.setdefault(hop, set()).add(pair[0])
+    return blamed
 
 
 def by_host(
@@ -230,6 +267,23 @@ def by_host(
             if not others[other]:
                 del others[other]
         yield host, far
+
+
+def _other_mtu(live: Live, hosts: Collection[str]) -> str:
+    """What to do if a device of one of these hosts has another MTU than those of most hosts; else empty."""
+    mtus = Counter(answer.mtu for answer in live.answers.values() if answer.mtu)
+    usual = max(mtus, key=lambda mtu: (mtus[mtu], mtu), default=0)
+    unusual = [name for name in hosts if name in live.answers and live.answers[name].mtu not in (0, usual)]
+    if len(unusual) != 1 or not (answer := live.answers[unusual[0]]).uplink:
+        return ""
+    name, device, mtu = unusual[0], answer.uplink, answer.mtu
+    wanted = usual + answer.uplink_mtu - mtu
+    return (
+        f"the MTU of {device} on {name} is {answer.uplink_mtu} bytes, so its tunnel takes packets of {mtu}, and those "
+        f"of most hosts take {usual}: if its network carries {'more' if mtu < usual else 'less'}, ip link set dev "
+        f"{device} mtu {wanted} there, and in the configuration of its interfaces; if not, give all hosts "
+        f"{min(mtu, usual)} as --mtu (KILO_MTU) and restart the agents"
+    )
 
 
 def _smaller(topology: Topology, live: Live, one: str, other: str, size: int) -> str:

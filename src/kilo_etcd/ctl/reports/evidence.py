@@ -13,7 +13,7 @@ from functools import cached_property
 from ipaddress import ip_address
 from itertools import chain, pairwise
 
-from attrs import field, frozen
+from attrs import evolve, field, frozen
 
 from kilo_etcd.base.quoting import first_of
 from kilo_etcd.ctl.reports.arrivals import (
@@ -32,7 +32,7 @@ from kilo_etcd.ctl.reports.causes import Kind
 from kilo_etcd.ctl.reports.live import Live, ago, pairs, tunnels
 from kilo_etcd.model import Node
 from kilo_etcd.store.records import StatusRecord
-from kilo_etcd.store.status_texts import NO_WIREGUARD
+from kilo_etcd.store.status_texts import NO_IPV6, NO_WIREGUARD
 from kilo_etcd.topology.forced_addresses import lacks
 from kilo_etcd.topology.segments import Topology
 
@@ -122,6 +122,46 @@ class Evidence:
         )
 
 
+def without_ipv6(topology: Topology, statuses: Mapping[str, StatusRecord], live: Live) -> Live:
+    """The answers without the IPv6 packets that are lost, or take other routes, because a host on their way has IPv6
+    switched off. That host's error says so."""
+    off = _hosts_that_say(NO_IPV6, statuses, live) & topology.snapshot.nodes.keys()
+    if not off:
+        return live
+    by_address = {
+        str(address): node.name
+        for node in topology.snapshot.nodes.values()
+        for address in (*node.mesh_addresses, *(ip.ip for ip in node.internal_ips))
+        if address.version == 6
+    }
+
+    def explained(name: str, address: str) -> bool:
+        target = by_address.get(address)
+        return target is not None and not off.isdisjoint(path(topology, name, target))
+
+    return evolve(live, answers={
+        name: evolve(
+            answer,
+            unreached=tuple(address for address in answer.unreached if not explained(name, address)),
+            routes=tuple(route for route in answer.routes if not explained(name, route.address)),
+        ) if name in topology.snapshot.nodes else answer
+        for name, answer in live.answers.items()
+    })  # fmt: skip
+
+
+def _hosts_that_say(text: str, statuses: Mapping[str, StatusRecord], live: Live) -> frozenset[str]:
+    """The hosts in whose errors a text stands."""
+    return frozenset(
+        name
+        for texts in (
+            {name: status.errors for name, status in statuses.items()},
+            {name: answer.trouble for name, answer in live.answers.items()},
+        )
+        for name, errors in texts.items()
+        if any(text in error for error in errors)
+    )
+
+
 def evidence(
     topology: Topology, statuses: Mapping[str, StatusRecord], live: Live, dead: Collection[str] = ()
 ) -> Evidence:
@@ -131,13 +171,11 @@ def evidence(
     reached = reached_by(topology, live)
     paths = {path(topology, asker, other) for other, askers in reached.items() for asker in askers}
     routes, endpoints = _routes(topology, live, lost)
-    stopped = {name for name, status in statuses.items() if any(NO_WIREGUARD in text for text in status.errors)}
-    stopped |= {name for name, answer in live.answers.items() if any(NO_WIREGUARD in text for text in answer.trouble)}
     return Evidence(
         topology=topology,
         routes=routes,
         endpoints=endpoints,
-        stopped=frozenset(stopped & nodes.keys()),
+        stopped=_hosts_that_say(NO_WIREGUARD, statuses, live) & nodes.keys(),
         unresponsive=_unresponsive(topology, statuses, live, {*live.silent, *dead} & nodes.keys(), reached, paths),
         passing=frozenset(chain.from_iterable(paths)),
         blocked=_blocked(topology, live, lost),

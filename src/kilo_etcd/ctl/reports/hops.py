@@ -7,7 +7,7 @@ because its agent does not report, that is a suspicion, and no more.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import suppress
 from functools import partial
 from ipaddress import ip_address, ip_network
@@ -16,7 +16,7 @@ from attrs import evolve, frozen
 
 from kilo_etcd.ctl.reports.arrivals import Loss, losses, narrow, unsteady
 from kilo_etcd.ctl.reports.causes import Cause, causes, silence
-from kilo_etcd.ctl.reports.evidence import evidence, shown
+from kilo_etcd.ctl.reports.evidence import evidence, shown, without_ipv6
 from kilo_etcd.ctl.reports.internal_arrivals import internal_losses
 from kilo_etcd.ctl.reports.live import Live, LiveTunnel, ago, differs, pairs, tunnels
 from kilo_etcd.ctl.reports.one_sided import echo_refused
@@ -207,7 +207,8 @@ def suspicions(
     }
     far_ends = {trace.there.start for trace in traces}
     far_ends |= {trace.there.steps[-1].target for trace in traces if trace.there.steps}
-    whole, live = live, live.only(live.answers.keys() if names is None else names)
+    whole = without_ipv6(topology, statuses, live)
+    live = whole.only(whole.answers.keys() if names is None else names)
     for name in live.silent:
         yield name, "its agent lives, but has not answered in time"
     for name, answer in sorted(live.answers.items()):
@@ -232,6 +233,10 @@ def suspicions(
     places = evidence(topology, statuses, whole)
     unsettled = {*silences.apart, *silences.undecided}
     refused = partial(echo_refused, Plans(topology, statuses))
+
+    def about(losses: Iterable[Loss | Cause]) -> Iterator[Loss | Cause]:
+        return (loss for loss in losses if names is None or _is_about(loss.subject, topology, names))
+
     lost: list[Loss | Cause] = []
     if names is None or any(_is_lost(trace, live) for trace in traces):
         all_losses: tuple[Loss | Cause, ...] = (
@@ -242,8 +247,8 @@ def suspicions(
                 explained=places.explains,
             ),
         )  # fmt: skip
-        lost += (loss for loss in all_losses if names is None or _is_about(loss.subject, topology, names))
-    lost += (*unsteady(topology, live), *narrow(topology, live))
+        lost += about(all_losses)
+    lost += about((*unsteady(topology, whole), *narrow(topology, whole)))
     lost += internal_losses(topology, live, places, unsettled, explained=refused)
     for loss in lost:
         yield loss.subject, f"{loss.text}: {loss.remedy}"
