@@ -273,7 +273,7 @@ async def test_where_addresses_answer_later_requests_only_or_too_few_packets_get
     answerer = world.answerer(topology=build_topology(Snapshot(revision=1, nodes=nodes)))
     response = await answerer.answer(DiagnosticsRequest(targets=tuple(map(str, (dropped, *needed)))))
     assert (response.reached, response.unreached) == (("10.4.0.6", "10.4.0.8", "10.4.0.9"), ("10.4.0.7",))
-    assert response.lossy == ("10.4.0.8", "10.4.0.6")
+    assert response.echoes == (("10.4.0.6", 20, 16), ("10.4.0.9", 20, 20), ("10.4.0.8", 32, 13))
     assert decode_diagnostics_response(encode(response)) == response
 
 

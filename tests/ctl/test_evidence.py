@@ -13,9 +13,10 @@ from kilo_etcd.ctl.commands.check import Examined, Finding, Severity, findings
 from kilo_etcd.ctl.reports import arrivals
 from kilo_etcd.ctl.reports.arrivals import by_host, losses
 from kilo_etcd.ctl.reports.causes import Kind
-from kilo_etcd.ctl.reports.evidence import evidence
+from kilo_etcd.ctl.reports.evidence import evidence, shown
 from kilo_etcd.ctl.reports.live import Live
 from kilo_etcd.ctl.reports.report import report
+from kilo_etcd.kernel.errors import shadow
 from kilo_etcd.model import Candidate, CandidateClass, Granularity
 from kilo_etcd.model.hostplan import HostPlan
 from kilo_etcd.planning.reach import MemberAddress, Silent, withhold
@@ -135,6 +136,23 @@ def test_an_agents_error_that_names_a_route_to_a_member_is_shown_and_the_locatio
     # What the answer names too is named once.
     (one,) = errors(with_answer(live, "a2", routes=(TakenRoute(str(near), "", route, True),)))
     assert one.text.startswith("its kernel sends packets for")
+
+
+def test_the_route_of_another_program_is_named_once_by_the_agent_or_else_with_the_command_that_removes_it() -> None:
+    topology, live = world(around("c1"))
+    routes = tuple(
+        TakenRoute(address(topology, name), "", f"{REFUSED}, by ip -4 route {network}", True)
+        for name, network in (("a1", "10.4.0.0/17"), ("b1", "10.4.0.0/17"))
+    )
+    live = with_answer(live, "c1", routes=routes)
+    (loss,) = shown(evidence(topology, {}, live))
+    assert loss.remedy == "remove that route of another program on c1 (ip -4 route del 10.4.0.0/17)"
+    named = StatusRecord(
+        public_key="c1", revision=1, errors=(shadow(ip_network("10.4.0.0/17"), ip_network("10.4.0.0/16")),)
+    )
+    places = evidence(topology, {"c1": named}, live)
+    assert list(shown(places)) == []
+    assert places.explains("c1", "a1")
 
 
 def test_endpoints_without_a_route_are_named_once_and_no_tunnel_besides() -> None:

@@ -49,6 +49,15 @@ async def test_who_is_there_answers_in_both_families_and_who_is_not_does_not() -
     assert all(0 <= seconds < 5 for seconds in found.values())
 
 
+async def test_answers_are_counted_where_requests_get_lost() -> None:
+    allow()
+    sh("nft 'add table inet t; add chain inet t in { type filter hook input priority 0; }'")
+    sh("nft 'add rule inet t in icmp type echo-request ip daddr 127.0.0.2 numgen inc mod 4 0 drop'")
+    with trio.fail_after(20):
+        counts = await echo.count([HERE, ALSO, SIX, NOBODY], EchoRequests(times=20, patience=0.3))
+    assert counts == {HERE: 20, ALSO: 15, SIX: 20}
+
+
 async def test_requests_leave_from_the_source_address_that_is_asked_for() -> None:
     allow()
     sh("ip address add 192.0.2.7/32 dev lo; ip address add fd00::7/128 dev lo")

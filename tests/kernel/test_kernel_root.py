@@ -659,6 +659,24 @@ async def test_a_route_that_cannot_be_replaced_does_not_stay_as_it_was() -> None
         await settled(kernel, after)
 
 
+async def test_without_ipv6_on_the_device_one_failure_says_so_and_no_route_stays_as_it_was() -> None:
+    underlay()
+    both = ("10.4.0.1/32", "fd00:4::1/128")
+    before = plan(via("fd00:7::/64", "fd00:9::254", source="fd00:4::1"), addresses=both)
+    after = plan(via("fd00:7::/64", "fd00:9::253", source="fd00:4::1"), addresses=both)
+    async with agent() as kernel:
+        await kernel.apply(before)
+        sh("sysctl -qw net.ipv6.conf.kilo0.disable_ipv6=1")
+        for _ in range(2):
+            (failure,) = (await kernel.apply(after)).failures
+            assert failure.text.startswith("fd00:4::1/128 could not be put on kilo0: IPv6 is switched off there")
+            assert "fd00:7::/64" not in sh("ip -6 route show")
+        sh("sysctl -qw net.ipv6.conf.kilo0.disable_ipv6=0")
+        assert (await kernel.apply(after, fresh=True)).failures == ()
+        assert "fd00:7::/64 via fd00:9::253 dev eth0" in sh("ip -6 route show")
+        await settled(kernel, after)
+
+
 async def test_one_bad_route_does_not_stop_the_others() -> None:
     underlay()
     wanted = plan(via("10.7.0.0/16", "172.31.0.1"), via("10.8.0.0/16", GATEWAY4), MESH)

@@ -23,6 +23,7 @@ from kilo_etcd.store.records import (
     CandidateRecord,
     DiagnosticsRequest,
     DiagnosticsResponse,
+    EchoCount,
     NodeRecord,
     ObservedEndpointRecord,
     PeerRecord,
@@ -215,6 +216,12 @@ def truth(value: object) -> bool:
     return value
 
 
+def echo_count(value: object) -> EchoCount:
+    if not isinstance(value, list) or len(value) < 3:
+        raise ValueError("no count")
+    return EchoCount(string(value[0]), whole(value[1]), whole(value[2]))
+
+
 def taken_route(value: object) -> TakenRoute:
     if not isinstance(value, list) or len(value) < 4:
         raise ValueError
@@ -296,7 +303,7 @@ READERS: dict[type, dict[str, Callable[[object], Any]]] = {
         "refused": items(string),
         "reached": items(string),
         "unreached": items(string),
-        "lossy": items(string),
+        "echoes": items(echo_count),
         "smallOnly": items(string),
         "routes": items(taken_route),
         "unansweredPeers": items(string),

@@ -19,7 +19,7 @@ from attrs import define, field, frozen
 
 from kilo_etcd import kernel
 from kilo_etcd.agent.probing.ping_targets import addresses_to_try, nodes_to_try
-from kilo_etcd.agent.probing.taken_routes import taken_directly, taken_route, with_rule
+from kilo_etcd.agent.probing.taken_routes import taken_directly, taken_route, with_cause
 from kilo_etcd.etcd import api as etcd
 from kilo_etcd.kernel.echo import EchoRequests
 from kilo_etcd.kernel.firewall.chains import Refusal
@@ -32,7 +32,7 @@ from kilo_etcd.runtime.handshakes import trigger_handshakes
 from kilo_etcd.runtime.logs import Once
 from kilo_etcd.store.diagnostics import serve
 from kilo_etcd.store.keys import Keys
-from kilo_etcd.store.records import DiagnosticsRequest, DiagnosticsResponse, TakenRoute, Tunnel
+from kilo_etcd.store.records import DiagnosticsRequest, DiagnosticsResponse, EchoCount, TakenRoute, Tunnel
 from kilo_etcd.topology.segments import Topology, host_network
 
 SHOWN = 20
@@ -54,9 +54,9 @@ MORE_PINGS, MORE_SECONDS = 24, 0.3
 """The same for those that have not answered these. One that answers now is not cut off: packets get lost on the way. If
 half of them get lost each way, one address in ten answers none of 8 requests, and one in 10,000 none of 32."""
 
-STEADY_PINGS, STEADY_ANSWERS, STEADY_SECONDS = 20, 17, 0.5
-"""The same for those that have answered, which shows where some packets get lost; and how many answers there have to
-be. On a way that loses 2 % there are fewer in one case of 2,000, where it loses 20 % in six of ten."""
+COUNTED_PINGS, COUNTED_SECONDS = 20, 1.2
+"""The same for those that have answered, whose answers are counted: many hosts' counts together show where packets get
+lost in part."""
 
 LARGE_PINGS, LARGE_SECONDS = 10, 0.6
 """The same for requests as large as the tunnel's MTU, to those that have answered small ones. The first ones may be
@@ -163,7 +163,7 @@ class DiagnosticsServer:
         if tried.routes and self._programmed().plan != plan:
             # The kernel's choice may have been that of the new plan, and was compared with the routes of the old one.
             tried.routes.clear()
-        uplink = _uplink(observed)
+        uplink = _uplink(plan, observed)
         return DiagnosticsResponse(
             time=int(time.time() * 1000),
             revision=programmed.revision,
@@ -184,7 +184,7 @@ class DiagnosticsServer:
             routes=tuple(tried.routes),
             unanswered_peers=tuple(tried.unanswered_peers),
             unsent_peers=tuple(tried.unsent_peers),
-            lossy=tuple(tried.lossy),
+            echoes=tuple(tried.echoes),
             small_only=tuple(tried.small_only),
             # As it was before the packets went out: what is decided meanwhile is in the status by now.
             undecided=programmed.undecided,
@@ -232,14 +232,14 @@ class DiagnosticsServer:
 
             async def try_again() -> None:
                 more = EchoRequests(sources=sources, times=MORE_PINGS, patience=MORE_SECONDS)
-                late = [str(address) for address in await self._kernel.ping(silent, more)]
-                tried.answered.update(dict.fromkeys(late, True))
-                tried.lossy += late
+                late = await self._kernel.count_echoes(silent, more)
+                tried.answered.update((str(address), True) for address in late)
+                tried.count(late, PINGS + MORE_PINGS)
 
-            async def try_steady() -> None:
-                many = EchoRequests(times=STEADY_PINGS, answers=STEADY_ANSWERS, patience=STEADY_SECONDS)
-                steady = await self._kernel.ping(mesh, many)
-                tried.lossy += [str(address) for address in mesh if address not in steady]
+            async def count() -> None:
+                requests = EchoRequests(times=COUNTED_PINGS, patience=COUNTED_SECONDS)
+                counts = await self._kernel.count_echoes(mesh, requests)
+                tried.count({address: counts.get(address, 0) for address in mesh}, COUNTED_PINGS)
 
             async def try_large() -> None:
                 large = await self._kernel.ping(mesh, EchoRequests(times=LARGE_PINGS, patience=LARGE_SECONDS, size=mtu))
@@ -258,9 +258,10 @@ class DiagnosticsServer:
                 if silent:
                     nursery.start_soon(noted, try_again)
                 if mesh:
-                    nursery.start_soon(noted, try_steady)
-                if mtu and mesh:
-                    nursery.start_soon(noted, try_large)
+                    nursery.start_soon(noted, count)
+            # Not meanwhile: small packets could get lost in a queue that is full of large ones.
+            if mtu and mesh:
+                await noted(try_large)
             if errors:
                 raise errors[0]
             if programmed.sends:
@@ -293,7 +294,8 @@ class DiagnosticsServer:
             if route.foreign and rules is None:
                 rules = await self._kernel.foreign_rules()
             if address in internal or (route.foreign and host_network(address) not in plan.refused):
-                result.append(with_rule(route, address, answer, rules or ()))
+                foreign = {} if address in members else observed.foreign
+                result.append(with_cause(route, address, answer, rules or (), foreign))
         return result
 
     async def _routes_to_endpoints(self, plan: HostPlan, observed: Observed) -> list[TakenRoute]:
@@ -333,11 +335,15 @@ class _PingResults:
     """The results of the echo requests of one request."""
 
     answered: dict[str, bool] = field(factory=dict)
-    lossy: list[str] = field(factory=list)
+    echoes: list[EchoCount] = field(factory=list)
     small_only: list[str] = field(factory=list)
     routes: list[TakenRoute] = field(factory=list)
     unanswered_peers: list[str] = field(factory=list)
     unsent_peers: list[str] = field(factory=list)
+
+    def count(self, answers: Mapping[IPAddress, int], sent: int) -> None:
+        """Note how many of `sent` requests were answered."""
+        self.echoes += (EchoCount(str(address), sent, answered) for address, answered in answers.items())
 
     def compare(self, before: Observed, after: Mapping[str, ObservedPeer]) -> None:
         """Note the peers with whom packets go one way only."""
@@ -348,13 +354,13 @@ class _PingResults:
                     (self.unanswered_peers if sent else self.unsent_peers).append(key)
 
 
-def _uplink(observed: Observed) -> Link | None:
+def _uplink(plan: HostPlan | None, observed: Observed) -> Link | None:
     """The device whose MTU gives that of the tunnel."""
     uplink, link = observed.uplink, observed.link
-    if uplink is None or link is None:
+    if uplink is None or link is None or plan is None:
         return None
-    overheads = (WIREGUARD_OVERHEAD, WIREGUARD_OVERHEAD + IPIP_OVERHEAD)
-    return uplink if uplink.mtu - link.mtu in overheads else None
+    overhead = WIREGUARD_OVERHEAD + (IPIP_OVERHEAD if plan.ipip_remotes else 0)
+    return uplink if uplink.mtu - link.mtu == overhead else None
 
 
 def tunnels(observed: Observed) -> tuple[Tunnel, ...]:

@@ -63,6 +63,10 @@ class Kernel(Protocol):
     async def peer_activity(self) -> PeerActivity:
         """The state of the WireGuard device's peers now: much less to read than all that `observe` does."""
 
+    async def count_echoes(self, addresses: Collection[IPAddress], requests: EchoRequests) -> Mapping[IPAddress, int]:
+        """How many of the echo requests to each address are answered, for those that answer any; see
+        `kernel.echo.count`. Errors as for `ping`."""
+
     async def ping(self, addresses: Collection[IPAddress], requests: EchoRequests) -> Mapping[IPAddress, float]:
         """Which of `addresses` answer an echo request, and after how many seconds; see `kernel.echo.ping`.
 

@@ -40,6 +40,8 @@ answers."""
 _HEADERS = {4: 20, 6: 40}
 """Bytes of an IP header."""
 
+_NOTHING: tuple[IPAddress | None, float] = None, 0.0
+
 _FORM = struct.Struct("!BBHHH4s")
 """Type, code, checksum and identifier (both the kernel's), sequence number, a token by which our request is known."""
 
@@ -49,14 +51,11 @@ class EchoRequests:
     """How addresses are pinged."""
 
     times: int = 1
-    """Up to so many requests go to each address that does not count as answering yet."""
+    """Up to so many requests go to each address that has not answered yet; `count` sends as many to each."""
     patience: float
     """Seconds to wait after the last one."""
     first: bool = False
     """Whether the first answer ends it all."""
-    answers: int = 1
-    """Requests of an address that have to be answered until it counts as answering: with fewer than `times` of them
-    one learns on which ways some get lost."""
     size: int = 0
     """Bytes of each request's IP packet, to see whether large ones pass; 0: as few as can be."""
     sources: Mapping[IPAddress, IPAddress] = MappingProxyType({})
@@ -69,7 +68,20 @@ async def ping(addresses: Collection[IPAddress], requests: EchoRequests) -> Mapp
     Nothing is sent to an address whose source address the host does not have. PermissionError: this process may not
     ping; OSError: it has no socket to do it with.
     """
-    answered: dict[IPAddress, float] = {}
+    return {address: times[0] for address, times in (await _exchange(addresses, requests, 1)).items()}
+
+
+async def count(addresses: Collection[IPAddress], requests: EchoRequests) -> Mapping[IPAddress, int]:
+    """How many of the requests are answered by those of `addresses` that answer any. Errors as for `ping`."""
+    answered = await _exchange(addresses, requests, requests.times)
+    return {address: len(times) for address, times in answered.items()}
+
+
+async def _exchange(
+    addresses: Collection[IPAddress], requests: EchoRequests, wanted: int
+) -> dict[IPAddress, list[float]]:
+    """The seconds that answers took, up to `wanted` from each address; who has given so many is sent no more."""
+    answered: dict[IPAddress, list[float]] = {}
     if not addresses:
         await trio.lowlevel.checkpoint()
         return answered
@@ -85,19 +97,18 @@ async def ping(addresses: Collection[IPAddress], requests: EchoRequests) -> Mapp
         token = os.urandom(4)
         sent: dict[tuple[_From, int], tuple[IPAddress, float]] = {}
         numbers = itertools.count()
-        waiting = dict.fromkeys((address for address in addresses if starts[address] in sockets), requests.answers)
+        waiting = dict.fromkeys(address for address in addresses if starts[address] in sockets)
 
         def done() -> bool:
             return not waiting or (requests.first and bool(answered))
 
         def read(start: _From) -> None:
             while (number := _reply(sockets[start], start[0], token)) is not None:
-                address, at = sent.pop((start, number), (None, 0.0))
-                if address in waiting:
-                    waiting[address] -= 1
-                    if not waiting[address]:
+                address, at = sent.pop((start, number), _NOTHING)
+                if address is not None and address in waiting:
+                    answered.setdefault(address, []).append(trio.current_time() - at)
+                    if len(answered[address]) == wanted:
                         del waiting[address]
-                        answered[address] = trio.current_time() - at
 
         async def listen(start: _From) -> None:
             while True:

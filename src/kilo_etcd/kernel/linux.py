@@ -12,7 +12,7 @@ from __future__ import annotations
 import os
 import socket
 import time
-from collections.abc import AsyncIterator, Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import asynccontextmanager, contextmanager, suppress
 from typing import TypeVar
 
@@ -293,16 +293,26 @@ class LinuxKernel:
     async def ping(self, addresses: Collection[IPAddress], requests: echo.EchoRequests) -> Mapping[IPAddress, float]:
         """Implements `kernel.api.Kernel.ping`. If nobody may ping on this host (the kernel's default), it allows it to
         the agent's own group first."""
+        return await self._allowed(lambda: echo.ping(addresses, requests))
+
+    async def count_echoes(
+        self, addresses: Collection[IPAddress], requests: echo.EchoRequests
+    ) -> Mapping[IPAddress, int]:
+        """Implements `kernel.api.Kernel.count_echoes`, as `ping`."""
+        return await self._allowed(lambda: echo.count(addresses, requests))
+
+    async def _allowed(self, send: Callable[[], Awaitable[_T]]) -> _T:
+        """The result of `send`, which pings."""
         failed: Sequence[tuple[Change, FailedChange]] = ()
         try:
             try:
-                return await echo.ping(addresses, requests)
+                return await send()
             except PermissionError:
                 if not sysctl.nobody_may_ping():
                     raise  # A range that somebody has chosen is left as it is.
                 async with self._lock:
                     _, failed = await _in_thread(lambda: self._host.make([AllowPings(os.getegid())]))
-            return await echo.ping(addresses, requests)
+            return await send()
         except OSError as error:
             raise KernelError(failed[0][1].text if failed else cannot_ping(error)) from None
 
@@ -523,12 +533,14 @@ class LinuxKernel:
             # What was believed may have been wrong, or one change in another's way: look again, once.
             observed = self._read()
             settled, target = None, self._target(plan)
-            removed, _ = self._make(superseded([change for change, _ in failed], observed))
+            done = set(made)
+            # What was left out, since it needs what has failed, is not there either.
+            removed, _ = self._make(superseded([change for change in todo.changes if change not in done], observed))
             all_made.extend(removed)
             observed = apply_changes(observed, removed, target.interface)
             reset -= {change.public_key for change in made if isinstance(change, SetPeer)}
             again = difference(plan, observed, self._memory, target, reset=reset)
-            if set(again.changes) - {change for change, _ in failed}:
+            if possible(again.changes, {change for change, _ in failed}):
                 todo = again
                 made, failed = self._make(todo.changes)
                 all_made.extend(made)

@@ -294,8 +294,10 @@ class UserspaceDevice:
                         raise OSError(errno.EPIPE, "the userspace WireGuard closed its socket within an answer")
                     answer += part
         except TimeoutError:
+            process = self.process(name)
+            remedy = f": kill -CONT {process}; or kill -9 {process}, and the agent starts another" if process else ""
             raise OSError(
-                errno.ETIMEDOUT, f"the userspace WireGuard of {name} does not answer (is its process stopped?)"
+                errno.ETIMEDOUT, f"the userspace WireGuard of {name} does not answer (is its process stopped?){remedy}"
             ) from None
         return answer.decode()
 

@@ -31,8 +31,9 @@ LEASE_SECONDS = 15
 MOST_AT_ONCE = 100
 """Operations in one transaction: etcd takes 128 (--max-txn-ops)."""
 
-PATIENCE_SECONDS = 4.0
-"""How long answers are waited for by default; most come within a tenth of a second."""
+PATIENCE_SECONDS = 6.0
+"""How long answers are waited for by default. Most come within a tenth of a second, or within two if echo requests are
+sent."""
 
 
 async def request_diagnostics(

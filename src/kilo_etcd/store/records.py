@@ -172,6 +172,14 @@ class Tunnel(NamedTuple):
     """Empty: none is known."""
 
 
+class EchoCount(NamedTuple):
+    """How many echo requests a mesh address was sent, and how many of them it has answered; in JSON a list."""
+
+    address: str
+    sent: int
+    answered: int
+
+
 class TakenRoute(NamedTuple):
     """The route that a host's kernel chooses for an address; in JSON a list."""
 
@@ -233,8 +241,8 @@ class DiagnosticsResponse:
     requests."""
     unreached: tuple[str, ...] = ()
     """Those that have not."""
-    lossy: tuple[str, ...] = ()
-    """Those of `reached` that have left several requests unanswered, so that packets get lost on the way."""
+    echoes: tuple[EchoCount, ...] = ()
+    """Of the mesh addresses that have answered. Where some answers are missing packets get lost on the way."""
     small_only: tuple[str, ...] = ()
     """Of those that have answered, the ones that answer no packet as large as the tunnel's MTU."""
     routes: tuple[TakenRoute, ...] = ()
@@ -531,6 +539,13 @@ def _truth(value: object) -> bool:
     return value
 
 
+def _echo_count(value: object) -> EchoCount:
+    if not isinstance(value, list) or len(value) < len(EchoCount._fields):
+        raise ValueError(f"{shown(value)} is no count of echo requests: a list of {', '.join(EchoCount._fields)}")
+    address, sent, answered = value[: len(EchoCount._fields)]
+    return EchoCount(_string(address), _whole_number(sent), _whole_number(answered))
+
+
 def _taken_route(value: object) -> TakenRoute:
     if not isinstance(value, list) or len(value) < len(TakenRoute._fields):
         raise ValueError(f"{shown(value)} is no route: a list of {', '.join(map(_camel, TakenRoute._fields))}")
@@ -575,6 +590,7 @@ _BY_TYPE: Mapping[object, Callable[[object], Any]] = {
     tuple[IPNetwork, ...]: _networks,
     tuple[Unreachable, ...]: _items(_unreachable),
     tuple[Tunnel, ...]: _items(_tunnel),
+    tuple[EchoCount, ...]: _items(_echo_count),
     tuple[TakenRoute, ...]: _items(_taken_route),
     int | None: _or_none(_whole_number),
     Role: _chosen(Role),

@@ -236,7 +236,7 @@ class FakeKernel:
             refused = {change: why for change in todo.changes if (why := self.host.refuse(change)) is not None}
             made = possible(todo.changes, refused)
             self._failed = frozenset(refused)
-            made += superseded(refused, self._now())
+            made += superseded([change for change in todo.changes if change not in made], self._now())
             if made and self._delay:
                 await trio.sleep(self._delay)
             self.host.observed = apply_changes(self.host.observed, made, self._setup.interface)
@@ -297,6 +297,14 @@ class FakeKernel:
         self._read()
         return PeerActivity(time=self.host.clock(), peers=self.host.observed.peers)
 
+    async def count_echoes(self, addresses: Collection[IPAddress], requests: EchoRequests) -> Mapping[IPAddress, int]:
+        """Implements `kernel.api.Kernel.count_echoes`, as `ping`."""
+        if self.host.no_pings is not None:
+            raise KernelError(self.host.no_pings)
+        await trio.sleep(SPACING * (requests.times - 1))
+        every = [address for address in addresses for _ in range(requests.times) if self.host.reach(address)]
+        return Counter(every)
+
     async def ping(self, addresses: Collection[IPAddress], requests: EchoRequests) -> Mapping[IPAddress, float]:
         """Implements `kernel.api.Kernel.ping`: `FakeHost.reach` decides who answers, and who does not costs the time
         that waiting takes."""
@@ -306,10 +314,10 @@ class FakeKernel:
         if requests.size > self.host.largest:
             await trio.sleep(SPACING * (requests.times - 1) + requests.patience)
             return answered
-        answers: Counter[IPAddress] = Counter()
         for turn in range(requests.times):
-            answers.update(address for address in addresses if address not in answered and self.host.reach(address))
-            answered.update((address, 0.0) for address in addresses if answers[address] >= requests.answers)
+            answered.update(
+                (address, 0.0) for address in addresses if address not in answered and self.host.reach(address)
+            )
             if len(answered) == len(addresses) or (requests.first and answered):
                 await trio.lowlevel.checkpoint()
                 break

@@ -28,7 +28,7 @@ import trio
 from attrs import define, field
 
 from kilo_etcd import kernel
-from kilo_etcd.agent.probing.taken_routes import taken_directly, with_rule
+from kilo_etcd.agent.probing.taken_routes import taken_directly, with_cause
 from kilo_etcd.kernel.echo import EchoRequests
 from kilo_etcd.kernel.state import Observed
 from kilo_etcd.model import SESSION_SECONDS, IPAddress, Node
@@ -461,7 +461,7 @@ class Reachability:
             return {}  # The reconciler will say so.
         routes = {address: taken_directly(address, answer, rules) for address, answer in answers.items()}
         return {
-            address: with_rule(route, address, answers[address], rules).route
+            address: with_cause(route, address, answers[address], rules).route
             for address, route in routes.items()
             if route.foreign
         }

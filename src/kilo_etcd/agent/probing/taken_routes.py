@@ -5,13 +5,14 @@ from __future__ import annotations
 
 import errno
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from ipaddress import ip_address
+from types import MappingProxyType
 
 from kilo_etcd import kernel
 from kilo_etcd.kernel.routing.rules import ForeignRule, deciding_rule
 from kilo_etcd.kernel.state import MAIN_TABLE, Observed
-from kilo_etcd.model import IPAddress
+from kilo_etcd.model import IPAddress, IPNetwork
 from kilo_etcd.store.records import TakenRoute
 
 _NO_ROUTE = os.strerror(errno.ENETUNREACH)
@@ -47,15 +48,30 @@ def taken_directly(address: IPAddress, answer: kernel.Route | str, rules: Iterab
     return TakenRoute(str(address), "", shown, rule is not None or (refused and answer != _NO_ROUTE))
 
 
-def with_rule(
-    route: TakenRoute, address: IPAddress, answer: kernel.Route | str, rules: Iterable[ForeignRule]
+def with_cause(
+    route: TakenRoute,
+    address: IPAddress,
+    answer: kernel.Route | str,
+    rules: Iterable[ForeignRule],
+    foreign: Mapping[IPNetwork, kernel.Route] = MappingProxyType({}),
 ) -> TakenRoute:
-    """The route, if it is not the agent's with the rule of another program that leads to it."""
+    """The route, if it is not the agent's with the rule or the route of another program that leads to it. `foreign`:
+    other programs' routes in the main table."""
     if not route.foreign:
         return route
+    table = None if isinstance(answer, str) else answer.table
     source = ip_address(route.source) if route.source else None
-    rule = deciding_rule(rules, address, None if isinstance(answer, str) else answer.table, source)
-    return route if rule is None else route._replace(route=f"{route.route}, by {rule}")
+    rule = deciding_rule(rules, address, table, source)
+    if rule is not None:
+        return route._replace(route=f"{route.route}, by {rule}")
+    if table not in (None, MAIN_TABLE):
+        return route
+    # A default route comes before none of ours.
+    covering = [n for n in foreign if n.version == address.version and n.prefixlen and address in n]
+    if not covering:
+        return route
+    narrowest = max(covering, key=lambda network: network.prefixlen)
+    return route._replace(route=f"{route.route}, by ip -{address.version} route {narrowest}")
 
 
 def _shown_route(address: IPAddress, route: kernel.Route) -> str:

@@ -24,10 +24,13 @@ from kilo_etcd.ctl.reports.arrivals import (
     PAIRS,
     SHOWN,
     TRIES,
+    Lossy,
+    across,
     by_host,
     end_of,
     limited,
     losses,
+    lossy,
     lost_across,
     lost_pairs,
     narrow,
@@ -145,19 +148,20 @@ class Examined:
 def findings(examined: Examined) -> tuple[Finding, ...]:
     """The findings, the worst first."""
     order = list(Severity)
+    asked = examined
     live = without_ipv6(examined.topology, examined.statuses, examined.live)
     examined = evolve(examined, live=live)
+    in_part = lossy(examined.topology, live)
     silences = silence(examined.topology, examined.statuses, examined.live)
     dead = {row.name for row in examined.report.nodes if not row.alive}
     places = evidence(examined.topology, examined.statuses, examined.live, dead)
     # Each place has one finding.
     silences = evolve(silences, rerouted=frozenset(pair for pair in silences.rerouted if not places.astray(*pair)))
-    packets = tuple(_packets(examined, silences, places))
+    packets = (*_packets(examined, silences, places, in_part), *_untried(asked))
     wrong = [finding for finding in packets if finding.severity is Severity.ERROR]
     # If an error names a leader already, the probers' report of that leader would only repeat it.
     reported = unreached_through(examined.topology)
     repeated = [remark for remark in reported if any(_names(finding, remark.about) for finding in wrong)]
-    lossy = {name for loss in unsteady(examined.topology, live) for name in loss.subject.split(" - ")}
     unsorted = (
         *_etcd(examined.members),
         *_agents(
@@ -166,14 +170,14 @@ def findings(examined: Examined) -> tuple[Finding, ...]:
             reached_by(examined.topology, live),
             places,
             {name: answer.trouble for name, answer in live.answers.items()},
-            lossy,
+            in_part.hosts,
         ),
         *_mode(examined.report),
         *_records(examined.report, frozenset(repeated)),
         *_unrouted(examined),
         *_claims(examined.claims),
         *_settings(examined.settings),
-        *_hosts(examined, places, wrong, lossy),
+        *_hosts(examined, places, wrong, in_part.hosts),
         *packets,
     )
     return tuple(sorted(dict.fromkeys(unsorted), key=lambda f: (order.index(f.severity), f.subject, f.text)))
@@ -270,9 +274,12 @@ def _agents(
                 severity=Severity.ERROR if leads else Severity.WARNING, subject=row.name,
                 text=f"its agent does not report, and it leads its location, through which nothing arrives (tried by "
                      f"{first_of(tried, SHOWN)})" if leads
-                     else "its agent does not report; its place in the mesh is kept",
-                remedy="is the host up? has it a default route and a way to etcd (ip route)? systemctl status "
-                       f"kilo-etcd there; gone for good: kgctl node forget {row.name}",
+                     else "its agent does not report" + (
+                         f", and the host answers no echo request (tried by {first_of(tried, SHOWN)})" if tried else ""
+                     ) + "; its place in the mesh is kept",
+                remedy="is the host up? has it a default route and a way to etcd (ip route)? does its firewall drop "
+                       "what comes in (nft list ruleset)? systemctl status kilo-etcd there; gone for good: kgctl node "
+                       f"forget {row.name}",
             )  # fmt: skip
     if idle > MOST_NAMED:
         yield Finding(
@@ -496,8 +503,9 @@ def _hosts(
         )  # fmt: skip
 
 
-def _packets(examined: Examined, silence: Silence, places: Evidence) -> Iterator[Finding]:
-    """Tunnels and packets, and members that do not answer each other: each cause once."""
+def _packets(examined: Examined, silence: Silence, places: Evidence, in_part: Lossy) -> Iterator[Finding]:
+    """Tunnels and packets, and members that do not answer each other: each cause once. `in_part`: where some packets
+    get lost."""
     live, topology = examined.live, examined.topology
     missing = missing_in(error for status in examined.statuses.values() for error in status.errors)
     for cause in causes(topology, evolve(silence, apart=places.unexplained(silence.apart)), missing):
@@ -541,7 +549,9 @@ def _packets(examined: Examined, silence: Silence, places: Evidence) -> Iterator
 
     for loss in losses(
         topology, live, ends, apart=apart, queries_answered=silence.queries_answered,
-        explained=lambda one, other: led_anew(one, other) or places.explains(one, other),
+        explained=lambda one, other: (
+            led_anew(one, other) or places.explains(one, other) or across(topology, one, other, in_part.heavy)
+        ),
     ):  # fmt: skip
         yield Finding(
             severity=Severity.WARNING if loss.filtered else Severity.ERROR, subject=loss.subject, text=loss.text,
@@ -549,19 +559,24 @@ def _packets(examined: Examined, silence: Silence, places: Evidence) -> Iterator
         )  # fmt: skip
     for loss in internal_losses(
         topology, live, places, apart, missing=missing,
-        explained=lambda one, other: led_anew(one, other) or refused(one, other),
+        explained=lambda one, other: (
+            led_anew(one, other) or refused(one, other) or across(topology, one, other, in_part.heavy)
+        ),
     ):  # fmt: skip
         yield Finding(severity=Severity.ERROR, subject=loss.subject, text=loss.text, remedy=loss.next_steps)
-    for severity, kind in ((Severity.WARNING, unsteady), (Severity.WARNING, narrow), (Severity.NOTE, limited)):
-        for loss in kind(topology, live):
+    for severity, found in (
+        (Severity.WARNING, (*unsteady(topology, in_part), *narrow(topology, live))),
+        (Severity.NOTE, limited(in_part)),
+    ):
+        for loss in found:
             yield Finding(severity=severity, subject=loss.subject, text=loss.text, remedy=loss.remedy)
-    if len(topology.snapshot.nodes) > 1:
-        yield from _untried(examined)
 
 
 def _untried(examined: Examined) -> Iterator[Finding]:
     """Who has not sent echo requests: those that say themselves that they cannot, and the others."""
     live, statuses, nodes = examined.live, examined.statuses, examined.topology.snapshot.nodes
+    if len(nodes) < 2:
+        return
     without = {
         name for name, answer in live.answers.items() if name in nodes and not (answer.reached or answer.unreached)
     }
@@ -575,7 +590,8 @@ def _untried(examined: Examined) -> Iterator[Finding]:
             text=f"{some(sorted(unable))} cannot ping, so it is not known whether packets from there arrive",
             remedy="the error of each host says what to set there",
         )  # fmt: skip
-    if others := without - unable:
+    # What kept a host from it may be its error.
+    if others := {name for name in without - unable if not says[name]}:
         yield Finding(
             severity=Severity.NOTE, subject="packets", text=f"{some(sorted(others))} sent no echo requests",
             remedy="agents of older versions send none when they are asked; upgrade them when it suits",

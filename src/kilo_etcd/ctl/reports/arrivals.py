@@ -9,13 +9,14 @@ session explains is left to whoever says that.
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from ipaddress import ip_address
 from itertools import pairwise
 from operator import attrgetter
 
-from attrs import evolve, frozen
+from attrs import evolve, field, frozen
 
 from kilo_etcd.base.quoting import first_of
 from kilo_etcd.ctl.reports.live import Live, Pair, pairs, tunnels
@@ -158,51 +159,170 @@ def reached_by(topology: Topology, live: Live) -> dict[str, tuple[str, ...]]:
 def narrow(topology: Topology, live: Live) -> Iterator[Loss]:
     """Ways on which small packets arrive and none as large as the tunnel's MTU, one for all ways of a host. Where
     ping works and nothing else does, this is why. Large packets that get lost where small ones do say nothing."""
-    lossy = _to_nodes(topology, live, attrgetter("lossy"))
+    lossy = {(way.sender, way.target) for way in _ways(topology, live) if way.missing >= _SOME}
     lost = _to_nodes(topology, live, attrgetter("small_only")) - lossy
     passed = _to_nodes(topology, live, attrgetter("reached")) - lossy - lost
     blamed = _blamed(topology, lost, passed, lambda sender: live.answers[sender].mtu)
     for host, others in by_host(blamed):
-        size = max(live.answers[sender].mtu for other in others for sender in blamed[frozenset((host, other))])
+        senders = {sender for other in others for sender in blamed[frozenset((host, other))]}
+        size = max(live.answers[sender].mtu for sender in senders)
         yield Loss(
             subject=host if len(others) > 1 else f"{host} - {others[0]}", filtered=True,
             text=f"small packets arrive between it and {some(others)}, and none of {size} bytes does" if len(others) > 1
                  else f"small packets arrive between them, and none of {size} bytes does",
-            remedy=_other_mtu(live, (host,) if len(others) > 1 else (host, others[0]))
+            remedy=_other_mtu(live, (host,) if len(others) > 1 else (host, others[0]), senders)
                    or _smaller(topology, live, host, others[0], size),
         )  # fmt: skip
 
 
-def unsteady(topology: Topology, live: Live) -> Iterator[Loss]:
-    """Ways on which some packets get lost and others arrive, one for all ways of a host."""
-    lossy = _to_nodes(topology, live, attrgetter("lossy"))
-    steady = _to_nodes(topology, live, attrgetter("reached")) - lossy
-    for host, others in by_host(_blamed(topology, {pair for pair in lossy if pair[::-1] not in steady}, steady)):
-        address = topology.snapshot.nodes[others[0]].mesh_addresses[0]
+@frozen
+class _Way:
+    """The echo requests that one host has sent to a mesh address of another one that answers some."""
+
+    sender: str
+    target: str
+    version: int
+    sent: int
+    missing: int
+    """Requests without an answer."""
+
+
+_SOME = 4
+"""Missing answers that are no coincidence, out of some twenty."""
+
+_SHARE = 0.05
+"""Of the requests between two hosts: from here on missing answers are a loss to look at."""
+
+
+@frozen(kw_only=True)
+class Lossy:
+    """Where packets get lost in part."""
+
+    ways: Mapping[frozenset[str], tuple[_Way, ...]] = field(factory=dict)
+    """Two adjacent hosts between whom packets get lost, or two of whose packets nothing else is lost there -> the
+    requests that this explains."""
+    limited: Mapping[str, tuple[str, ...]] = field(factory=dict)
+    """Hosts that limit how many echo requests they answer -> the senders."""
+    heavy: frozenset[frozenset[str]] = frozenset()
+    """Those of `ways` on which at least half of all echo requests got no answer, whoever sent them: one that is lost
+    altogether has no other cause."""
+
+    @property
+    def hosts(self) -> frozenset[str]:
+        """All that are at an end."""
+        return frozenset(name for hop in self.ways for name in hop)
+
+
+def lossy(topology: Topology, live: Live) -> Lossy:
+    """Each way on which answers are missing counts for the two adjacent hosts on it between whom the largest share is,
+    over all ways that they are part of: elsewhere on it fewer are lost."""
+    ways = _ways(topology, live)
+    if not any(way.missing for way in ways):
+        return Lossy()
+    limited = _limited(ways)
+    ways = [way for way in ways if way.target not in limited]
+    across: dict[frozenset[str], list[_Way]] = {}
+    for way in ways:
+        for hop in _hops(topology, way.sender, way.target):
+            across.setdefault(hop, []).append(way)
+    shares = {hop: _share(passing) for hop, passing in across.items()}
+    blamed: dict[frozenset[str], list[_Way]] = {}
+    for way in ways:
+        if way.missing:
+            hop = min(_hops(topology, way.sender, way.target), key=lambda hop: (-shares[hop].least, sorted(hop)))
+            alone = shares[hop].makes_unlikely(way)
+            blamed.setdefault(frozenset((way.sender, way.target)) if alone else hop, []).append(way)
+    named = {
+        hop: tuple(passing)
+        for hop, passing in blamed.items()
+        if sum(way.missing for way in passing) >= _SOME and _share(across.get(hop, passing)).share >= _SHARE
+    }
+    heavy = {hop for hop in named if hop in across and all(2 * way.missing >= way.sent for way in across[hop])}
+    return Lossy(ways=named, limited=limited, heavy=frozenset(heavy))
+
+
+@frozen
+class _Share:
+    """The share of echo requests without an answer, of so many."""
+
+    share: float
+    sent: int
+
+    @property
+    def _deviation(self) -> float:
+        return math.sqrt(self.share * (1 - self.share))
+
+    @property
+    def least(self) -> float:
+        """What the share is at least, in all likelihood."""
+        return self.share - self._deviation / math.sqrt(self.sent)
+
+    def makes_unlikely(self, way: _Way) -> bool:
+        """Whether far more are missing on a way than this share would have."""
+        return way.missing > self.share * way.sent + 4 * self._deviation * math.sqrt(way.sent)
+
+
+def _share(ways: Collection[_Way]) -> _Share:
+    sent = sum(way.sent for way in ways)
+    return _Share(sum(way.missing for way in ways) / sent, sent)
+
+
+def _limited(ways: Iterable[_Way]) -> dict[str, tuple[str, ...]]:
+    """The targets that leave requests unanswered of hosts that answer all of theirs: of lost packets answers would be
+    missing in both directions."""
+    missing: dict[tuple[str, str], int] = {}
+    for way in ways:
+        missing[way.sender, way.target] = missing.get((way.sender, way.target), 0) + way.missing
+    to: dict[str, dict[str, int]] = {}
+    back: Counter[str] = Counter()
+    for (sender, target), number in missing.items():
+        if number and (target, sender) in missing:
+            to.setdefault(target, {})[sender] = number
+            back[target] += missing[target, sender]
+    # With as many lost in each direction on average the one would seldom be so much larger by chance.
+    return {
+        target: tuple(sorted(senders))
+        for target, senders in to.items()
+        if back[target] <= sum(senders.values()) // (2 * _SOME) - 1
+    }
+
+
+def _ways(topology: Topology, live: Live) -> list[_Way]:
+    nodes = topology.snapshot.nodes
+    by_address = {str(address): node.name for node in nodes.values() for address in node.mesh_addresses}
+    return [
+        _Way(name, target, 6 if ":" in echo.address else 4, echo.sent, echo.sent - echo.answered)
+        for name, answer in live.answers.items()
+        if name in nodes
+        for echo in answer.echoes
+        if (target := by_address.get(echo.address)) is not None and target != name and echo.sent >= echo.answered > 0
+    ]
+
+
+def unsteady(topology: Topology, lossy: Lossy) -> Iterator[Loss]:
+    """The ways on which packets get lost in part, one for all of a host."""
+    for host, others in by_host(lossy.ways):
+        ways = [way for other in others for way in lossy.ways[frozenset((host, other))]]
+        sent, missing = sum(way.sent for way in ways), sum(way.missing for way in ways)
+        worst = max(ways, key=lambda way: (way.missing / way.sent, -way.version))
+        address = topology.snapshot.nodes[others[0]].mesh_address(worst.version)
         yield Loss(
             subject=host if len(others) > 1 else f"{host} - {others[0]}", filtered=True,
-            text=f"{f'between it and {some(others)}' if len(others) > 1 else 'between them'} packets get lost: some "
-                 "echo requests were answered, and several were not",
-            remedy=f"how many: `ping -c 100 -i 0.1 {address}` on {host}; if the network between them loses as many "
-                   f"(ping to the endpoint that `wg` shows there), look at links and queues (ip -s link), else at a "
-                   "firewall's limits (nft list ruleset); a way that came up a moment ago looks the same: check again",
+            text=f"{f'between it and {some(others)}' if len(others) > 1 else 'between them'} packets get lost: "
+                 f"{missing} of {sent} echo requests got no answer",
+            remedy=f"`ping -c 100 -i 0.1 {address}` on {host} shows how many; if the network between them loses as "
+                   "many (ping to the endpoint that `wg` shows there), look at links and queues (ip -s link), else at "
+                   "a firewall's limits (nft list ruleset); a way that has just come up looks the same: check again",
         )  # fmt: skip
 
 
-def limited(topology: Topology, live: Live) -> Iterator[Loss]:
-    """Hosts that leave several echo requests of others unanswered that answer all of theirs. Lost packets would be
-    missing in both directions."""
-    lossy = _to_nodes(topology, live, attrgetter("lossy"))
-    steady = _to_nodes(topology, live, attrgetter("reached")) - lossy
-    senders: dict[str, list[str]] = {}
-    for sender, target in sorted(lossy):
-        if (target, sender) in steady:
-            senders.setdefault(target, []).append(sender)
-    for target, others in sorted(senders.items()):
+def limited(lossy: Lossy) -> Iterator[Loss]:
+    """Hosts that limit how many echo requests they answer."""
+    for target, senders in sorted(lossy.limited.items()):
         yield Loss(
             subject=target, filtered=True,
-            text=f"it answers some echo requests of {some(others)} and leaves several unanswered, although all of its "
-                 "own are answered: its firewall limits their number, or few were lost by chance",
+            text=f"it leaves echo requests of {some(senders)} unanswered, and hardly any of its own is: its firewall "
+                 "limits their number",
             remedy="nft list ruleset there: a limit on echo requests does no harm, one on other packets would",
         )  # fmt: skip
 
@@ -269,20 +389,28 @@ def by_host(
         yield host, far
 
 
-def _other_mtu(live: Live, hosts: Collection[str]) -> str:
-    """What to do if a device of one of these hosts has another MTU than those of most hosts; else empty."""
-    mtus = Counter(answer.mtu for answer in live.answers.values() if answer.mtu)
+def _other_mtu(live: Live, hosts: Collection[str], senders: Collection[str]) -> str:
+    """What to do if the large packets of `senders` are lost since a device of one of these hosts has another MTU than
+    those of most hosts; else empty. A smaller one lets that host's own packets pass, which are smaller too; a larger
+    one those of the others."""
+    mtus = Counter(answer.uplink_mtu for answer in live.answers.values() if answer.uplink)
     usual = max(mtus, key=lambda mtu: (mtus[mtu], mtu), default=0)
-    unusual = [name for name in hosts if name in live.answers and live.answers[name].mtu not in (0, usual)]
-    if len(unusual) != 1 or not (answer := live.answers[unusual[0]]).uplink:
+    unusual = [
+        name
+        for name in hosts
+        if name in live.answers
+        and (mtu := live.answers[name].uplink_mtu) not in (0, usual)
+        and (name not in senders if mtu < usual else {*senders} == {name})
+    ]
+    if len(unusual) != 1:
         return ""
-    name, device, mtu = unusual[0], answer.uplink, answer.mtu
-    wanted = usual + answer.uplink_mtu - mtu
+    name, answer = unusual[0], live.answers[unusual[0]]
+    device, mtu = answer.uplink, answer.uplink_mtu
+    smallest = min(answer.mtu for answer in live.answers.values() if answer.mtu)
     return (
-        f"the MTU of {device} on {name} is {answer.uplink_mtu} bytes, so its tunnel takes packets of {mtu}, and those "
-        f"of most hosts take {usual}: if its network carries {'more' if mtu < usual else 'less'}, ip link set dev "
-        f"{device} mtu {wanted} there, and in the configuration of its interfaces; if not, give all hosts "
-        f"{min(mtu, usual)} as --mtu (KILO_MTU) and restart the agents"
+        f"the MTU of {device} on {name} is {mtu} bytes, and that of other hosts' devices {usual}: if its network "
+        f"carries {'more' if mtu < usual else 'less'}, ip link set dev {device} mtu {usual} there, and in the "
+        f"configuration of its interfaces; if not, give all hosts {smallest} as --mtu (KILO_MTU) and restart the agents"
     )
 
 
@@ -507,7 +635,9 @@ def _apart(topology: Topology, lost: Collection[tuple[str, str]]) -> Iterator[Lo
             text=f"{' and '.join(ends)} do not reach each other" if out and back
                  else f"{ends[0]} {does} not reach {ends[1]}",
             remedy=f"look for a firewall (nft list ruleset), or another program's rule (ip rule), on {where}"
-                   + (f", on {' or '.join(between)}" if between else "") + ", or on the way",
+                   + (f", on {' or '.join(between)}" if between else "") + ", or on the way"
+                   + ("" if between or any(end_of(topology, host) != end_of(topology, other) for other in others)
+                      else "; and for a wrong entry in the neighbour table (ip neigh)"),
             between=next((one, other) for one, other in sorted(lost) if host in (one, other)),
         )  # fmt: skip
     if more := hosts[PAIRS:]:

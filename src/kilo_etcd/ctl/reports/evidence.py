@@ -7,6 +7,7 @@ A lost packet that passes such a place says nothing of the hosts behind it, so `
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from functools import cached_property
@@ -38,6 +39,8 @@ from kilo_etcd.topology.segments import Topology
 
 _Hop = frozenset[str]
 
+_REMOVED = re.compile(" (rule|route) ")
+
 
 @frozen
 class _Blocked:
@@ -56,6 +59,8 @@ class Evidence:
     topology: Topology
     routes: Mapping[str, Mapping[str, str]] = field(factory=dict)
     """Host -> addresses to which its kernel takes another route than the plan's, each with that route."""
+    named: frozenset[str] = frozenset()
+    """Those of them whose agents name the routes of other programs themselves."""
     endpoints: Mapping[str, Mapping[str, str]] = field(factory=dict)
     """Host -> nodes whose endpoints its kernel has no route to, each with the endpoint and what the kernel answers."""
     stopped: frozenset[str] = frozenset()
@@ -174,6 +179,11 @@ def evidence(
     return Evidence(
         topology=topology,
         routes=routes,
+        named=frozenset(
+            name
+            for name, foreign in routes.items()
+            if name in statuses and all(_names_route(statuses[name].errors, route) for route in foreign.values())
+        ),
         endpoints=endpoints,
         stopped=_hosts_that_say(NO_WIREGUARD, statuses, live) & nodes.keys(),
         unresponsive=_unresponsive(topology, statuses, live, {*live.silent, *dead} & nodes.keys(), reached, paths),
@@ -213,6 +223,12 @@ def _routes(
         }:
             endpoints[name] = cut
     return routes, endpoints
+
+
+def _names_route(errors: Collection[str], route: str) -> bool:
+    """Whether an error is about the route by which another program has taken packets elsewhere."""
+    network = route.rpartition(" route ")[2] if ", by ip " in route else ""
+    return bool(network) and any(f"own route to {network} " in error for error in errors)
 
 
 def _host(endpoint: str) -> str:
@@ -287,7 +303,7 @@ def shown(places: Evidence, missing: Collection[str] = ()) -> Iterator[Loss]:
     other routes."""
     nodes = places.topology.snapshot.nodes
     # Without the address the agent's routes, which send from it, cannot be there.
-    astray = sorted(name for name in places.routes if not lacks(nodes[name], missing))
+    astray = sorted(name for name in places.routes if name not in places.named and not lacks(nodes[name], missing))
     for name in astray[:PAIRS]:
         yield _other_route(name, places.routes[name])
     if more := astray[PAIRS:]:
@@ -368,8 +384,10 @@ def _is_private(endpoint: str) -> bool:
 def _other_route(name: str, routes: Mapping[str, str]) -> Loss:
     first = next(iter(routes.values()))
     rules = dict.fromkeys(rule for route in routes.values() if (rule := route.partition(", by ip ")[2]))
-    removals = [f"ip {rule.replace(' rule ', ' rule del ', 1)}" for rule in rules]
-    named = "that rule" if len(rules) == 1 else "those rules"
+    removals = ["ip " + _REMOVED.sub(r" \1 del ", rule, count=1) for rule in rules]
+    kinds = {match[1] for rule in rules if (match := _REMOVED.search(rule))}
+    kind = kinds.pop() if len(kinds) == 1 else "route"
+    named = f"that {kind}" if len(rules) == 1 else f"those {kind}s"
     table = f" table {first.partition(',')[0].rpartition(' table ')[2]}" if " table " in first.partition(",")[0] else ""
     return Loss(
         subject=name,

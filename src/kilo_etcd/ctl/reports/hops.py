@@ -14,7 +14,7 @@ from ipaddress import ip_address, ip_network
 
 from attrs import evolve, frozen
 
-from kilo_etcd.ctl.reports.arrivals import Loss, losses, narrow, unsteady
+from kilo_etcd.ctl.reports.arrivals import Loss, across, losses, lossy, narrow, unsteady
 from kilo_etcd.ctl.reports.causes import Cause, causes, silence
 from kilo_etcd.ctl.reports.evidence import evidence, shown, without_ipv6
 from kilo_etcd.ctl.reports.internal_arrivals import internal_losses
@@ -229,6 +229,7 @@ def suspicions(
         if pair.up is False and frozenset((pair.one, pair.other)) in used:
             down.add(frozenset((pair.one, pair.other)))
             yield pair.one, f"its tunnel to {pair.other} has no session: {pair.last}"
+    in_part = lossy(topology, whole)
     silences = silence(topology, statuses, whole)
     places = evidence(topology, statuses, whole)
     unsettled = {*silences.apart, *silences.undecided}
@@ -244,12 +245,15 @@ def suspicions(
             *causes(topology, silences),
             *losses(
                 topology, whole, down, apart=unsettled, queries_answered=silences.queries_answered,
-                explained=places.explains,
+                explained=lambda one, other: places.explains(one, other) or across(topology, one, other, in_part.heavy),
             ),
         )  # fmt: skip
         lost += about(all_losses)
-    lost += about((*unsteady(topology, whole), *narrow(topology, whole)))
-    lost += internal_losses(topology, live, places, unsettled, explained=refused)
+    lost += about((*unsteady(topology, in_part), *narrow(topology, whole)))
+    lost += internal_losses(
+        topology, live, places, unsettled,
+        explained=lambda one, other: refused(one, other) or across(topology, one, other, in_part.heavy),
+    )  # fmt: skip
     for loss in lost:
         yield loss.subject, f"{loss.text}: {loss.remedy}"
 
