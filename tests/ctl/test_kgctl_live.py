@@ -378,6 +378,7 @@ def test_check_finds_what_is_wrong_and_says_what_to_do(mesh: Mesh) -> None:
     assert said["error", "/kilo/peers/phone"][0].startswith("rejected: ")
     assert said["note", "tunnels"][0] == "their MTUs differ: 1380 bytes on 1 host, 1420 bytes on 2 hosts"
     assert said["note", "agents"][0] == "WireGuard runs in userspace, which is slower, on gcp-1"
+    mesh.says["home-1"] = evolve(mesh.says["home-1"], time=now())
     plain = mesh.run("check").output.splitlines()
     assert plain[-1] == "3 errors, 8 warnings, 2 notes"
     assert plain[0] == "error: /kilo/peers/phone: rejected: the field publicKey is missing"

@@ -176,7 +176,7 @@ def narrow(topology: Topology, live: Live) -> Iterator[Loss]:
 
 
 @frozen
-class _Way:
+class _Counted:
     """The echo requests that one host has sent to a mesh address of another one that answers some."""
 
     sender: str
@@ -198,7 +198,7 @@ _SHARE = 0.05
 class Lossy:
     """Where packets get lost in part."""
 
-    ways: Mapping[frozenset[str], tuple[_Way, ...]] = field(factory=dict)
+    ways: Mapping[frozenset[str], tuple[_Counted, ...]] = field(factory=dict)
     """Two adjacent hosts between whom packets get lost, or two of whose packets nothing else is lost there -> the
     requests that this explains."""
     limited: Mapping[str, tuple[str, ...]] = field(factory=dict)
@@ -221,12 +221,12 @@ def lossy(topology: Topology, live: Live) -> Lossy:
         return Lossy()
     limited = _limited(ways)
     ways = [way for way in ways if way.target not in limited]
-    across: dict[frozenset[str], list[_Way]] = {}
+    across: dict[frozenset[str], list[_Counted]] = {}
     for way in ways:
         for hop in _hops(topology, way.sender, way.target):
             across.setdefault(hop, []).append(way)
     shares = {hop: _share(passing) for hop, passing in across.items()}
-    blamed: dict[frozenset[str], list[_Way]] = {}
+    blamed: dict[frozenset[str], list[_Counted]] = {}
     for way in ways:
         if way.missing:
             hop = min(_hops(topology, way.sender, way.target), key=lambda hop: (-shares[hop].least, sorted(hop)))
@@ -257,17 +257,17 @@ class _Share:
         """What the share is at least, in all likelihood."""
         return self.share - self._deviation / math.sqrt(self.sent)
 
-    def makes_unlikely(self, way: _Way) -> bool:
+    def makes_unlikely(self, way: _Counted) -> bool:
         """Whether far more are missing on a way than this share would have."""
         return way.missing > self.share * way.sent + 4 * self._deviation * math.sqrt(way.sent)
 
 
-def _share(ways: Collection[_Way]) -> _Share:
+def _share(ways: Collection[_Counted]) -> _Share:
     sent = sum(way.sent for way in ways)
     return _Share(sum(way.missing for way in ways) / sent, sent)
 
 
-def _limited(ways: Iterable[_Way]) -> dict[str, tuple[str, ...]]:
+def _limited(ways: Iterable[_Counted]) -> dict[str, tuple[str, ...]]:
     """The targets that leave requests unanswered of hosts that answer all of theirs: of lost packets answers would be
     missing in both directions."""
     missing: dict[tuple[str, str], int] = {}
@@ -287,11 +287,11 @@ def _limited(ways: Iterable[_Way]) -> dict[str, tuple[str, ...]]:
     }
 
 
-def _ways(topology: Topology, live: Live) -> list[_Way]:
+def _ways(topology: Topology, live: Live) -> list[_Counted]:
     nodes = topology.snapshot.nodes
     by_address = {str(address): node.name for node in nodes.values() for address in node.mesh_addresses}
     return [
-        _Way(name, target, 6 if ":" in echo.address else 4, echo.sent, echo.sent - echo.answered)
+        _Counted(name, target, 6 if ":" in echo.address else 4, echo.sent, echo.sent - echo.answered)
         for name, answer in live.answers.items()
         if name in nodes
         for echo in answer.echoes
