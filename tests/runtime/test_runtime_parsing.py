@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from kilo_etcd.runtime.parsing import parse_duration
+from kilo_etcd.runtime.parsing import parse_duration, parse_own_name
 
 
 @pytest.mark.parametrize(
@@ -20,3 +20,14 @@ def test_durations_are_written_as_in_go(text: str, seconds: float) -> None:
 def test_what_is_no_duration_is_refused(text: str) -> None:
     with pytest.raises(ValueError, match="no duration"):
         parse_duration(text)
+
+
+@pytest.mark.parametrize("text", ["localhost", "localhost.localdomain", "localhost6", "LOCALHOST", "(none)", ""])
+def test_a_name_that_every_unnamed_system_has_is_none_for_a_node(text: str) -> None:
+    with pytest.raises(ValueError, match="hostname"):
+        parse_own_name(text)
+
+
+@pytest.mark.parametrize("text", ["node-1", "my-localhost", "Node-1.example.net", "n" * 63])
+def test_a_hosts_own_name(text: str) -> None:
+    assert parse_own_name(text) == text

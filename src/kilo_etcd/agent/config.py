@@ -34,7 +34,7 @@ from kilo_etcd.runtime.parsing import (
     parse_duration,
     parse_interface,
     parse_log_level,
-    parse_node_name,
+    parse_own_name,
     parse_prefix,
     read,
 )
@@ -179,7 +179,7 @@ class AgentConfig:
         chosen = bool(_items(subnet))
         ttl = read("--lease-ttl", lambda: _whole_seconds(lease_ttl, LEASE_TTL_FLOOR))
         return cls(
-            hostname=read("--hostname", lambda: parse_node_name(hostname)),
+            hostname=read("--hostname", lambda: parse_own_name(hostname)),
             # An empty KILO_LOCATION= line in an environment file means that nobody has decided.
             location=location or None,
             interface=read("--interface", lambda: parse_interface(interface)),

@@ -69,6 +69,20 @@ def parse_node_name(text: str) -> str:
     return text
 
 
+_NO_NAME = re.compile(r"localhost.*|\(none\)", re.IGNORECASE)
+"""What a system is called that has no name yet: every such system, so that two of them would be one node."""
+
+
+def parse_own_name(text: str) -> str:
+    """The name under which a host joins: a node's name that is the host's own."""
+    if _NO_NAME.fullmatch(parse_node_name(text)):
+        raise ValueError(
+            f"{text!r} is the name of a system that has none, and no node can have it; set the host's name with "
+            "hostnamectl, or give --hostname"
+        )
+    return text
+
+
 def parse_prefix(text: str) -> str:
     """The etcd prefix: starts with `/`, ends without."""
     if not text.startswith("/") or text.rstrip("/") == "" or "//" in text or any(c.isspace() for c in text):
