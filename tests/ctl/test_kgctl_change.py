@@ -329,15 +329,67 @@ def test_a_node_is_shown_with_what_its_kernel_should_hold(etcd: FakeEtcd) -> Non
 
 def test_a_node_that_is_gone_is_forgotten_whole(etcd: FakeEtcd) -> None:
     assert run("location", "set", "gcp-2", "gcp").exit_code == 0
+    etcd.put("/kilo/annotations/gcp-2/leader", "true")
+    etcd.put("/kilo/annotations/gcp-22/leader", "true")
+    result = run("node", "forget", "gcp-2")
+    assert "gcp-2 leaves the mesh; label gcp, annotation leader go too (--keep-labels keeps them). " in result.output
     result = run("node", "forget", "gcp-2", "--yes")
     assert result.output.splitlines() == [
         "gcp-2 leaves the mesh: the others forget its key and its addresses",
         "gcp-2 is forgotten.",
     ]
+    assert [key for key in etcd.keys("/kilo/") if "gcp-2" in key] == ["/kilo/annotations/gcp-22/leader"]
+
+
+def test_a_node_is_forgotten_and_its_label_kept_or_its_label_alone_is_left_to_forget(etcd: FakeEtcd) -> None:
+    assert run("location", "set", "gcp-2", "gcp").exit_code == 0
+    assert run("node", "forget", "gcp-2", "--keep-labels", "--yes").exit_code == 0
     assert [key for key in etcd.keys("/kilo/") if "gcp-2" in key] == ["/kilo/locations/gcp-2"]
-    assert etcd.keys("/kilo/by/gcp-2/") == []
-    assert run("node", "forget", "gcp-2", "--labels", "--yes").exit_code == 0
+    assert run("node", "forget", "gcp-2", "--keep-labels", "--yes").exit_code == 1
+    assert "gcp-2 has no record; label gcp goes too" in run("node", "forget", "gcp-2").output
+    assert run("node", "forget", "gcp-2", "--yes").exit_code == 0
     assert [key for key in etcd.keys("/kilo/") if "gcp-2" in key] == []
+
+
+def test_what_is_set_for_a_renamed_host_moves_and_what_it_left_goes(etcd: FakeEtcd) -> None:
+    etcd.put("/kilo/locations/gcp-2", "gcp")
+    etcd.put("/kilo/annotations/gcp-2/leader", "true")
+    etcd.put("/kilo/annotations/gcp-2/exit-node", "home-1")
+    etcd.put("/kilo/annotations/home-1/exit-node", "gcp-2")
+    result = run("node", "rename", "gcp-2", "gcp-2.example.net")
+    assert (
+        "label gcp, annotation exit-node, annotation leader of gcp-2 will be gcp-2.example.net's; gcp-2 leaves the "
+        "mesh. Continue?"
+    ) in result.output
+    result = run("node", "rename", "gcp-2", "gcp-2.example.net", "--yes")
+    assert result.output.splitlines()[-1] == "gcp-2 is gcp-2.example.net now."
+    assert {key: etcd.get(key) for key in etcd.keys("/kilo/") if "gcp-2" in key or "home-1/exit" in key} == {
+        "/kilo/by/gcp-2.example.net/addresses/10.4.0.2": b"",
+        "/kilo/annotations/gcp-2.example.net/leader": b"true",
+        "/kilo/annotations/gcp-2.example.net/exit-node": b"home-1",
+        "/kilo/annotations/home-1/exit-node": b"gcp-2.example.net",
+        "/kilo/locations/gcp-2.example.net": b"gcp",
+    }
+
+
+def test_a_host_that_has_joined_under_its_new_name_keeps_its_claims(etcd: FakeEtcd) -> None:
+    """As where etcd did not let it take its former name's records over."""
+    etcd.put("/kilo/locations/gcp-2", "gcp")
+    etcd.put("/kilo/by/new/addresses/10.4.0.9", "")
+    etcd.put("/kilo/locations/new", "gcp")
+    assert run("node", "rename", "gcp-2", "new", "--yes").exit_code == 0
+    assert [key for key in etcd.keys("/kilo/") if "gcp-2" in key] == []
+    assert etcd.keys("/kilo/by/new/") == ["/kilo/by/new/addresses/10.4.0.9"]
+
+
+def test_rename_undoes_nothing_that_is_set_for_the_new_name(etcd: FakeEtcd) -> None:
+    etcd.put("/kilo/locations/gcp-2", "gcp")
+    etcd.put("/kilo/locations/new", "home")
+    before = held(etcd)
+    result = run("node", "rename", "gcp-2", "new", "--yes")
+    assert result.exit_code == 1
+    assert "new has label home of its own, with another value: remove one of the two first" in result.output
+    assert held(etcd) == before
 
 
 @pytest.mark.parametrize(
@@ -347,6 +399,10 @@ def test_a_node_that_is_gone_is_forgotten_whole(etcd: FakeEtcd) -> None:
         (["forget", "gcp-1", "--dry-run"], "gcp-1 has an agent that lives"),
         (["forget", "nobody", "--yes"], "there is no node nobody"),
         (["forget", "gcp-2"], "say --yes"),
+        (["rename", "gcp-1", "new", "--yes"], "gcp-1 has an agent that lives"),
+        (["rename", "gcp-2", "gcp-2", "--yes"], "both names are gcp-2"),
+        (["rename", "nobody", "new", "--yes"], "nothing is known of nobody"),
+        (["rename", "gcp-2", "new"], "say --yes"),
         (["show", "nobody"], "there is no node nobody"),
     ],
 )

@@ -49,6 +49,7 @@ WRITING = {
     "mesh unjoin": ["mesh", "unjoin", "--other-prefix", "/b", "--yes"],
     "mesh set": ["mesh", "set", "granularity", "full", "--yes"],
     "node forget": ["node", "forget", "home-2", "--yes"],
+    "node rename": ["node", "rename", "home-2", "home-3", "--yes"],
     "peer add": ["peer", "add", "phone", "--allowed-ips", "10.9.0.7", "--public-key", "Y" + "A" * 42 + "="],
     "peer remove": ["peer", "remove", "laptop", "--yes"],
 }

@@ -44,7 +44,7 @@ _COMMANDS = {
     "node": (
         "kilo_etcd.ctl.commands.node",
         "node_group",
-        "List the nodes, show one, forget one that is gone for good.",
+        "List the nodes, show one, forget one that is gone for good, rename one.",
     ),
     "peer": (
         "kilo_etcd.ctl.commands.peer",

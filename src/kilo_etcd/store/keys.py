@@ -290,9 +290,13 @@ class Keys:
         """What the annotations of all nodes begin with."""
         return self.root + "annotations/"
 
+    def annotations(self, node: str) -> str:
+        """What the annotations of one node begin with."""
+        return f"{self.annotations_root}{encode_name(node)}/"
+
     def annotation(self, node: str, name: str) -> str:
         """The annotation `name` of a node, whether an annotation of that name is known or not."""
-        return f"{self.annotations_root}{encode_name(node)}/{encode_name(name)}"
+        return self.annotations(node) + encode_name(name)
 
     @property
     def peers_root(self) -> str:

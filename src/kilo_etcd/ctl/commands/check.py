@@ -381,7 +381,7 @@ def _settings(names: Sequence[str]) -> Iterator[Finding]:
             severity=Severity.NOTE, subject="labels and annotations",
             text=f"{some(names)} {'has' if len(names) == 1 else 'have'} labels or annotations and no record: is the "
                  "name right? they count once a host of that name joins",
-            remedy="of no use: kgctl location unset NODE, kgctl annotate NODE NAME-",
+            remedy="its host has another name now: kgctl node rename NODE NEW; gone for good: kgctl node forget NODE",
         )  # fmt: skip
 
 

@@ -1,4 +1,5 @@
-"""`kgctl node`: the hosts of the mesh: a list, everything about one, and forgetting one that is gone for good.
+"""`kgctl node`: the hosts of the mesh: a list, everything about one, forgetting one that is gone for good, and giving
+one another name.
 
 `show` computes the node's own plan as its agent does: the peers and routes that its kernel should hold.
 """
@@ -15,13 +16,16 @@ from attrs import frozen
 from kilo_etcd.ctl.change import Edit, Outcome, carry_out, change_options
 from kilo_etcd.ctl.commands import complete
 from kilo_etcd.ctl.commands.annotate import node_argument
+from kilo_etcd.ctl.commands.peer import checked
 from kilo_etcd.ctl.commands.status import look, read_mesh
 from kilo_etcd.ctl.context import Failure, Mesh
 from kilo_etcd.ctl.group import Group
+from kilo_etcd.ctl.node_edits import forgetting, renaming
 from kilo_etcd.ctl.output import output_option, show
 from kilo_etcd.ctl.reports.render import NONE, Table, clean, shown_location
 from kilo_etcd.ctl.reports.report import NodeRow, remarks_on
 from kilo_etcd.model import Snapshot
+from kilo_etcd.runtime.parsing import parse_own_name
 from kilo_etcd.store.keys import Keys, encode_name
 from kilo_etcd.store.view import View
 
@@ -33,7 +37,7 @@ if TYPE_CHECKING:
 
 @click.group("node", cls=Group)
 def node_group() -> None:
-    """List the nodes, show one, forget one that is gone for good."""
+    """List the nodes, show one, forget one that is gone for good, rename one."""
 
 
 @node_group.command("list")
@@ -245,43 +249,38 @@ def _json(shown: Shown) -> str:
 
 @node_group.command("forget", epilog="Example:\n\n\b\n  kgctl node forget node-7")
 @click.argument("node", callback=node_argument, shell_complete=complete.nodes)
-@click.option("--labels", is_flag=True, help="Remove its label and annotations too.")
+@click.option("--keep-labels", is_flag=True, help="Keep its label and annotations, for a host of this name to come.")
 @change_options
 @click.pass_obj
-def forget_command(mesh: Mesh, node: str, labels: bool, dry_run: bool, yes: bool) -> None:
+def forget_command(mesh: Mesh, node: str, keep_labels: bool, dry_run: bool, yes: bool) -> None:
     """Remove NODE from the mesh now; its record would otherwise stay until its lease ends (--forget-after).
 
-    Use it for a host that is gone for good. It is refused while the node's agent lives, since the node would come back
-    at once.
+    Use it for a host that is gone for good. Its label and annotations go too. It is refused while the node's agent
+    lives, since the node would come back at once.
     """
 
     def decide(_before: Snapshot, view: View, keys: Keys) -> Edit:
-        return forgetting(node, view, keys, labels=labels)
+        return forgetting(node, view, keys, keep_labels=keep_labels)
 
-    outcome = carry_out(mesh, decide, dry_run=dry_run, yes=yes)
-    if outcome is Outcome.NOTHING:
-        click.echo(f"Nothing to change: nothing is known of {clean(node)}.")
-    elif outcome is Outcome.WRITTEN:
+    if carry_out(mesh, decide, dry_run=dry_run, yes=yes) is Outcome.WRITTEN:
         click.echo(f"{clean(node)} is forgotten.")
 
 
-def forgetting(node: str, view: View, keys: Keys, *, labels: bool) -> Edit:
-    """The keys that go with a node: all that its host wrote. (What others have observed of it is under their
-    leases.)"""
-    doomed = []
-    if labels:
-        doomed.append(keys.location(node))
-        prefix = keys.annotation(node, "x").removesuffix("x")
-        doomed += [kv.key.decode() for kv in view.kvs(prefix)]
-    elif not view.kvs(keys.by(node)):
-        raise Failure(f"there is no node {node}; kgctl node list lists them")
-    alive = (
-        f"{node} has an agent that lives, and would register again at once: stop kilo-etcd there first "
-        "(kg cleanup there takes everything away)"
-    )
-    return Edit(
-        deletes=tuple(doomed),
-        deletes_below=(keys.by(node), keys.status_by(node)),
-        refused_by={keys.status(node): alive},
-        asks=f"{node} leaves the mesh. Continue?",
-    )
+@node_group.command("rename", epilog="Example:\n\n\b\n  kgctl node rename node-7 node-7.example.net")
+@click.argument("old", callback=node_argument, shell_complete=complete.nodes)
+@click.argument("new", callback=checked(parse_own_name), shell_complete=complete.nodes)
+@change_options
+@click.pass_obj
+def rename_command(mesh: Mesh, old: str, new: str, dry_run: bool, yes: bool) -> None:
+    """Move what is set for OLD to NEW, after its host was given that name: label, annotations, and the exit-node of
+    other nodes that is OLD.
+
+    The host's agent takes its own records over when it starts under the new name. What it left under the old one, as
+    where etcd does not let it write there, goes. It is refused while OLD's agent lives.
+    """
+
+    def decide(_before: Snapshot, view: View, keys: Keys) -> Edit:
+        return renaming(old, new, view, keys)
+
+    if carry_out(mesh, decide, dry_run=dry_run, yes=yes) is Outcome.WRITTEN:
+        click.echo(f"{clean(old)} is {clean(new)} now.")
