@@ -196,3 +196,59 @@ async def test_a_host_that_reads_anothers_keys_may_keep_its_lease_alive() -> Non
         assert candidacy is not None
         assert await theirs.refresh_lease(candidacy.lease) == 600
         assert (await operator.get(KEYS.election("gcp", one))) == candidacy
+
+
+async def test_a_renamed_host_takes_its_place_over_if_etcd_lets_it_and_else_is_told() -> None:
+    require("etcd", "etcdctl")
+    old, new = NAMES
+    async with (
+        confined() as (operator, configs),
+        open_client(configs[old]) as before,
+        open_client(configs[new]) as after,
+    ):
+        first = Session(before, KEYS, old, wg_key(old), lease_ttl=2)
+        await first.claim_addresses(SETTINGS.subnets)
+        await first.register(record(old, location="gcp"))
+        assert await first.enter("gcp", CandidateClass.PUBLIC)
+        assert await first.record_leader("gcp", known_revision=0)
+        # It crashes: its status is there until the lease ends. Its user may write under the new name only.
+        moved = await Session(after, KEYS, new, wg_key(old), lease_ttl=2).take_over([old])
+        assert moved.names == ()
+        assert "permission denied" in moved.refused or "may not" in moved.refused
+        assert len((await operator.get_prefix(KEYS.by(old))).kvs) == 3, "nothing of it was written"
+        # A user who may write both, as the operator may.
+        second = Session(operator, KEYS, new, wg_key(old), lease_ttl=2)
+        assert (await second.take_over([old])).names == (old,)
+        assert await second.claim_addresses(SETTINGS.subnets, doubted=True) == first.addresses
+        assert not (await operator.get_prefix(KEYS.by(old))).kvs
+        keys = [kv.key.decode() for kv in (await operator.get_prefix(KEYS.by(new))).kvs]
+        assert keys == [KEYS.address(new, first.addresses[0]), KEYS.leader("gcp", new), KEYS.node(new)]
+        await second.register(record(old, location="gcp"))
+
+
+async def test_of_two_copies_at_once_a_real_etcd_gives_the_place_to_one() -> None:
+    require("etcd", "etcdctl")
+    async with EtcdServer.run() as server, open_client(server.config()) as client:
+        await ensure_mesh(client, KEYS, SETTINGS)
+        original = Session(client, KEYS, "host", wg_key("host"), lease_ttl=2)
+        addresses = await original.claim_addresses(SETTINGS.subnets)
+        await original.register(record("host"))
+        await original.resign()
+        outcomes: dict[str, tuple[str, ...]] = {}
+        claims: dict[str, object] = {}
+
+        async def start(name: str) -> None:
+            async with open_client(server.config()) as own:
+                it = Session(own, KEYS, name, wg_key("host"), lease_ttl=2)
+                outcomes[name] = (await it.take_over(["host"])).names
+                claims[name] = await it.claim_addresses(SETTINGS.subnets, doubted=bool(outcomes[name]))
+                await it.register(record(name, public_key=wg_key("host")))
+
+        async with trio.open_nursery() as nursery:
+            for name in ("copy-1", "copy-2", "copy-3"):
+                nursery.start_soon(start, name)
+        (winner,) = [name for name, taken in outcomes.items() if taken]
+        assert claims[winner] == addresses
+        assert [name for name, claimed in claims.items() if claimed == addresses] == [winner]
+        records = {name: await client.get(KEYS.node(name)) for name in claims}
+        assert min(records, key=lambda name: records[name].create_revision) == winner  # type: ignore[union-attr]

@@ -33,6 +33,7 @@ from kilo_etcd.agent.leader_hints.peer_query import DatagramTransport, PeerQuery
 from kilo_etcd.agent.leadership import candidacy_policy
 from kilo_etcd.agent.leadership.candidacy import CandidacyTask
 from kilo_etcd.agent.metrics import Metrics
+from kilo_etcd.agent.namesakes import Namesakes
 from kilo_etcd.agent.nat.wireguard_monitor import WireGuardMonitor
 from kilo_etcd.agent.notify import notify, notify_reloading, watchdog_interval
 from kilo_etcd.agent.probing.prober import Prober
@@ -250,6 +251,9 @@ class Daemon:
             rng=self._rng,
             on_news=self._publish_again,
         )
+        self.namesakes = Namesakes(
+            self.session, self.keys, self.name, public_key, self.once, mirror=lambda: self.mirror
+        )
         self._candidacy = CandidacyTask(self.session, self.name)
         self._answerer = DiagnosticsServer(client, self.keys, self.name, device, self._in_force, self.once)
         self._post = transport
@@ -377,11 +381,13 @@ class Daemon:
         self._take_subnets(subnets)
         self._restorer.joined(settings)
         renumber = self.config.renumber
-        addresses = await self._insist(lambda: self.session.claim_addresses(subnets, renumber=renumber))
-        self.log.info("address claimed", addresses=",".join(map(str, addresses)), granularity=str(settings.granularity))
         if not followed:
             await nursery.start(self.resolver.run)
             await nursery.start(self.mirror.run)
+        await self._insist(lambda: self.mirror.wait_first())
+        moved = await self._insist(self.namesakes.take_over)
+        addresses = await self._insist(lambda: self.session.claim_addresses(subnets, renumber=renumber, doubted=moved))
+        self.log.info("address claimed", addresses=",".join(map(str, addresses)), granularity=str(settings.granularity))
         # Where the last agent was with the switch to `encrypted`, the kernel still is, or is to be again.
         self.registration.report = await self._insist(self._reported)
         # Not before: etcd may have kept us waiting, and the network may have come meanwhile.
@@ -700,7 +706,7 @@ class Daemon:
                 return
             twin = await self._living_twin(snapshot)
             silenced = await self._silence(twin) if twin else ""
-            self.failures = (self._why_unknown(snapshot) + silenced,)
+            self.failures = (self._why_unknown(snapshot) + self.namesakes.refusal + silenced,)
             self.once.error("unknown", self.failures[0], revision=snapshot.revision)
             self.metrics.not_programmed(self.failures[0])
             self._publish(snapshot)
@@ -860,6 +866,7 @@ class Daemon:
             internal_ips=self.config.internal_ips,
         )
         self.once.errors("settings", self.disagreements)
+        self.once.errors("names", self.namesakes.follow(snapshot))
         self.metrics.snapshot(snapshot)
 
     def _note_internal_ips(self, topology: Topology) -> None:
@@ -1014,6 +1021,7 @@ class Daemon:
         errors = (
             *self.disagreements,
             *self.failures,
+            *self.namesakes.errors,
             *self.obstructed,
             *self.traversal_failures,
             *self.registration.overlaps,

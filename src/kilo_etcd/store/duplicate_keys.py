@@ -54,6 +54,11 @@ class KeyIndex:
         ages = [(self._since[other], other[1]) for other in owners if other[0] == kind]
         return min(ages)[1] if ages else None
 
+    def nodes(self, key: str) -> tuple[str, ...]:
+        """The nodes with this key, the one that keeps it first, then by the age of their records."""
+        owners = [owner for owner in self._owners.get(key, ()) if owner[0] == "node"]
+        return tuple(name for _, name in sorted((self._since[owner], owner[1]) for owner in owners))
+
     def peers(self, owner: KeyOwner) -> set[KeyOwner]:
         """The peers that have the same key as `owner`."""
         owners = self._owners.get(self._key_of.get(owner, ""), ())

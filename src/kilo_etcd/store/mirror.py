@@ -125,6 +125,10 @@ class Mirror:
         """The raw key-values under `prefix`, sorted; may be newer than `current`."""
         return self._view.kvs(prefix)
 
+    def nodes_with_key(self, public_key: str) -> tuple[str, ...]:
+        """The nodes whose records have a public key as of the newest event, the one that keeps it first."""
+        return self._view.nodes_with_key(public_key)
+
     def observed_by(self, observer: str) -> frozenset[str]:
         """The nodes and peers whose endpoints a node has observed, as it says as of the newest event."""
         return self._view.observed_by(observer)
@@ -147,6 +151,27 @@ class Mirror:
         while self.current is None or self.current is than:
             await self._published.wait()
         return self.current
+
+    async def wait_first(self) -> Snapshot:
+        """The first snapshot. EtcdError as soon as etcd cannot be read, ClusterNotTrusted if it is not followed."""
+        while self.current is None:
+            self.check()
+            if self.failure is not None:
+                raise self.failure
+            await self._wait_news()
+        return self.current
+
+    async def _wait_news(self) -> None:
+        """Wait for a snapshot, or for another answer to whether etcd can be read and trusted."""
+        events = self._published, self._verified
+        async with trio.open_nursery() as nursery:
+
+            async def wait(event: trio.Event) -> None:
+                await event.wait()
+                nursery.cancel_scope.cancel()
+
+            for event in events:
+                nursery.start_soon(wait, event)
 
     @property
     def trouble(self) -> str | None:

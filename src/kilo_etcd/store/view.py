@@ -237,6 +237,10 @@ class View:
         """The mesh addresses that somebody claims, whether it has them or not."""
         return self._addresses.claimed_by(claimant)
 
+    def nodes_with_key(self, public_key: str) -> tuple[str, ...]:
+        """The nodes whose records have a public key, the one that keeps it first."""
+        return self._key_index.nodes(public_key)
+
     def observed_by(self, observer: str) -> frozenset[str]:
         """The nodes and peers whose endpoints a node says it has observed."""
         return frozenset(self._subjects.get(observer, ()))

@@ -579,7 +579,7 @@ class FakeClient:
             lease = self.server._leases.get(lease_id)
             if lease is None:
                 return LeaseInfo(id=lease_id, ttl=-1, granted_ttl=0)
-            remaining = max(0, int(lease.expires_at - trio.current_time()))
+            remaining = max(0, int(min(lease.ttl, lease.expires_at - trio.current_time())))
             return LeaseInfo(
                 id=lease_id, ttl=remaining, granted_ttl=lease.ttl, keys=tuple(sorted(lease.keys)) if keys else ()
             )

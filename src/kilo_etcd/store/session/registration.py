@@ -158,7 +158,8 @@ class Registration:
         """Whether a record at the name carries this host's key."""
         return node_kv is not None and public_key_of(node_kv) == self._public_key
 
-    def _as(self, standing: Standing) -> list[Compare]:
+    def conditions(self, standing: Standing) -> list[Compare]:
+        """That the name is still as `standing` says."""
         standing_keys = (standing.node, self._node_key), (standing.status, self._status_key)
         return [unchanged(kv) if kv else absent(key) for kv, key in standing_keys]
 
@@ -169,6 +170,10 @@ class Registration:
         assert self.record is not None
         return encode(evolve(self.record, mesh_addresses=stated))
 
+    async def clear(self, standing: Standing) -> None:
+        """Delete the record at the name, which is that of a host that does not live any more. EtcdError."""
+        await self._client.txn(self.conditions(standing), [Delete(self._node_key)])
+
     async def put(self, value: bytes, lease: int, beside: Sequence[Op], standing: Standing) -> Written | None:
         """Put `beside` and what etcd lacks of the record, if the name is as `standing` says; None: look again.
         EtcdError."""
@@ -176,7 +181,7 @@ class Registration:
         if node_kv is not None and not self._registered.is_set() and not self.is_own(node_kv):
             # Made anew, since of two records with one key the older one keeps it: this one is no older than its
             # key. A record that is changed while this runs is another matter: it is restored, with its age.
-            await self._client.txn(self._as(standing), [Delete(self._node_key)])
+            await self.clear(standing)
             return None
         ops = list(beside)
         lacks = node_kv is None or node_kv.value != value or node_kv.lease != lease
@@ -186,7 +191,7 @@ class Registration:
             self._known, self.seen = node_kv, standing.revision
             self._registered.set()
             return Written(record=False, revision=0)
-        result = await self._client.txn(self._as(standing), ops)
+        result = await self._client.txn(self.conditions(standing), ops)
         self._guard.observe(result.header)
         if not result.succeeded:
             return None
@@ -246,13 +251,13 @@ class Registration:
             return
         revisions = {key: revision for key, revision in revisions.items() if key != self._status_key}
         with suppress(RecordChanged):  # Another host has taken the name.
-            await self._delete_unchanged(revisions, self._as(standing))
+            await self._delete_unchanged(revisions, self.conditions(standing))
         keys = [key for key in changed if key != self._status_key and key not in revisions]
         if self._status_key in changed and standing.status is not None and not self._is_anothers(standing.status):
             keys.append(self._status_key)  # The last, since all writes compare it.
         for first in range(0, len(keys), MOST_AT_ONCE):
             ops = [Delete(key) for key in keys[first : first + MOST_AT_ONCE]]
-            result = await self._client.txn(self._as(standing), ops)
+            result = await self._client.txn(self.conditions(standing), ops)
             if not result.succeeded:
                 return  # Another host has taken the name.
 

@@ -18,7 +18,8 @@ on trying. A candidacy that is gone with its lease is no longer desired: `on_eve
 that wants to stand says so again. `register`, `ensure_mesh` and `claim_addresses` raise instead, since nothing can
 begin before they are done.
 
-Each part has its own state and module: the record at the name (`registration`), the mesh addresses (`mesh_addresses`),
+Each part has its own state and module: the record at the name (`registration`), what stands under a name that the host
+had before (`former_names`), the mesh addresses (`mesh_addresses`),
 the place in the election (`candidacy`), what other hosts and people read (`published_records`), what is known of the
 leased keys (`leased_keys`), and the writes that make them as they are wanted (`leased_writer`). No part knows the
 session. It owns both leases and the lock, and decides the order: registration, then candidacy and status, then what is
@@ -38,7 +39,19 @@ from contextlib import suppress
 import structlog
 import trio
 
-from kilo_etcd.etcd.api import Client, Delete, EtcdError, KeyValue, LeaseNotFound, Op, Put
+from kilo_etcd.etcd.api import (
+    Client,
+    Delete,
+    EtcdError,
+    Get,
+    KeyValue,
+    LeaseNotFound,
+    Op,
+    PermissionDenied,
+    Put,
+    RangeResult,
+    prefix_end,
+)
 from kilo_etcd.model import CandidateClass, IPAddress, IPNetwork, MeshSettings, Snapshot
 from kilo_etcd.store import claims
 from kilo_etcd.store.keys import ElectionKey, Keys, LeaderKey, leased_by, written_by
@@ -49,16 +62,20 @@ from kilo_etcd.store.session.candidacy import Candidacy, WantedCandidacy
 from kilo_etcd.store.session.cluster_guard import ClusterGuard, NoGuard
 from kilo_etcd.store.session.contested import contested_sentence
 from kilo_etcd.store.session.foreign_keys import ForeignKeys
+from kilo_etcd.store.session.former_names import FormerName, Moved, move, removal
 from kilo_etcd.store.session.leased_keys import RETRY_FIRST, LeasedKeys
 from kilo_etcd.store.session.leased_writer import LeasedWriter
 from kilo_etcd.store.session.mesh_addresses import MeshAddresses
 from kilo_etcd.store.session.node_identity import NameTaken, status_key_of, where_is
 from kilo_etcd.store.session.published_records import Published
-from kilo_etcd.store.session.registration import RecordChanged, Registration
+from kilo_etcd.store.session.registration import RecordChanged, Registration, Standing
 
 RETRY_MOST = 5.0
 """Seconds between two attempts at most; less for short leases, which an election in etcd gives their full time just
 once."""
+
+LONGEST_STATUS = 60.0
+"""The longest that a starting agent waits for the end of a status that a former run may have left, in seconds."""
 
 RENEW_SECONDS = 1.0
 """The longest that a reload waits for etcd to renew the lease."""
@@ -220,6 +237,84 @@ class Session:
                 await self._register(trio.current_time() + self._lease_ttl + 1)
         return self.addresses
 
+    # --- a former name -----------------------------------------------------------------------------------------
+
+    async def take_over(self, names: Collection[str]) -> Moved:
+        """Have as this host's own what stands under the other `names` with its public key, the oldest first: after it
+        was renamed. To be called before addresses are claimed. Nothing is taken if an agent lives under one of them;
+        a status that a former run left is waited for until its lease ends. NameTaken, EtcdError."""
+        async with self._lock:
+            await self._guard.verify()
+            looked = [await self._look_until_gone(name) for name in names]
+            former = [each for each in looked if each.node is None or each.public_key == self._public_key]
+            if living := tuple(each.name for each in former if each.lives):
+                return Moved(living=living)
+            moved: list[str] = []
+            for each in former:
+                try:
+                    if await self._move(each.name):
+                        moved.append(each.name)
+                except PermissionDenied as error:
+                    return Moved(names=tuple(moved), refused=str(error))
+            return Moved(names=tuple(moved))
+
+    async def _move(self, name: str) -> bool:
+        """Whether what stands under a former name is under this one now. EtcdError, NameTaken."""
+        registration, keys = self._registration, self._keys
+        while True:
+            standing = await registration.look_until_free(trio.current_time() + self._lease_ttl + 1)
+            own, former = registration.is_own(standing.node), await self._look_at(name)
+            record = former.record
+            if record is None or former.public_key != self._public_key or former.lives:
+                # The operator or another copy was faster; or an attempt went through although its answer was lost.
+                return own and former.node is None
+            if not own and standing.node is not None:
+                await registration.clear(standing)
+                continue
+            try:
+                writes = removal(keys, former) if own else await self._moving(former, record, standing)
+                result = await self._client.txn([*registration.conditions(standing), *former.unchanged(keys)], writes)
+            except LeaseNotFound:
+                self._unconfirm_leases()
+                continue
+            self._guard.observe(result.header)
+            if not result.succeeded:
+                continue
+            if not own:
+                revision, key = result.header.revision, self._published.status_key
+                self._leased.put(key, self._published.of_itself[key], revision)
+                places = (keys.parse(kv.key) for kv in former.leaders)
+                self._led.update({place.location: revision for place in places if isinstance(place, LeaderKey)})
+            return True
+
+    async def _moving(self, former: FormerName, record: NodeRecord, standing: Standing) -> list[Op]:
+        self._stand_in(record)
+        await self._hold_long(None)
+        await self._hold_short(standing.status)
+        status = self._published.of_itself[self._published.status_key]
+        return move(self._keys, former, self._name, long=self._long.id, short=self._short.id, status=status)
+
+    async def _look_at(self, name: str) -> FormerName:
+        root, status_key = self._keys.by(name), self._keys.status(name)
+        answer = await self._client.txn([], [Get(root, prefix_end(root)), Get(status_key)])
+        below, status = (response.kvs for response in answer.responses if isinstance(response, RangeResult))
+        return FormerName.of(self._keys, name, below, next(iter(status), None))
+
+    async def _look_until_gone(self, name: str) -> FormerName:
+        """What stands under another name, as soon as no agent lives there or nobody can have left its status."""
+        deadline: float | None = None
+        while True:
+            former = await self._look_at(name)
+            if not former.lives or former.status is None:
+                return former
+            if deadline is None:
+                info = await self._client.lease_time_to_live(former.status.lease)
+                deadline = trio.current_time() + min(max(info.ttl, self._lease_ttl), LONGEST_STATUS) + 1
+                self._log.info("waiting for the end of a status under another name with this host's key", other=name)
+            if (remaining := deadline - trio.current_time()) <= 0:
+                return former
+            await trio.sleep(min(0.5, remaining))
+
     # --- the registration --------------------------------------------------------------------------------------
 
     async def register(self, record: NodeRecord) -> None:
@@ -227,17 +322,20 @@ class Session:
         lease's time for a dead owner's status to end. NameTaken if it does not; EtcdError."""
         async with self._lock:
             self._registration.record = record
-            # Being there must show at once, or a second host of this name could slip in before the first status.
-            self._published.stand_in(
-                StatusRecord(
-                    public_key=self._public_key,
-                    location=record.location,
-                    version=record.version,
-                    address=where_is(record),
-                )
-            )
+            self._stand_in(record)
             await self._register(trio.current_time() + self._lease_ttl + 1)
             self.last_error = None
+
+    def _stand_in(self, record: NodeRecord) -> None:
+        # Being there must show at once, or a second host of this name could slip in before the first status.
+        self._published.stand_in(
+            StatusRecord(
+                public_key=self._public_key,
+                location=record.location,
+                version=record.version,
+                address=where_is(record),
+            )
+        )
 
     async def _register(self, deadline: float) -> bool:
         """Returns whether the record was written."""

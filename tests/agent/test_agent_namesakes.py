@@ -1,0 +1,123 @@
+"""An agent that starts under another name than before, and agents with one key."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from ipaddress import ip_address
+
+import pytest
+import trio
+from agent_world import World, running
+
+from helpers import eventually
+from kilo_etcd.etcd.api import Compare, Delete, Op, PermissionDenied, TxnResult
+from kilo_etcd.model import EncryptionStage, Endpoint
+from kilo_etcd.store.keys import Keys
+from kilo_etcd.store.records import NodeRecord, StatusRecord, decode_node, decode_status, encode
+from kilo_etcd.testing.fake_etcd import FakeClient
+
+pytestmark = pytest.mark.autojump
+KEYS = Keys()
+STAGE = EncryptionStage.SENDS
+
+
+def errors(world: World, name: str) -> tuple[str, ...]:
+    value = world.etcd.get(KEYS.status(name))
+    return () if value is None else decode_status(value).errors
+
+
+async def reported(world: World, name: str) -> None:
+    """The host has joined and applied a plan."""
+    await eventually(
+        lambda: decode_status(world.value(KEYS.status(name))).revision > 0 if KEYS.status(name) in world.etcd else 0,
+        10,
+        every=0.1,
+    )
+
+
+@pytest.mark.parametrize("name", ["h1.example.net", "H1", "h1-new"])
+async def test_a_host_with_another_name_goes_on_as_the_node_that_it_was(world: World, name: str) -> None:
+    world.etcd.put(KEYS.location("h1"), "gcp")
+    world.etcd.put(KEYS.annotation("h1", "leader"), "true")
+    world.etcd.put(KEYS.node("h2"), encode(NodeRecord(public_key="B" + "A" * 42 + "=")))
+    world.etcd.put(KEYS.annotation("h2", "exit-node"), "h1")
+    world.etcd.put(KEYS.address("h2", ip_address("10.4.0.2")), "")
+    async with running(world) as daemon:
+        await reported(world, "h1")
+        addresses = daemon.session.addresses
+    kernel = world.host.observed.addresses, dict(world.host.observed.peers)
+    async with running(world, hostname=name) as daemon:
+        await reported(world, name)
+        assert daemon.session.addresses == addresses
+        assert (world.host.observed.addresses, dict(world.host.observed.peers)) == kernel
+        assert world.etcd.keys("/kilo/by/h1/") == world.etcd.keys("/kilo-status/by/h1/") == []
+        assert world.logged("this host was renamed; what its former name had in etcd is its own now") == 1
+        says = (
+            "this host was called h1, and these are still for that name: the label, annotation leader, annotation "
+            f"exit-node of h2; kgctl node rename h1 {name} moves them"
+        )
+        await eventually(lambda: errors(world, name) == (says,), 10, every=0.1)
+        assert world.logged(says) == 1
+        for key in (KEYS.location("h1"), KEYS.annotation("h1", "leader"), KEYS.annotation("h2", "exit-node")):
+            world.etcd.delete(key)
+        await eventually(lambda: errors(world, name) == (), 10, every=0.1)
+
+
+async def test_the_stage_of_encrypted_is_kept(world: World) -> None:
+    world.etcd.put(KEYS.internal_ips, "encrypted")
+    async with running(world):
+        await eventually(lambda: decode_node(world.value(KEYS.node("h1"))).encryption is STAGE, 60, every=0.1)
+    stages = set()
+    async with running(world, hostname="h2"):
+        for _ in range(100):
+            if (value := world.etcd.get(KEYS.node("h2"))) is not None:
+                stages.add(decode_node(value).encryption)
+            await trio.sleep(0.1)
+    assert stages == {STAGE}
+
+
+async def test_a_copy_that_starts_while_the_original_lives_leaves_it_alone_and_both_are_told(world: World) -> None:
+    async with running(world) as daemon:
+        await reported(world, "h1")
+        lease = (await world.client.grant_lease(3600)).id
+        copied = NodeRecord(public_key=daemon.public_key, endpoint=Endpoint.parse("198.51.100.9:1"))
+        world.etcd.put(KEYS.node("copy"), encode(copied), lease=lease)
+        world.etcd.put(KEYS.status("copy"), encode(StatusRecord(public_key=daemon.public_key)), lease=lease)
+        says = "copy has registered with this host's public key, as a copy of this host's disk does; h1 keeps its place"
+        await eventually(lambda: any(text.startswith(says) for text in errors(world, "h1")), 10, every=0.1)
+        assert world.logged(says) == 1
+        assert world.host.observed.addresses
+        world.etcd.delete(KEYS.node("copy"))
+        await eventually(lambda: not errors(world, "h1"), 10, every=0.1)
+    original = NodeRecord(public_key=daemon.public_key, endpoint=Endpoint.parse("198.51.100.9:1"))
+    world.etcd.put(KEYS.node("h1"), encode(original), lease=lease)
+    world.etcd.put(KEYS.status("h1"), encode(StatusRecord(public_key=daemon.public_key)), lease=lease)
+    async with running(world, hostname="copy", joined=False):
+        says = "another node has this host's public key, and its agent runs; nothing is taken over"
+        await eventually(lambda: world.logged(says) == 1, 120, every=0.1)
+        await eventually(lambda: any("h1 keeps it" in text for text in errors(world, "copy")), 10, every=0.1)
+        assert decode_node(world.value(KEYS.node("h1"))) == original
+
+
+class Confined(FakeClient):
+    """Of a user who may write the keys of h2 only."""
+
+    async def txn(
+        self, compare: Sequence[Compare], success: Sequence[Op] = (), failure: Sequence[Op] = ()
+    ) -> TxnResult:
+        if any(isinstance(op, Delete) and "/by/h1/" in str(op.key) for op in success):
+            raise PermissionDenied("etcdserver: permission denied")
+        return await super().txn(compare, success, failure)
+
+
+async def test_a_host_that_may_not_write_under_its_former_name_says_what_the_operator_does(world: World) -> None:
+    async with running(world) as daemon:
+        await reported(world, "h1")
+    world.client = Confined(world.etcd, "h2")
+    async with running(world, hostname="h2", joined=False) as daemon:
+        says = "if h1 is this host's former name, run kgctl node rename h1 h2"
+        await eventually(lambda: any(says in text for text in errors(world, "h2")), 10, every=0.1)
+        for key in [*world.etcd.keys("/kilo/by/h1/"), *world.etcd.keys("/kilo-status/by/h1/")]:
+            world.etcd.delete(key)
+        await eventually(lambda: daemon.metrics.health() is None, 10, every=0.1)
+        await eventually(lambda: not errors(world, "h2"), 10, every=0.1)
