@@ -149,7 +149,7 @@ REFUSALS = [
     (["--lease-ttl", "1s"], "1 s is too short; give at least 2s"),
     (["--lease-ttl", "2500ms"], "no whole number of seconds"),
     (["--forget-after", "3s"], "3 s is too short; give at least 5s"),
-    (["--resync-period", "soon"], "'soon' is no duration; write for instance 500ms, 5s, 2m or 24h"),
+    (["--resync-period", "soon"], "'soon' is no duration; write for instance 500ms, 5s, 2m, 24h or 7d"),
     (["--prefix", "kilo"], "'kilo' is no etcd prefix; write for instance /kilo"),
     (["--prefix", "/"], "is no etcd prefix"),
     (["--listen", "example.com:1"], "is no IP address"),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import base64
 import json
-from ipaddress import ip_interface
+from ipaddress import ip_address, ip_interface
 
 import pytest
 import trio
@@ -14,9 +14,10 @@ from helpers import put_kept
 from kilo_etcd.ctl.main import main
 from kilo_etcd.etcd.api import Client, PermissionDenied
 from kilo_etcd.model import CandidateClass, Endpoint, Snapshot
-from kilo_etcd.store import operator
+from kilo_etcd.store import operator, silence
 from kilo_etcd.store.keys import Keys
 from kilo_etcd.store.records import CandidateRecord, NodeRecord, Role, StatusRecord, adopts, encode
+from kilo_etcd.store.silence import Claiming
 from kilo_etcd.testing.fake_etcd import FakeEtcd
 
 KEYS = Keys()
@@ -349,6 +350,52 @@ def test_a_node_is_forgotten_and_its_label_kept_or_its_label_alone_is_left_to_fo
     assert "gcp-2 has no record; label gcp goes too" in run("node", "forget", "gcp-2").output
     assert run("node", "forget", "gcp-2", "--yes").exit_code == 0
     assert [key for key in etcd.keys("/kilo/") if "gcp-2" in key] == []
+
+
+async def _claims(*_: object) -> tuple[Claiming, ...]:
+    await trio.lowlevel.checkpoint()
+    return tuple(
+        Claiming(name=name, addresses=(ip_address(f"10.4.0.{number}"),), registered=there, alive=alive, silent=silent)
+        for number, (name, there, alive, silent) in enumerate(
+            [
+                ("gcp-1", True, True, 0), ("gcp-2", True, False, 7200), ("home-1", True, False, 60),
+                ("runner-9", False, False, 86400),
+            ]
+        )
+    )  # fmt: skip
+
+
+def test_claims_are_listed_and_the_dead_forgotten_without_their_names(
+    etcd: FakeEtcd, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    etcd.put("/kilo/by/runner-9/addresses/10.4.0.9", "")
+    etcd.put("/kilo/locations/gcp-2", "gcp")
+    monkeypatch.setattr(silence, "claiming", _claims)
+    rows = json.loads(run("node", "list", "--claims", "-o", "json").output)
+    assert rows[3] == {
+        "node": "runner-9", "addresses": ["10.4.0.3"], "registered": False, "alive": False, "silentSeconds": 86400
+    }  # fmt: skip
+    assert "silent for 2 h at least" in run("node", "list", "--claims").output
+    before = held(etcd)
+    assert "no agent is known to have been silent for so long" in run("node", "forget", "--dead-for", "7d").output
+    assert "Nothing was written (--dry-run)." in run("node", "forget", "--dead-for", "1h", "--dry-run").output
+    refused = run("node", "forget", "--dead-for", "1h")
+    assert "2 nodes leave the mesh. Continue? Nothing was written" in refused.output
+    assert held(etcd) == before
+    done = run("node", "forget", "--dead-for", "1h", "--yes")
+    assert done.output.splitlines() == [
+        "gcp-2: silent for 2 h at least; 10.4.0.1",
+        "runner-9: silent for 24 h at least; 10.4.0.3",
+        "gcp-2 leaves the mesh: the others forget its key and its addresses",
+        "gcp-2, runner-9: forgotten.",
+    ]
+    assert [key for key in etcd.keys("/kilo/") if "gcp-2" in key or "runner" in key] == []
+    assert etcd.keys("/kilo/by/home-1/") != []
+
+
+@pytest.mark.parametrize("arguments", [[], ["gcp-2", "--dead-for", "1h"], ["--dead-for", "0s"], ["--dead-for", "soon"]])
+def test_forget_needs_a_name_or_a_time(etcd: FakeEtcd, arguments: list[str]) -> None:
+    assert run("node", "forget", *arguments, "--yes").exit_code == 2
 
 
 def test_what_is_set_for_a_renamed_host_moves_and_what_it_left_goes(etcd: FakeEtcd) -> None:

@@ -17,6 +17,9 @@ from kilo_etcd.store.keys import AnnotationKey, Keys, LocationKey
 from kilo_etcd.store.records import is_stub
 from kilo_etcd.store.view import View
 
+MOST_AT_ONCE = 10
+"""Nodes that are forgotten in one transaction, each with a label and all annotations (`ctl.change.MOST`)."""
+
 MOST_NAMED = 10
 """Labels and annotations in one question."""
 
@@ -41,6 +44,16 @@ def forgetting(node: str, view: View, keys: Keys, *, keep_labels: bool) -> Edit:
         deletes_below=(keys.by(node), keys.status_by(node)),
         refused_by={keys.status(node): alive},
         asks=f"{question}. Continue?",
+    )
+
+
+def forgetting_all(nodes: Iterable[str], view: View, keys: Keys, *, keep_labels: bool) -> Edit:
+    """The same for several nodes, at most `MOST_AT_ONCE`, without a question."""
+    edits = [forgetting(node, view, keys, keep_labels=keep_labels) for node in nodes]
+    return Edit(
+        deletes=tuple(key for edit in edits for key in edit.deletes),
+        deletes_below=tuple(prefix for edit in edits for prefix in edit.deletes_below),
+        refused_by={key: text for edit in edits for key, text in edit.refused_by.items()},
     )
 
 

@@ -35,18 +35,18 @@ def read(flag: str, parse: Callable[[], T], env: str | None = None) -> T:
         raise click.BadParameter(str(error), param_hint=f"{flag} ({env or environment_name(flag)})") from None
 
 
-_UNITS = {"ns": 1e-9, "us": 1e-6, "µs": 1e-6, "μs": 1e-6, "ms": 1e-3, "s": 1.0, "m": 60.0, "h": 3600.0}
-_PART = re.compile(r"(\d+\.?\d*|\.\d+)(ns|us|µs|μs|ms|s|m|h)")
+_UNITS = {"ns": 1e-9, "us": 1e-6, "µs": 1e-6, "μs": 1e-6, "ms": 1e-3, "s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
+_PART = re.compile(r"(\d+\.?\d*|\.\d+)(ns|us|µs|μs|ms|s|m|h|d)")
 
 
 def parse_duration(text: str) -> float:
-    """Seconds of a Go duration such as `2s`, `500ms` or `1h30m`; a bare number is seconds."""
+    """Seconds of a Go duration such as `2s`, `500ms` or `1h30m`, with `d` for days too; a bare number is seconds."""
     text = text.strip()
     if re.fullmatch(r"\d+(\.\d+)?", text):
         return float(text)
     parts = _PART.findall(text)
     if not parts or "".join(number + unit for number, unit in parts) != text:
-        raise ValueError(f"{text!r} is no duration; write for instance 500ms, 5s, 2m or 24h")
+        raise ValueError(f"{text!r} is no duration; write for instance 500ms, 5s, 2m, 24h or 7d")
     return sum(float(number) * _UNITS[unit] for number, unit in parts)
 
 

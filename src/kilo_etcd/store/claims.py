@@ -215,7 +215,7 @@ class _Search:
                     return address
         raise NoAddressLeft(
             f"no address is left for {self._node} in {', '.join(map(str, family))}: all are claimed; forget the nodes "
-            "that are gone for good (kgctl node forget NODE)"
+            "that are gone for good (kgctl node list --claims, kgctl node forget --dead-for 24h)"
         )
 
     async def _look(self, family: list[IPNetwork]) -> AddressIndex:

@@ -17,6 +17,11 @@ LONGEST_INTERVAL = 600.0
 """Seconds at most between two keepalives, however long the lease."""
 
 
+def keep_interval(ttl: int) -> float:
+    """Seconds between two keepalives of a lease of `ttl` seconds."""
+    return min(ttl / 3, LONGEST_INTERVAL)
+
+
 class KeptLease:
     """A lease of `ttl` seconds. `on_unconfirmed` is called when keeping it fails, `on_lost` when etcd says it is
     gone."""
@@ -114,7 +119,7 @@ class KeptLease:
             if lease is None or self.unconfirmed:
                 await changed.wait()
                 continue
-            interval = min(lease.ttl / 3, LONGEST_INTERVAL)
+            interval = keep_interval(lease.ttl)
             try:
                 async with self._client.keep_alive(lease.id, lease.ttl, interval=interval) as kept:
                     await _either(kept.lost, changed)

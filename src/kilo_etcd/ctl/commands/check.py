@@ -370,7 +370,7 @@ def _claims(claims: Mapping[str, int]) -> Iterator[Finding]:
             severity=Severity.NOTE, subject="claims",
             text=f"mesh addresses are claimed by {some(few)}, which are not registered: they are joining, or gone for "
                  "longer than --forget-after",
-            remedy="gone for good: kgctl node forget NODE takes the claim away",
+            remedy="gone for good: kgctl node forget NODE takes the claim away, kgctl node forget --dead-for 24h all",
         )  # fmt: skip
 
 

@@ -13,19 +13,21 @@ from typing import TYPE_CHECKING, Any
 import click
 from attrs import frozen
 
-from kilo_etcd.ctl.change import Edit, Outcome, carry_out, change_options
+from kilo_etcd.ctl.change import Edit, Outcome, carry_out, change_options, confirm
 from kilo_etcd.ctl.commands import complete
 from kilo_etcd.ctl.commands.annotate import node_argument
 from kilo_etcd.ctl.commands.peer import checked
 from kilo_etcd.ctl.commands.status import look, read_mesh
 from kilo_etcd.ctl.context import Failure, Mesh
 from kilo_etcd.ctl.group import Group
-from kilo_etcd.ctl.node_edits import forgetting, renaming
+from kilo_etcd.ctl.node_edits import MOST_AT_ONCE, forgetting, forgetting_all, renaming
 from kilo_etcd.ctl.output import output_option, show
 from kilo_etcd.ctl.reports.render import NONE, Table, clean, shown_location
 from kilo_etcd.ctl.reports.report import NodeRow, remarks_on
+from kilo_etcd.etcd.api import Client
 from kilo_etcd.model import Snapshot
-from kilo_etcd.runtime.parsing import parse_own_name
+from kilo_etcd.runtime.parsing import parse_duration, parse_node_name, parse_own_name, shown_duration
+from kilo_etcd.store import operator
 from kilo_etcd.store.keys import Keys, encode_name
 from kilo_etcd.store.view import View
 
@@ -33,6 +35,7 @@ if TYPE_CHECKING:
     from kilo_etcd.ctl.reports.own_addresses import OwnAddress
     from kilo_etcd.model.hostplan import HostPlan
     from kilo_etcd.store.records import StatusRecord
+    from kilo_etcd.store.silence import Claiming
 
 
 @click.group("node", cls=Group)
@@ -41,10 +44,16 @@ def node_group() -> None:
 
 
 @node_group.command("list")
+@click.option(
+    "--claims", is_flag=True, help="List instead who claims mesh addresses, and for how long agents have been silent."
+)
 @output_option
 @click.pass_obj
-def list_command(mesh: Mesh, output: str) -> None:
+def list_command(mesh: Mesh, claims: bool, output: str) -> None:
     """List the nodes, with location, role, and whether their agents live."""
+    if claims:
+        _list_claims(mesh.ask(_look_at_claims), output)
+        return
     report = mesh.ask(read_mesh)
     if output == "json":
         documents = [
@@ -65,6 +74,34 @@ def list_command(mesh: Mesh, output: str) -> None:
         for row in report.nodes
     )
     show([Table("", ("NODE", "LOCATION", "ROLE", "AGENT", "MESH ADDRESS"), rows, "No node has registered yet.")])
+
+
+async def _look_at_claims(client: Client, keys: Keys) -> tuple[Claiming, ...]:
+    from kilo_etcd.store.silence import claiming
+
+    living = await operator.statuses(client, keys)
+    _, view = await operator.snapshot(client, keys)
+    return await claiming(client, keys, view, living.keys())
+
+
+def _list_claims(nodes: tuple[Claiming, ...], output: str) -> None:
+    if output == "json":
+        documents = [
+            {"node": node.name, "addresses": list(map(str, node.addresses)), "registered": node.registered,
+             "alive": node.alive, "silentSeconds": node.silent}
+            for node in nodes
+        ]  # fmt: skip
+        click.echo(json.dumps(documents, indent=2, ensure_ascii=False))
+        return
+    rows = tuple(
+        (clean(node.name), _listed(node.addresses), "yes" if node.registered else "no", _silence(node))
+        for node in nodes
+    )
+    show([Table("", ("NODE", "CLAIMED ADDRESS", "RECORD", "AGENT"), rows, "Nobody claims an address yet.")])
+
+
+def _silence(node: Claiming) -> str:
+    return "alive" if node.alive else f"silent for {shown_duration(node.silent)} at least"
 
 
 @frozen(kw_only=True)
@@ -247,23 +284,62 @@ def _json(shown: Shown) -> str:
     )  # fmt: skip
 
 
-@node_group.command("forget", epilog="Example:\n\n\b\n  kgctl node forget node-7")
-@click.argument("node", callback=node_argument, shell_complete=complete.nodes)
+def _age(text: str) -> float:
+    seconds = parse_duration(text)
+    if not seconds > 0:
+        raise ValueError("the time is zero; write for instance 24h or 7d")
+    return seconds
+
+
+@node_group.command(
+    "forget", epilog="Examples:\n\n\b\n  kgctl node forget node-7\n  kgctl node forget --dead-for 24h --dry-run"
+)
+@click.argument("node", required=False, callback=checked(parse_node_name), shell_complete=complete.nodes)
+@click.option(
+    "--dead-for", "age", metavar="TIME", callback=checked(_age),
+    help="Forget all nodes whose agents have been silent for so long at least: 24h, 7d.",
+)  # fmt: skip
 @click.option("--keep-labels", is_flag=True, help="Keep its label and annotations, for a host of this name to come.")
 @change_options
 @click.pass_obj
-def forget_command(mesh: Mesh, node: str, keep_labels: bool, dry_run: bool, yes: bool) -> None:
+def forget_command(
+    mesh: Mesh, node: str | None, age: float | None, keep_labels: bool, dry_run: bool, yes: bool
+) -> None:  # fmt: skip
     """Remove NODE from the mesh now; its record would otherwise stay until its lease ends (--forget-after).
 
     Use it for a host that is gone for good. Its label and annotations go too. It is refused while the node's agent
     lives, since the node would come back at once.
+
+    With --dead-for no name is needed: it takes the nodes whose records nobody has kept alive for so long, and names
+    that claim mesh addresses and have no record any more. Of these it is known only that they were silent for
+    --forget-after (24 h by default), so a longer TIME does not take them. kgctl node list --claims shows what is known.
     """
+    if (node is None) == (age is None):
+        raise click.UsageError("Give a NODE, or --dead-for TIME.")
+    if node is not None:
 
-    def decide(_before: Snapshot, view: View, keys: Keys) -> Edit:
-        return forgetting(node, view, keys, keep_labels=keep_labels)
+        def decide(_before: Snapshot, view: View, keys: Keys) -> Edit:
+            return forgetting(node, view, keys, keep_labels=keep_labels)
 
-    if carry_out(mesh, decide, dry_run=dry_run, yes=yes) is Outcome.WRITTEN:
-        click.echo(f"{clean(node)} is forgotten.")
+        if carry_out(mesh, decide, dry_run=dry_run, yes=yes) is Outcome.WRITTEN:
+            click.echo(f"{clean(node)} is forgotten.")
+        return
+    silent = [each for each in mesh.ask(_look_at_claims) if not each.alive and age is not None and each.silent >= age]
+    if not silent:
+        click.echo("Nothing to change: no agent is known to have been silent for so long (kgctl node list --claims).")
+        return
+    for each in silent:
+        click.echo(f"{clean(each.name)}: {_silence(each)}; {_listed(each.addresses)}")
+    if not dry_run and not yes:
+        confirm(f"{len(silent)} {'node leaves' if len(silent) == 1 else 'nodes leave'} the mesh. Continue?")
+    for first in range(0, len(silent), MOST_AT_ONCE):
+        names = [each.name for each in silent[first : first + MOST_AT_ONCE]]
+
+        def decide_all(_before: Snapshot, view: View, keys: Keys, names: list[str] = names) -> Edit:
+            return forgetting_all(names, view, keys, keep_labels=keep_labels)
+
+        if carry_out(mesh, decide_all, dry_run=dry_run, yes=True) is Outcome.WRITTEN:
+            click.echo(f"{', '.join(map(clean, names))}: forgotten.")
 
 
 @node_group.command("rename", epilog="Example:\n\n\b\n  kgctl node rename node-7 node-7.example.net")

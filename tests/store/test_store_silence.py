@@ -1,0 +1,71 @@
+"""For how long agents have been silent, by the leases of their records."""
+
+from __future__ import annotations
+
+from ipaddress import ip_network
+
+import pytest
+import trio
+from store_world import KEYS, record, wg_key
+
+from helpers import require
+from kilo_etcd.etcd.api import Client, LeaseInfo
+from kilo_etcd.etcd.client import open_client
+from kilo_etcd.store import operator
+from kilo_etcd.store.session.session import Session
+from kilo_etcd.store.silence import Claiming, claiming, silent_for
+from kilo_etcd.testing.etcd_server import EtcdServer
+from kilo_etcd.testing.fake_etcd import FakeEtcd
+
+SUBNETS = (ip_network("10.4.0.0/16"),)
+DAY = 86400
+
+
+@pytest.mark.parametrize(
+    ("ttl", "granted", "seconds"),
+    [(DAY, DAY, 0), (DAY - 500, DAY, 0), (DAY - 4200, DAY, 3600), (0, DAY, DAY - 600), (-1, 0, 0), (10, 30, 10)],
+)
+def test_silence_is_what_has_gone_of_the_lease_less_a_keepalive(ttl: int, granted: int, seconds: int) -> None:
+    assert silent_for(LeaseInfo(id=1, ttl=ttl, granted_ttl=granted)) == seconds
+
+
+async def _nodes(client: Client) -> dict[str, Claiming]:
+    living = await operator.statuses(client, KEYS)
+    _, view = await operator.snapshot(client, KEYS)
+    return {node.name: node for node in await claiming(client, KEYS, view, living.keys())}
+
+
+async def _join(client: Client, name: str, forget_after: int = DAY) -> Session:
+    it = Session(client, KEYS, name, wg_key(name), forget_after=forget_after)
+    await it.claim_addresses(SUBNETS)
+    await it.register(record(name))
+    return it
+
+
+@pytest.mark.autojump
+async def test_a_claim_without_a_record_is_as_old_as_a_lease_at_least() -> None:
+    etcd = FakeEtcd()
+    client = etcd.client()
+    async with trio.open_nursery() as nursery:
+        living = await _join(client, "living")
+        await nursery.start(living.run)
+        for name in ("away", "short-lived"):
+            await _join(client, name, DAY if name == "away" else 3600)
+        await trio.sleep(2 * 3600)
+        found = await _nodes(client)
+        assert [found[name].alive for name in sorted(found)] == [False, True, False]
+        assert (found["away"].registered, found["away"].silent) == (True, 2 * 3600 - 600)
+        assert (found["short-lived"].registered, found["short-lived"].silent) == (False, DAY)
+        assert found["living"].silent == 0
+        assert all(len(node.addresses) == 1 for node in found.values())
+        nursery.cancel_scope.cancel()
+
+
+@pytest.mark.etcd
+async def test_a_real_etcd_tells_what_is_left_of_a_lease() -> None:
+    require("etcd", "etcdctl")
+    async with EtcdServer.run() as server, open_client(server.config()) as client:
+        away = await _join(client, "away")
+        await away.resign()
+        found = await _nodes(client)
+        assert found["away"] == Claiming(name="away", addresses=away.addresses, registered=True, alive=False, silent=0)
