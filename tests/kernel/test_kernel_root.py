@@ -761,6 +761,37 @@ async def test_a_taken_name_is_a_sentence_and_is_not_touched(taken: str) -> None
     assert unchanged() == before
 
 
+@pytest.mark.parametrize("role", ["member", "alone"])
+async def test_a_host_with_a_new_key_knows_its_device_although_no_route_leads_there(role: str) -> None:
+    underlay()
+    near = {network: route for network, route in WORLD.routes.items() if route.way is Via.UNDERLAY}
+    wanted = evolve(WORLD, routes=near if role == "member" else {})
+    async with agent() as kernel:
+        assert (await kernel.apply(wanted)).failures == ()
+    assert not any("dev kilo0" in route for route in routes())
+    async with open_kernel(Setup(private_key=key(91))) as kernel:
+        await kernel.check()
+        report = await kernel.apply(wanted)
+        assert report.failures == ()
+        await settled(kernel, wanted)
+    # Its key file is gone again.
+    assert "ip link del kilo0" in " ".join(lines(await cleanup("kilo0")))
+    assert "kilo0" not in sh("ip -br link")
+
+
+async def test_a_wireguard_device_of_an_operators_is_left_alone() -> None:
+    underlay()
+    async with agent() as kernel:
+        await kernel.apply(WORLD)
+    # Nothing marks it as the mesh's.
+    for version in (4, 6):
+        sh(f"ip -{version} route flush proto 107")
+    async with open_kernel(Setup(private_key=key(91))) as kernel:
+        with pytest.raises(KernelError, match="a WireGuard device of another program"):
+            await kernel.check()
+    assert "kilo0" in sh("ip -br link")
+
+
 async def test_a_dead_userspace_process_is_started_anew() -> None:
     underlay()
     async with agent() as kernel:

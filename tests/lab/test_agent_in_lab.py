@@ -59,6 +59,26 @@ async def test_a_second_agent_or_a_cleanup_beside_a_running_agent_is_refused_and
         assert await lab.missing_pings() == []
 
 
+async def test_each_host_starts_with_a_new_key_whether_it_leads_or_not() -> None:
+    async with mesh() as lab:
+        for host in lab.hosts:
+            address, key = await lab.mesh_address(host), await public_key(lab, host)
+            await lab.stop(host)
+            await lab.exec(host, "rm", "/var/lib/kilo-etcd/key", check=True)
+            await lab.start(host)
+            await eventually(lambda: _has_another(lab, host, key), 30, every=0.2)  # noqa: B023 - awaited here
+            await lab.all_pairs_ping(30)
+            assert await lab.mesh_address(host) == address
+
+
+async def _has_another(lab: Lab, host: str, key: str) -> bool:
+    return await public_key(lab, host) != key
+
+
+async def public_key(lab: Lab, host: str) -> str:
+    return (await lab.exec(host, "wg", "show", "kilo0", "public-key", check=True)).stdout
+
+
 async def test_cleanup_goes_as_far_as_it_can_without_etcd_and_ends_the_work_later() -> None:
     async with mesh() as lab:
         await lab.stop("home-2")

@@ -232,7 +232,6 @@ class Host:
         ipip = next((f for f in links if f.link.name == self.ipip), None)
         ours, state = self._read_device(own)
         routes, duplicates, foreign, unreachable_routes = self._read_routes()
-        ours = ours and (own is None or self._recognises(own.name, state, (*routes.values(), *duplicates)))
         addresses: frozenset[IPInterface] = frozenset()
         everywhere = self._read_addresses() if sources else []
         if own is not None and ours:
@@ -240,6 +239,13 @@ class Host:
             addresses = frozenset(
                 a.address for a in found_there if a.index == own.index and a.scope is not AddressScope.LINK
             )
+            # If the host's key was replaced, the device is known by routes of ours that lead there, or, as on a member
+            # of a location, by its mesh address, which lies within the mesh's unreachable routes. Any other is an
+            # operator's, who must not lose peers and key.
+            leads_there = any(route.device == own.name for route in (*routes.values(), *duplicates))
+            in_mesh = any(a.ip in network for a in addresses for network in unreachable_routes)
+            if not (leads_there or in_mesh or self._knows(state)):
+                ours, addresses = False, frozenset()
         devices = {a.interface for a in everywhere if a.address.ip in sources} - {"", self.interface, self.ipip, "lo"}
         policy = routing.read(
             self._route, self.interface, self.protocol, {index: link.name for index, link in self.links.items()}
@@ -307,12 +313,9 @@ class Host:
         ours, state = self._read_device(link)
         return state if ours else None
 
-    def _recognises(self, name: str, state: DeviceState, routes: Iterable[Route]) -> bool:
-        """Whether a WireGuard device is an agent's: it has this host's key, or none yet, or routes of ours lead there,
-        as they do when the host's key was replaced. Any other is an operator's, who must not lose peers and key."""
-        if state.public_key == self._public_key or not (state.public_key or state.peers):
-            return True
-        return any(route.device == name for route in routes)
+    def _knows(self, state: DeviceState) -> bool:
+        """Whether a WireGuard device is an agent's by its key: it has this host's, or none yet."""
+        return state.public_key == self._public_key or not (state.public_key or state.peers)
 
     def check(self, backend: Backend, command: str) -> None:
         """KernelError if no plan could be brought about, as things are. Changes nothing."""
