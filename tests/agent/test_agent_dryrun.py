@@ -17,6 +17,7 @@ from kilo_etcd.agent import discover
 from kilo_etcd.agent.config import AgentConfig
 from kilo_etcd.agent.dryrun import dry_run
 from kilo_etcd.kernel.state import HostAddress
+from kilo_etcd.runtime import key_file
 from kilo_etcd.runtime.host_facts import HostFacts
 from kilo_etcd.store.records import NodeRecord, encode
 from kilo_etcd.testing.fake_etcd import FakeEtcd
@@ -61,6 +62,22 @@ async def test_a_host_that_has_not_joined_sees_what_joining_would_do(
     assert any(line.startswith("ip address add 10.4.") for line in commands)
     assert "private-key (hidden)" in text
     assert "# h1 is not registered yet" in text
+
+
+async def test_a_renamed_host_is_shown_with_the_address_that_it_has(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    private = key_file.generate()
+    monkeypatch.setattr(key_file, "peek", lambda _directory: private)
+    etcd = FakeEtcd()
+    etcd.put("/kilo/mesh/subnets", "10.4.0.0/16")
+    etcd.put("/kilo/by/former/node", encode(NodeRecord(public_key=key_file.public_key(private))))
+    etcd.put("/kilo/by/former/addresses/10.4.0.7", "")
+    text = await shown(monkeypatch, capsys, tmp_path / "state", etcd)
+    assert "# former has this host's key: shown as if that were its former name" in text
+    assert "not registered" not in text
+    assert "ip address add 10.4.0.7/" in text
+    assert "wg set kilo0 peer" not in text
 
 
 @pytest.mark.parametrize("dns_hosts", [True, False])

@@ -54,9 +54,19 @@ async def dry_run(config: AgentConfig, client: etcd.Client, setup: Callable[[Age
         )
     if too_small := too_small_for(config.mtu, snapshot.subnets):
         click.echo(f"# the agent would not start: {too_small}")
+    public = key_file.public_key(private)
+    former = next((node for node in snapshot.nodes.values() if node.public_key == public), None)
+    if former is not None and former.name != config.hostname:
+        click.echo(
+            f"# {former.name} has this host's key: shown as if that were its former name, and no agent ran there"
+        )
+        label = operator.labels(keys, view.kvs(keys.location(config.hostname))).get(config.hostname)
+        location = former.default_location if label is None else label
+        rest = {name: node for name, node in snapshot.nodes.items() if name != former.name}
+        snapshot = _with(evolve(snapshot, nodes=rest), evolve(former, name=config.hostname, location=location))
     if config.hostname not in snapshot.nodes:
         click.echo(f"# {config.hostname} is not registered yet: shown as if it were")
-        snapshot = _with(snapshot, _prospect(config, chosen, snapshot, key_file.public_key(private)))
+        snapshot = _with(snapshot, _prospect(config, chosen, snapshot, public))
         own = evolve(snapshot.nodes[config.hostname], underlay=facts.reached(etcd_at).stated())
         snapshot = _with(snapshot, own)
     try:
