@@ -26,6 +26,10 @@ def errors(world: World, name: str) -> tuple[str, ...]:
     return () if value is None else decode_status(value).errors
 
 
+def place(world: World, name: str) -> str:
+    return decode_status(world.value(KEYS.status(name))).location
+
+
 async def reported(world: World, name: str) -> None:
     """The host has joined and applied a plan."""
     await eventually(
@@ -48,19 +52,52 @@ async def test_a_host_with_another_name_goes_on_as_the_node_that_it_was(world: W
     kernel = world.host.observed.addresses, dict(world.host.observed.peers)
     async with running(world, hostname=name) as daemon:
         await reported(world, name)
+        assert place(world, name) == "gcp"
         assert daemon.session.addresses == addresses
         assert (world.host.observed.addresses, dict(world.host.observed.peers)) == kernel
         assert world.etcd.keys("/kilo/by/h1/") == world.etcd.keys("/kilo-status/by/h1/") == []
         assert world.logged("this host was renamed; what its former name had in etcd is its own now") == 1
         says = (
             "this host was called h1, and these are still for that name: the label, annotation leader, annotation "
-            f"exit-node of h2; kgctl node rename h1 {name} moves them"
+            f"exit-node of h2; kgctl node rename h1 {name} moves them; the label counts until then, annotations do not"
         )
         await eventually(lambda: errors(world, name) == (says,), 10, every=0.1)
         assert world.logged(says) == 1
+    # The next run knows it too.
+    async with running(world, hostname=name) as daemon:
+        await eventually(lambda: errors(world, name) == (says,), 10, every=0.1)
+        assert place(world, name) == "gcp"
+        world.etcd.put(KEYS.location(name), "gcp")
         for key in (KEYS.location("h1"), KEYS.annotation("h1", "leader"), KEYS.annotation("h2", "exit-node")):
             world.etcd.delete(key)
         await eventually(lambda: errors(world, name) == (), 10, every=0.1)
+        await eventually(lambda: b"formerNames" not in world.value(KEYS.node(name)), 60, every=0.1)
+        await trio.sleep(1)
+        assert place(world, name) == "gcp"
+        assert decode_node(world.value(KEYS.node(name))).location == ""
+
+
+async def test_a_label_of_a_former_name_that_is_taken_away_counts_no_more(world: World) -> None:
+    world.etcd.put(KEYS.location("h1"), "gcp")
+    async with running(world):
+        await reported(world, "h1")
+    async with running(world, hostname="h2"):
+        await reported(world, "h2")
+        assert place(world, "h2") == "gcp"
+        world.etcd.delete(KEYS.location("h1"))
+        await eventually(lambda: place(world, "h2") == "", 60, every=0.1)
+        assert errors(world, "h2") == ()
+
+
+async def test_what_is_set_for_a_former_name_is_another_hosts_once_that_has_the_name(world: World) -> None:
+    world.etcd.put(KEYS.location("h1"), "gcp")
+    async with running(world):
+        await reported(world, "h1")
+    async with running(world, hostname="h2"):
+        await eventually(lambda: errors(world, "h2"), 10, every=0.1)
+        world.etcd.put_kept(KEYS.node("h1"), encode(NodeRecord(public_key="B" + "A" * 42 + "=")))
+        await eventually(lambda: place(world, "h2") == "", 60, every=0.1)
+        await eventually(lambda: errors(world, "h2") == (), 10, every=0.1)
 
 
 async def test_the_stage_of_encrypted_is_kept(world: World) -> None:

@@ -49,8 +49,6 @@ async def test_a_leader_with_another_name_keeps_its_address_and_is_asked_for_its
         name = f"{host}.example.net"
         address = await lab.mesh_address(host)
         async with lab.probe("home-1", host, interval=0.05) as probe, measured_beside() as machine:
-            # So that it stays where it is.
-            await lab.kgctl("location", "set", name, "gcp")
             await lab.stop(host)
             async with called(lab, host, name):
 
@@ -63,9 +61,10 @@ async def test_a_leader_with_another_name_keeps_its_address_and_is_asked_for_its
                 assert KEYS.address(name, address) in keys
                 says = (
                     f"this host was called {host}, and these are still for that name: the label; kgctl node rename "
-                    f"{host} {name} moves them"
+                    f"{host} {name} moves them; the label counts until then"
                 )
                 await eventually(lambda: _names(lab, name, says), 20, every=0.5)
+                assert (await statuses(lab))[name]["location"] == "gcp"
                 await lab.kgctl("node", "rename", host, name, "--yes")
 
                 async def back() -> bool:

@@ -256,6 +256,7 @@ READERS: dict[type, dict[str, Callable[[object], Any]]] = {
         "version": string,
         "acceptsSince": or_nothing(whole),
         "meshAddresses": interfaces,
+        "formerNames": items(string),
     },
     CandidateRecord: {"rank": one_of(CandidateClass), "since": string},
     PeerRecord: {

@@ -41,7 +41,7 @@ async def joined(etcd: FakeEtcd, name: str = "old", key: str = HOST, **fields: A
 
 async def renamed(etcd: FakeEtcd, name: str = LONG, client: FakeClient | None = None) -> tuple[Session, Moved]:
     it = session(client or etcd.client(), name)
-    return it, await it.take_over(["old"])
+    return it, await it.take_over({"old": None})
 
 
 def test_what_is_moved() -> None:
@@ -58,9 +58,10 @@ def test_what_is_moved() -> None:
         )
     ]
     former = FormerName.of(KEYS, "old", below, None)
-    writes = move(KEYS, former, "new", long=1, short=2, status=b"s")
+    writes = move(KEYS, former, "new", long=1, short=2, status=b"s", label="gcp")
+    said = record("old", mesh_addresses=(ip_interface("10.4.0.7/16"),), former_names=("old",), location="gcp")
     assert writes[2:] == [
-        Put(KEYS.node("new"), value, lease=1),
+        Put(KEYS.node("new"), encode(said), lease=1),
         Put(KEYS.status("new"), b"s", lease=2),
         Put(KEYS.address("new", ip_address("10.4.0.7")), b""),
         Put(KEYS.leader("gcp", "new"), b"", lease=1),
@@ -150,7 +151,7 @@ async def test_of_two_copies_that_start_at_once_one_takes_the_place() -> None:
 
     async def start(name: str, client: FakeClient) -> None:
         hosts[name] = session(client, name)
-        outcomes[name] = await hosts[name].take_over(["old"])
+        outcomes[name] = await hosts[name].take_over({"old": None})
         await hosts[name].claim_addresses(SUBNETS, doubted=bool(outcomes[name].names))
         await hosts[name].register(record(name, public_key=HOST))
 
@@ -217,7 +218,7 @@ async def test_nothing_is_taken_while_any_host_with_the_key_lives() -> None:
     etcd.put_kept(KEYS.node("copy"), encode(record("copy", public_key=HOST)))
     etcd.put_kept(KEYS.status("copy"), encode(StatusRecord(public_key=HOST)))
     revision = etcd.revision
-    assert await session(etcd.client(), LONG).take_over(["old", "copy"]) == Moved(living=("copy",))
+    assert await session(etcd.client(), LONG).take_over({"old": None, "copy": None}) == Moved(living=("copy",))
     assert etcd.revision == revision
 
 
@@ -267,8 +268,8 @@ async def test_an_answer_that_is_lost_changes_nothing() -> None:
     await before.resign()
     it = session(Forgetful(etcd), LONG)
     with pytest.raises(Unavailable):
-        await it.take_over(["old"])
-    assert await it.take_over(["old"]) == Moved(names=("old",))
+        await it.take_over({"old": None})
+    assert await it.take_over({"old": None}) == Moved(names=("old",))
     assert await it.claim_addresses(SUBNETS, doubted=True) == before.addresses
     await it.register(evolve(record("old", public_key=HOST), location="gcp"))
     assert etcd.get(KEYS.status(LONG)) is not None
@@ -286,7 +287,7 @@ async def test_a_copy_that_started_while_the_original_was_off_keeps_the_place_an
         await copy.register(record("copy", public_key=HOST))
         await nursery.start(copy.run)
         original = session(etcd.client(), "old")
-        assert await original.take_over(["copy"]) == Moved(living=("copy",))
+        assert await original.take_over({"copy": None}) == Moved(living=("copy",))
         await original.claim_addresses(SUBNETS)
         await original.register(record("old", public_key=HOST))
         assert copy.addresses == before.addresses != original.addresses

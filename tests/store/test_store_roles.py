@@ -212,13 +212,13 @@ async def test_a_renamed_host_takes_its_place_over_if_etcd_lets_it_and_else_is_t
         assert await first.enter("gcp", CandidateClass.PUBLIC)
         assert await first.record_leader("gcp", known_revision=0)
         # It crashes: its status is there until the lease ends. Its user may write under the new name only.
-        moved = await Session(after, KEYS, new, wg_key(old), lease_ttl=2).take_over([old])
+        moved = await Session(after, KEYS, new, wg_key(old), lease_ttl=2).take_over({old: None})
         assert moved.names == ()
         assert "permission denied" in moved.refused or "may not" in moved.refused
         assert len((await operator.get_prefix(KEYS.by(old))).kvs) == 3, "nothing of it was written"
         # A user who may write both, as the operator may.
         second = Session(operator, KEYS, new, wg_key(old), lease_ttl=2)
-        assert (await second.take_over([old])).names == (old,)
+        assert (await second.take_over({old: None})).names == (old,)
         assert await second.claim_addresses(SETTINGS.subnets, doubted=True) == first.addresses
         assert not (await operator.get_prefix(KEYS.by(old))).kvs
         keys = [kv.key.decode() for kv in (await operator.get_prefix(KEYS.by(new))).kvs]
@@ -240,7 +240,7 @@ async def test_of_two_copies_at_once_a_real_etcd_gives_the_place_to_one() -> Non
         async def start(name: str) -> None:
             async with open_client(server.config()) as own:
                 it = Session(own, KEYS, name, wg_key("host"), lease_ttl=2)
-                outcomes[name] = (await it.take_over(["host"])).names
+                outcomes[name] = (await it.take_over({"host": None})).names
                 claims[name] = await it.claim_addresses(SETTINGS.subnets, doubted=bool(outcomes[name]))
                 await it.register(record(name, public_key=wg_key("host")))
 

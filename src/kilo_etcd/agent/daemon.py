@@ -183,9 +183,13 @@ class Daemon:
         metrics.etcd_connected.set_function(lambda: float(self.mirror.connected and not self.mirror.untrusted_reason))
         self.log = get_logger().bind(node=self.name)
         self.once = Once(self.log)
-        self.registration = HostRegistration(
-            config, public_key, self.session, self.log, self.once, etcd=self._etcd_networks
+        self.namesakes = Namesakes(
+            self.session, self.keys, self.name, public_key, self.once, mirror=lambda: self.mirror
         )
+        self.registration = HostRegistration(
+            config, public_key, self.session, self.log, self.once,
+            etcd=self._etcd_networks, former=self.namesakes.former,
+        )  # fmt: skip
         identity = Identity(prefix=config.prefix, node=self.name, public_key=public_key)
         self.cache = SnapshotCache(disk, identity, self.once)
         self.cached: CachedSnapshot | None = None
@@ -250,9 +254,6 @@ class Daemon:
             mirror=lambda: self.mirror,
             rng=self._rng,
             on_news=self._publish_again,
-        )
-        self.namesakes = Namesakes(
-            self.session, self.keys, self.name, public_key, self.once, mirror=lambda: self.mirror
         )
         self._candidacy = CandidacyTask(self.session, self.name)
         self._answerer = DiagnosticsServer(client, self.keys, self.name, device, self._in_force, self.once)
@@ -501,7 +502,7 @@ class Daemon:
         return settings._replace(subnets=await self.session.subnets_in_force(settings.subnets))
 
     async def _reported(self) -> StageReport:
-        """The stage of the switch to `encrypted` in this host's record in etcd."""
+        """The stage of the switch to `encrypted` in this host's record in etcd, whose former names are taken in too."""
         kv = await self.client.get(self.keys.node(self.name))
         if kv is None:
             return StageReport()
@@ -511,6 +512,7 @@ class Daemon:
             return StageReport()
         if record.public_key != self.public_key:
             return StageReport()
+        self.namesakes.recall(record.former_names)
         return StageReport(stage=record.encryption, accepts_since=record.accepts_since or 0)
 
     async def _report_stage(self, report: StageReport) -> bool:
@@ -866,7 +868,7 @@ class Daemon:
             internal_ips=self.config.internal_ips,
         )
         self.once.errors("settings", self.disagreements)
-        self.once.errors("names", self.namesakes.follow(snapshot))
+        self.once.errors("names", self.namesakes.look())
         self.metrics.snapshot(snapshot)
 
     def _note_internal_ips(self, topology: Topology) -> None:

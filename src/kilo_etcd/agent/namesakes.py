@@ -1,23 +1,37 @@
 """Other names in etcd whose records have this host's public key: its own from before it was renamed, or those of hosts
 with a copy of its disk.
 
-At the start what stands under a name without a living agent is taken over (`store.session.former_names`). Afterwards
-it says what the operator has to know: settings under the former name, which the operator alone may write, and hosts
-with the same key.
+At the start what stands under a name without a living agent is taken over (`store.session.former_names`). Labels and
+annotations are the operator's to move: they are named until that is done. Until then the label counts as the host's own
+default location, so that the host stays where it is; the record keeps the former name, for the next run. Hosts with the
+same key are named too.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 
-from kilo_etcd.model import Snapshot
+from attrs import frozen
+
 from kilo_etcd.runtime.logs import Once, get_logger
 from kilo_etcd.store.annotations import ANNOTATIONS
 from kilo_etcd.store.keys import Keys
 from kilo_etcd.store.mirror import Mirror
+from kilo_etcd.store.records import RecordError, decode_label
 from kilo_etcd.store.session.session import Session
 
 MOST_NAMED = 5
+LABEL = "the label"
+
+
+@frozen(kw_only=True)
+class FormerSettings:
+    """What is set for names that this host had before."""
+
+    names: tuple[str, ...] = ()
+    """Those that a label or an annotation is for."""
+    label: str | None = None
+    """That of one of them: the host goes on at its location until the operator has moved it."""
 
 
 class Namesakes:
@@ -40,11 +54,11 @@ class Namesakes:
         self._once = once
         self._mirror = mirror
         self._former: tuple[str, ...] = ()
-        """The names that this run has taken over."""
+        """The names that this run or an earlier one has taken over."""
         self.refusal = ""
         """A clause on what etcd refused this host; empty: nothing."""
         self.errors: tuple[str, ...] = ()
-        """Sentences as of the last snapshot."""
+        """Sentences as of the last look."""
 
     async def take_over(self) -> bool:
         """Have what stands under former names of this host; whether there was any. To be called once the mirror has a
@@ -52,7 +66,7 @@ class Namesakes:
         if not (others := self._others()):
             return False
         log = get_logger(node=self._name)
-        moved = await self._session.take_over(others)
+        moved = await self._session.take_over({name: self._label(name) for name in others})
         for name in moved.names:
             log.warning("this host was renamed; what its former name had in etcd is its own now", former=name)
         for name in moved.living:
@@ -70,28 +84,52 @@ class Namesakes:
     def _others(self) -> tuple[str, ...]:
         return tuple(name for name in self._mirror().nodes_with_key(self._public_key) if name != self._name)
 
-    def follow(self, snapshot: Snapshot) -> tuple[str, ...]:
-        """Sentences on what is wrong with names, as of `snapshot`."""
-        self.errors = (*self._left(snapshot), *self._copies())
+    def recall(self, names: Iterable[str]) -> None:
+        """The host's record has these former names, from an earlier run."""
+        self._former = tuple(dict.fromkeys((*self._former, *names)))
+
+    def former(self) -> FormerSettings:
+        """What is set for former names now, for the host's record."""
+        left = {name: settings for name in self._former if (settings := self._settings(name))}
+        labels = (self._label(name) for name in left)
+        return FormerSettings(names=tuple(left), label=next((label for label in labels if label is not None), None))
+
+    def _label(self, name: str) -> str | None:
+        """The label of a name; None: there is none that can be read."""
+        kv = self._mirror().kv(self._keys.location(name))
+        try:
+            return None if kv is None else decode_label(kv.value)
+        except RecordError:
+            return None
+
+    def look(self) -> tuple[str, ...]:
+        """Sentences on what is wrong with names, by what the mirror has now."""
+        self.errors = (*self._left(), *self._copies())
         return self.errors
 
-    def _left(self, snapshot: Snapshot) -> Iterator[str]:
-        """On what the operator has set for a former name."""
-        keys, mirror = self._keys, self._mirror()
+    def _left(self) -> Iterator[str]:
         for former in self._former:
-            if former in snapshot.nodes:
-                continue  # Another host has the name now.
-            left = [
-                *(["the label"] if mirror.kv(keys.location(former)) is not None else []),
-                *(f"annotation {name}" for name in ANNOTATIONS if mirror.kv(keys.annotation(former, name)) is not None),
-            ]
-            users = sorted(node.name for node in snapshot.nodes.values() if node.exit_node == former)
-            left += [f"annotation exit-node of {name}" for name in users[:MOST_NAMED]]
-            if left:
+            if settings := self._settings(former):
+                counts = ""
+                if LABEL in settings and self._mirror().kv(self._keys.location(self._name)) is None:
+                    counts = f"; the label counts until then{', annotations do not' if len(settings) > 1 else ''}"
                 yield (
-                    f"this host was called {former}, and these are still for that name: {', '.join(left)}; kgctl node "
-                    f"rename {former} {self._name} moves them"
+                    f"this host was called {former}, and these are still for that name: {', '.join(settings)}; kgctl "
+                    f"node rename {former} {self._name} moves them{counts}"
                 )
+
+    def _settings(self, former: str) -> tuple[str, ...]:
+        """What the operator has set for a former name; nothing, if another host has the name now."""
+        keys, mirror = self._keys, self._mirror()
+        if mirror.kv(keys.node(former)) is not None and former not in mirror.nodes_with_key(self._public_key):
+            return ()
+        nodes = {} if mirror.current is None else mirror.current.nodes
+        users = sorted(node.name for node in nodes.values() if node.exit_node == former)
+        return (
+            *([LABEL] if mirror.kv(keys.location(former)) is not None else []),
+            *(f"annotation {name}" for name in ANNOTATIONS if mirror.kv(keys.annotation(former, name)) is not None),
+            *(f"annotation exit-node of {name}" for name in users[:MOST_NAMED]),
+        )
 
     def _copies(self) -> Iterator[str]:
         """On hosts that have this host's key, whose record is the oldest of these."""

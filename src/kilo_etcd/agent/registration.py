@@ -14,6 +14,7 @@ from attrs import define, evolve, field
 from kilo_etcd import __version__, kernel
 from kilo_etcd.agent import discover
 from kilo_etcd.agent.config import AgentConfig
+from kilo_etcd.agent.namesakes import FormerSettings
 from kilo_etcd.base import descriptors
 from kilo_etcd.etcd import api as etcd
 from kilo_etcd.model import IPNetwork
@@ -56,7 +57,7 @@ class PassingNetworks:
 
 class HostRegistration:
     """This host's record, and what else is known of its place. `subnets` are the mesh's, once they are known; `etcd`
-    gives etcd's addresses as far as they are known."""
+    gives etcd's addresses as far as they are known, `former` what is set for former names of the host."""
 
     def __init__(
         self,
@@ -67,6 +68,7 @@ class HostRegistration:
         once: Once,
         *,
         etcd: Callable[[], tuple[IPNetwork, ...]] = tuple,
+        former: Callable[[], FormerSettings] = FormerSettings,
     ) -> None:
         self._config = config
         self._public_key = public_key
@@ -74,6 +76,7 @@ class HostRegistration:
         self._log = log
         self._once = once
         self._etcd = etcd
+        self._former = former
         self._reached = Reached()
         """What the record's `underlay` was made of."""
         self._passing = PassingNetworks()
@@ -133,8 +136,11 @@ class HostRegistration:
         config = self._config
         facts = await discover.gather(config)
         chosen = discover.choose(facts, config)
+        former = self._former()
         location, why = config.location, "--location"
-        if not location:
+        if former.label is not None:
+            location, why = former.label, "the label of a former name of this host"
+        elif not location:
             location, why = discover.location_from_cloud_init()
         self.facts = facts
         self.overlaps = facts.overlaps(self.subnets)
@@ -158,6 +164,7 @@ class HostRegistration:
             persistent_keepalive=config.persistent_keepalive,
             encapsulate=config.encapsulate,
             version=__version__,
+            former_names=former.names,
         )
         notes = [("address chosen", {"reason": reason}) for reason in chosen.reasons]
         if location:

@@ -84,6 +84,8 @@ class NodeRecord(StatedNode):
     """See `model.Node.accepts_since`."""
     mesh_addresses: tuple[IPInterface, ...] = ()
     """The mesh addresses that it has claimed, with the subnets that they are in: see `store.addresses`."""
+    former_names: tuple[str, ...] = ()
+    """Names that the host had before, for which there are labels or annotations still; for the host itself."""
 
 
 @frozen(kw_only=True)

@@ -239,10 +239,12 @@ class Session:
 
     # --- a former name -----------------------------------------------------------------------------------------
 
-    async def take_over(self, names: Collection[str]) -> Moved:
+    async def take_over(self, names: Mapping[str, str | None]) -> Moved:
         """Have as this host's own what stands under the other `names` with its public key, the oldest first: after it
-        was renamed. To be called before addresses are claimed. Nothing is taken if an agent lives under one of them;
-        a status that a former run left is waited for until its lease ends. NameTaken, EtcdError."""
+        was renamed. Each name has its label, if there is one: the host stays at that location.
+
+        To be called before addresses are claimed. Nothing is taken if an agent lives under one of them; a status that a
+        former run left is waited for until its lease ends. NameTaken, EtcdError."""
         async with self._lock:
             await self._guard.verify()
             looked = [await self._look_until_gone(name) for name in names]
@@ -252,13 +254,13 @@ class Session:
             moved: list[str] = []
             for each in former:
                 try:
-                    if await self._move(each.name):
+                    if await self._move(each.name, names[each.name]):
                         moved.append(each.name)
                 except PermissionDenied as error:
                     return Moved(names=tuple(moved), refused=str(error))
             return Moved(names=tuple(moved))
 
-    async def _move(self, name: str) -> bool:
+    async def _move(self, name: str, label: str | None) -> bool:
         """Whether what stands under a former name is under this one now. EtcdError, NameTaken."""
         registration, keys = self._registration, self._keys
         while True:
@@ -272,7 +274,7 @@ class Session:
                 await registration.clear(standing)
                 continue
             try:
-                writes = removal(keys, former) if own else await self._moving(former, record, standing)
+                writes = removal(keys, former) if own else await self._moving(former, record, standing, label)
                 result = await self._client.txn([*registration.conditions(standing), *former.unchanged(keys)], writes)
             except LeaseNotFound:
                 self._unconfirm_leases()
@@ -287,12 +289,13 @@ class Session:
                 self._led.update({place.location: revision for place in places if isinstance(place, LeaderKey)})
             return True
 
-    async def _moving(self, former: FormerName, record: NodeRecord, standing: Standing) -> list[Op]:
+    async def _moving(self, former: FormerName, record: NodeRecord, standing: Standing, label: str | None) -> list[Op]:
         self._stand_in(record)
         await self._hold_long(None)
         await self._hold_short(standing.status)
         status = self._published.of_itself[self._published.status_key]
-        return move(self._keys, former, self._name, long=self._long.id, short=self._short.id, status=status)
+        long, short = self._long.id, self._short.id
+        return move(self._keys, former, self._name, long=long, short=short, status=status, label=label)
 
     async def _look_at(self, name: str) -> FormerName:
         root, status_key = self._keys.by(name), self._keys.status(name)
