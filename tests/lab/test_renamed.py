@@ -22,6 +22,8 @@ pytestmark = [pytest.mark.lab, pytest.mark.deadline(300)]
 KEYS = Keys()
 KG = str(Path(sys.executable).parent / "kg")
 STATE = "/var/lib/kilo-etcd"
+HANDED_OVER = 10.0
+"""Seconds that packets to a leader that stops may take to go through its successor: a handshake may be begun again."""
 
 
 @asynccontextmanager
@@ -43,9 +45,12 @@ async def errors(lab: Lab) -> dict[str, list[str]]:
     return found
 
 
-async def test_a_leader_with_another_name_keeps_its_address_and_is_asked_for_its_label() -> None:
+@pytest.mark.parametrize(("role", "longest"), [("member", SHORT), ("leader", HANDED_OVER)])
+async def test_a_host_with_another_name_keeps_its_address_and_location(role: str, longest: float) -> None:
     async with world({"gcp": 3, "home": 1}) as lab:
         host = await leader(lab, "gcp")
+        if role == "member":
+            host = next(name for name in lab.hosts if name.startswith("gcp") and name != host)
         name = f"{host}.example.net"
         address = await lab.mesh_address(host)
         async with lab.probe("home-1", host, interval=0.05) as probe, measured_beside() as machine:
@@ -76,8 +81,8 @@ async def test_a_leader_with_another_name_keeps_its_address_and_is_asked_for_its
                     assert (
                         await lab.exec(host, "ping", "-c", "1", "-W", "2", str(await lab.mesh_address(other)))
                     ).returncode == 0
-                await probe.flowing_again(SHORT)
-        assert probe.longest_gap < machine.allows(SHORT), machine
+                await probe.flowing_again(longest)
+        assert probe.longest_gap < machine.allows(longest), machine
 
 
 async def _names(lab: Lab, subject: str, text: str) -> bool:
