@@ -152,6 +152,16 @@ class TestGuard:
         )
         assert len(plan.routes) == len(host_plan(build_topology(self.world), host).routes) - 1
 
+    def test_of_an_address_that_the_host_itself_needs_it_is_said_what_for(self) -> None:
+        lone = evolve(SIX[3], allowed_location_ips=(ip_network("192.168.0.77/32"),))
+        topology = build_topology(snapshot([*SIX[:3], lone, *SIX[4:]]))
+        plan = self.filtered("a1", "192.168.0.77/32", plan=host_plan(topology, "a1"))
+        (problem,) = (problem for problem in plan.problems if problem.subject == "192.168.0.77/32")
+        assert problem.text.endswith(
+            "is not routed here: it would cut this host off from what it reaches there outside the mesh: etcd, its "
+            "gateway, or a node's WireGuard"
+        )
+
     def test_the_mesh_stays_whatever_is_protected(self) -> None:
         before = host_plan(build_topology(self.world), "a2")
         assert self.filtered("a2", "10.4.0.0/24", "10.0.0.0/24") == before

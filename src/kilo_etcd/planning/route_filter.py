@@ -107,7 +107,12 @@ def filter_routes(
             if not network.prefixlen:
                 harmful[network] = "a default route is never taken into the mesh"
             elif (met := ranges.met_by(network)) is not None:
-                harmful[network] = f"it would cut this host off from {met}; offer other or smaller networks"
+                harmful[network] = (
+                    f"it would cut this host off from {met}; offer other or smaller networks"
+                    if network != met or network.prefixlen < network.max_prefixlen
+                    else "it would cut this host off from what it reaches there outside the mesh: etcd, its gateway, or "
+                    "a node's WireGuard"
+                )
     if not harmful and ignored:
         return plan
     if not harmful and all(network in plan.routes for network in exposed):
