@@ -109,9 +109,9 @@ def filter_routes(
             elif (met := ranges.met_by(network)) is not None:
                 harmful[network] = (
                     f"it would cut this host off from {met}; offer other or smaller networks"
-                    if network != met or network.prefixlen < network.max_prefixlen
-                    else "it would cut this host off from what it reaches there outside the mesh: etcd, its gateway, or "
-                    "a node's WireGuard"
+                    if network.prefixlen < network.max_prefixlen or str(network) != str(met)
+                    else "it would cut this host off from what it reaches there outside the mesh: etcd, its gateway, "
+                    "or a node's WireGuard"
                 )
     if not harmful and ignored:
         return plan
