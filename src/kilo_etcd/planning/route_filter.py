@@ -109,7 +109,7 @@ def filter_routes(
             elif (met := ranges.met_by(network)) is not None:
                 harmful[network] = (
                     f"it would cut this host off from {met}; offer other or smaller networks"
-                    if network.prefixlen < network.max_prefixlen or str(network) != str(met)
+                    if network.prefixlen < network.max_prefixlen or str(network) != met
                     else "it would cut this host off from what it reaches there outside the mesh: etcd, its gateway, "
                     "or a node's WireGuard"
                 )
