@@ -25,9 +25,10 @@ def address(interface: str, text: str, kind: str = "", **rest: Any) -> HostAddre
     return HostAddress(interface=interface, index=1, address=ip_interface(text), kind=kind, **rest)
 
 
-def default(interface: str, gateway: str, metric: int = 0) -> DefaultRoute:
+def default(interface: str, gateway: str, metric: int = 0, source: str = "") -> DefaultRoute:
     ip = ip_address(gateway)
-    return DefaultRoute(family=ip.version, interface=interface, gateway=ip, metric=metric)
+    preferred = ip_address(source) if source else None
+    return DefaultRoute(family=ip.version, interface=interface, gateway=ip, metric=metric, source=preferred)
 
 
 LO = (address("lo", "127.0.0.1/8"), address("lo", "::1/128"))
@@ -292,11 +293,195 @@ CASES = [
         {"subnets": (ip_network("10.4.0.0/16"),)},
     ),
     Case(
-        "a public address on the loopback interface",
-        facts(address("lo", "203.0.113.9/32"), address("eth0", "10.1.0.5/31"), ways=(default("eth0", "10.1.0.4"),)),
+        "a service address on the loopback interface",
+        facts(address("lo", "203.0.113.80/32"), address("eth0", "10.1.0.5/24"), ways=(default("eth0", "10.1.0.1"),)),
+        ["10.1.0.5/24"],
+        "10.1.0.5:51820",
+        "no public one",
+    ),
+    Case(
+        "a service address on a dummy, on a public host",
+        facts(
+            address("dummy0", "10.0.0.80/32", "dummy"),
+            address("eth0", "203.0.113.5/24"),
+            ways=(default("eth0", "203.0.113.1"),),
+        ),
+        [],
+        "203.0.113.5:51820",
+        "those of the loopback device and dummies",
+    ),
+    Case(
+        "kube-proxy's services",
+        facts(
+            address("kube-ipvs0", "203.0.113.80/32", "dummy"),
+            address("kube-ipvs0", "10.96.0.1/32", "dummy"),
+            address("eth0", "10.1.0.5/24"),
+            ways=(default("eth0", "10.1.0.1"),),
+        ),
+        ["10.1.0.5/24"],
+        "10.1.0.5:51820",
+        "no public one",
+    ),
+    Case(
+        "a service address allowed by hand",
+        facts(address("lo", "10.0.0.80/32"), address("eth0", "203.0.113.5/24"), ways=(default("eth0", "203.0.113.1"),)),
+        ["10.0.0.80/32"],
+        "203.0.113.5:51820",
+        "--internal-cidr",
+        {"internal_cidrs": (ip_network("10.0.0.0/24"),)},
+    ),
+    Case(
+        "the host's own address on the loopback interface, which the default route sends from",
+        facts(
+            address("lo", "203.0.113.9/32"),
+            address("lo", "203.0.113.80/32"),
+            address("eth0", "10.1.0.5/31"),
+            ways=(default("eth0", "10.1.0.4", source="203.0.113.9"),),
+        ),
         ["10.1.0.5/31"],
         "203.0.113.9:51820",
-        "on lo",
+        "what the default route sends from, on lo",
+    ),
+    Case(
+        "the host's own address on the loopback interface, since the links to the routers have no numbers",
+        facts(
+            address("lo", "10.0.0.9/32"),
+            ways=(default("swp1", "169.254.0.1"), default("swp2", "169.254.0.1")),
+        ),
+        ["10.0.0.9/32"],
+        "10.0.0.9:51820",
+        "what the default route sends from, on lo",
+    ),
+    Case(
+        "the host's own address on a dummy, by its name",
+        facts(
+            address("dummy0", "10.0.0.9/32", "dummy"),
+            address("eth0", "10.1.0.5/31"),
+            ways=(default("eth0", "10.1.0.4"),),
+            resolved=("10.0.0.9",),
+        ),
+        ["10.0.0.9/32"],
+        "10.0.0.9:51820",
+        "what node-1 resolves to, on dummy0",
+    ),
+    Case(
+        "another VPN on a public host",
+        facts(
+            address("tailscale0", "100.92.235.32/32", "tun"),
+            address("tailscale0", "fd7a:115c::1/128", "tun"),
+            address("eth0", "203.0.113.5/24"),
+            ways=(default("eth0", "203.0.113.1"),),
+        ),
+        [],
+        "203.0.113.5:51820",
+        "those of tunnels, by which the default route does not go (--internal-cidr allows one)",
+    ),
+    Case(
+        "another VPN that answers for the host's name",
+        facts(
+            address("tailscale0", "100.92.235.32/32", "tun"),
+            address("eth0", "203.0.113.5/24"),
+            ways=(default("eth0", "203.0.113.1"),),
+            resolved=("100.92.235.32",),
+        ),
+        [],
+        "203.0.113.5:51820",
+        "the first public address",
+    ),
+    Case(
+        "a public address at the end of a tunnel, beside a private one that the default route leads out by",
+        facts(
+            address("gre1", "203.0.113.5/32", "gre"),
+            address("eth0", "10.1.0.5/24"),
+            ways=(default("eth0", "10.1.0.1"),),
+        ),
+        ["10.1.0.5/24"],
+        "10.1.0.5:51820",
+        "no public one",
+    ),
+    Case(
+        "another VPN that is to be the location's network",
+        facts(
+            address("wg0", "10.8.0.2/24", "wireguard"),
+            address("eth0", "203.0.113.5/24"),
+            ways=(default("eth0", "203.0.113.1"),),
+        ),
+        ["10.8.0.2/24"],
+        "203.0.113.5:51820",
+        "--internal-cidr",
+        {"internal_cidrs": (ip_network("10.8.0.0/24"),)},
+    ),
+    Case("only another VPN", facts(address("wg0", "10.8.0.2/24", "wireguard")), [], None, "those of tunnels"),
+    Case(
+        "a tunnel that is the uplink: PPPoE",
+        facts(
+            address("ppp0", "203.0.113.5/32", "ppp"),
+            address("eth1", "10.1.0.5/24"),
+            ways=(default("ppp0", "203.0.113.1"),),
+        ),
+        ["10.1.0.5/24"],
+        "203.0.113.5:51820",
+        "on the default route's interface",
+    ),
+    Case(
+        "a tunnel that is the uplink in one family: 6in4",
+        facts(
+            address("eth0", "203.0.113.5/24"),
+            address("he0", "2001:db8::5/64", "sit"),
+            address("he0", "10.77.0.1/32", "sit"),
+            ways=(default("eth0", "203.0.113.1"), default("he0", "2001:db8::1")),
+        ),
+        [],
+        "203.0.113.5:51820",
+        "further endpoint [2001:db8::5]:51820 (on the default route's interface, on he0)",
+    ),
+    *(
+        Case(
+            f"a virtual address of keepalived's, {position}",
+            facts(*addresses, ways=(default("eth0", "10.1.0.1"),)),
+            ["10.1.0.5/24"],
+            "10.1.0.5:51820",
+            "on eth0",
+        )
+        for position, addresses in {
+            "added first": (address("eth0", "10.1.0.80/32"), address("eth0", "10.1.0.5/24")),
+            "added second": (address("eth0", "10.1.0.5/24"), address("eth0", "10.1.0.80/32")),
+            "of another network, added first": (address("eth0", "10.9.0.80/24"), address("eth0", "10.1.0.5/24")),
+        }.items()
+    ),
+    Case(
+        "a virtual address beside the one that the default route sends from",
+        facts(
+            address("eth0", "203.0.113.80/24"),
+            address("eth0", "203.0.113.5/24"),
+            ways=(default("eth0", "203.0.113.1", source="203.0.113.5"),),
+        ),
+        [],
+        "203.0.113.5:51820",
+        "the first public address",
+    ),
+    Case(
+        "a default route with two next hops, the second by a bridge",
+        facts(
+            address("mgmt0", "192.168.0.5/24"),
+            address("br-lan", "10.50.0.2/24", "bridge"),
+            ways=(default("wan0", "203.0.113.1"), default("br-lan", "10.50.0.1")),
+        ),
+        ["10.50.0.2/24"],
+        "10.50.0.2:51820",
+        "on the default route's interface, on br-lan",
+    ),
+    Case(
+        "two routers that advertise themselves on two links",
+        facts(
+            address("mgmt0", "fd00:9::5/64"),
+            address("eth1", "2001:db8:1::5/64"),
+            address("eth0", "fd00:1::5/64"),
+            ways=(default("eth1", "fe80::1", 1024), default("eth0", "fe80::2", 1024)),
+        ),
+        ["fd00:1::5/64"],
+        "[2001:db8:1::5]:51820",
+        "on the default route's interface, on eth0",
     ),
     Case(
         "shared address space (CGNAT) is private",

@@ -386,8 +386,13 @@ def test_one_public_endpoint_of_two_nodes_is_named() -> None:
     silent = {name: one for name, one in ALL_WELL.items() if name != "b1"}
     (remark,) = report(world("b1", str(SAME)), silent, newest=40).problems
     assert "if b1 is gone for good, kgctl node forget b1; else give b1 one of its own" in remark.text
+    SAME = Endpoint.parse("gw.example.org:51820")
+    (remark,) = report(world("b1", str(SAME)), ALL_WELL, newest=40).problems
+    assert remark.text.startswith("they have the same endpoint gw.example.org:51820"), "two with one force-endpoint"
     SAME = Endpoint.parse("10.0.0.7:51820")
     assert not report(world("b1", str(SAME)), ALL_WELL, newest=40).problems, "another site may have the same network"
+    (remark,) = report(world("a2", str(SAME)), ALL_WELL, newest=40).problems
+    assert remark.subject == "a1, a2", "a private one, in one location"
 
 
 def test_a_host_that_answers_is_up_although_its_agent_does_not_report() -> None:

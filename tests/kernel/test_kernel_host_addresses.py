@@ -11,16 +11,27 @@ from kilo_etcd.kernel.state import Route
 from kilo_etcd.kernel.write import rtnl as requests
 
 OWN = frozenset({7})
+_PROTOCOL_AT, _ADVERTISED = 5, 9
+"""Where a message has the protocol of a route, and that of advertised ones (linux/rtnetlink.h: rtmsg, RTPROT_RA)."""
 
 
 def address(text: str, index: int = 2) -> bytes:
     return requests.add_address(index, ip_interface(text)).body
 
 
-def default(gateway: str, index: int = 2, metric: int = 0) -> bytes:
+def default(gateway: str, index: int = 2, metric: int = 0, source: str = "") -> bytes:
     via = ip_address(gateway)
     any_ = ip_network("0.0.0.0/0" if via.version == 4 else "::/0")
-    return requests.add_route(Route(destination=any_, device="eth0", gateway=via, metric=metric), index).body
+    preferred = ip_address(source) if source else None
+    route = Route(destination=any_, device="eth0", gateway=via, metric=metric, source=preferred)
+    return requests.add_route(route, index).body
+
+
+def advertised(router: str) -> bytes:
+    """A default route that the kernel has made of a router's advertisement."""
+    body = bytearray(default(router, metric=1024))
+    body[_PROTOCOL_AT] = _ADVERTISED
+    return bytes(body)
 
 
 def several(*gateways: str, index: int = 2) -> bytes:
@@ -55,6 +66,23 @@ def test_a_default_route_is_news_when_it_goes_another_way() -> None:
     assert host.news(replies.NEWROUTE, default("2001:db8::1"), OWN)
     assert host.news(replies.DELROUTE, default("192.0.2.1"), OWN)
     assert host.news(replies.NEWROUTE, default("192.0.2.1"), OWN)
+
+
+def test_a_default_route_is_news_when_it_sends_from_another_address() -> None:
+    host = AddressEvents()
+    assert host.news(replies.NEWROUTE, default("192.0.2.1"), OWN)
+    assert host.news(replies.NEWROUTE, default("192.0.2.1", source="192.0.2.7"), OWN)
+    assert not host.news(replies.NEWROUTE, default("192.0.2.1", source="192.0.2.7"), OWN)
+
+
+def test_two_routers_that_advertise_themselves_in_turn_are_no_news() -> None:
+    host = AddressEvents()
+    for router in ("fe80::1", "fe80::2"):
+        assert host.news(replies.NEWROUTE, advertised(router), OWN)
+    for router in ("fe80::1", "fe80::2"):
+        assert not host.news(replies.NEWROUTE, advertised(router), OWN)
+    assert host.news(replies.DELROUTE, advertised("fe80::1"), OWN)
+    assert host.news(replies.NEWROUTE, advertised("fe80::1"), OWN)
 
 
 def test_a_default_route_is_news_when_one_of_its_next_hops_changes() -> None:

@@ -28,6 +28,7 @@ from kernel_worlds import GATEWAY4, PRIVATE, key, lines, peer, plan, plans, tunn
 from helpers import eventually
 from helpers_load import soon
 from helpers_namespaces import is_in_force
+from kilo_etcd.agent.discover import choose_addresses
 from kilo_etcd.kernel import Kernel, KernelError, Setup, cleanup, list_addresses, open_kernel, userspace
 from kilo_etcd.kernel.errors import NetlinkError
 from kilo_etcd.kernel.linux import LinuxKernel
@@ -38,6 +39,7 @@ from kilo_etcd.kernel.state import Change, Route, SetPeer, without_counters
 from kilo_etcd.kernel.write import rtnl as requests
 from kilo_etcd.model import Endpoint
 from kilo_etcd.model.hostplan import HostPlan, PeerPlan, Via
+from kilo_etcd.runtime.host_facts import HostFacts
 from kilo_etcd.store.status_texts import NO_WIREGUARD
 
 pytestmark = [pytest.mark.root, pytest.mark.usefixtures("own_namespaces")]
@@ -948,6 +950,29 @@ async def test_addresses_of_the_host() -> None:
     assert (default.family, default.interface, default.gateway, default.metric) == (
         4, "eth0", ip_address("192.168.9.254"), 100,
     )  # fmt: skip
+
+
+async def test_other_vpns_and_service_addresses_give_no_address() -> None:
+    underlay()
+    sh("ip tuntap add dev tailscale0 mode tun; ip link set tailscale0 up")
+    sh("ip address add 100.92.235.32/32 dev tailscale0")
+    sh("ip address add 203.0.113.80/32 dev lo; ip route add default via 192.168.9.254")
+
+    async def chosen() -> tuple[list[str], str]:
+        found = await list_addresses()
+        result = choose_addresses(HostFacts(addresses=found.addresses, default_routes=found.default_routes))
+        return [str(ip.ip) for ip in result.internal_ips], str(result.endpoint)
+
+    assert await chosen() == (["192.168.9.1", "fd00:9::1"], "192.168.9.1:51820")
+    # An address that moves between hosts comes first in the kernel's list here.
+    sh("ip address del 192.168.9.1/24 dev eth0; ip address add 192.168.9.80/32 dev eth0")
+    sh("ip address add 192.168.9.1/24 dev eth0; ip route add default via 192.168.9.254")
+    assert (await chosen())[0] == ["192.168.9.1", "fd00:9::1"]
+    sh("ip address del 192.168.9.1/24 dev eth0; ip address del 192.168.9.80/32 dev eth0")
+    assert await chosen() == (["fd00:9::1"], "[fd00:9::1]:51820")
+    # As on hosts that announce their own address to routers.
+    sh("ip route add default dev eth0 src 203.0.113.80")
+    assert await chosen() == (["fd00:9::1"], "203.0.113.80:51820")
 
 
 @pytest.mark.parametrize("by", ["nexthop via 192.168.9.254 dev eth0 nexthop via 192.168.8.254 dev eth1", "nhid 3"])

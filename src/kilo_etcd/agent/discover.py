@@ -1,11 +1,21 @@
 """Which of the host's addresses is its internal IP, which its endpoint, and which location the host was born in.
 
-The rules are Kilo's: first what the host's name resolves to, then the interface of the default route, then the rest;
+The rules are Kilo's: first what the host's name resolves to, then the interfaces of the default route, then the rest;
 the internal IP is a private address, or none where the host has none (it is then a segment of its own, and nothing
 crosses a public network in clear unless `--internal-cidr` says that it may); the endpoint is public where it can be.
-Beyond Kilo: container bridges are never taken by themselves, since docker0 is the same address on every host. The
-decision is pure and every choice comes with its reason; only `gather` and `location_from_cloud_init` look at the host,
-and nothing here asks the network but the system's resolver.
+
+Beyond Kilo, some devices give no address by themselves, unless the default route leads out by them (`_left_aside`):
+
+* container bridges, since docker0 is the same address on every host,
+* tunnels: another VPN's address is reached by that VPN's hosts only,
+* the loopback device and dummies, where the addresses of services are that several hosts have. One that the host's name
+  resolves to is the host's own, and so is one that the default route sends from.
+
+That is looked at first; what is private and what is public, after it. Of several addresses of one interface the one
+that the kernel itself sends from comes first: an address that moves between hosts is there beside the host's own.
+
+The decision is pure and every choice comes with its reason; only `gather` and `location_from_cloud_init` look at the
+host, and nothing here asks the network but the system's resolver.
 """
 
 from __future__ import annotations
@@ -22,9 +32,9 @@ from kilo_etcd import kernel
 from kilo_etcd.agent.config import AgentConfig
 from kilo_etcd.agent.name_servers import name_servers
 from kilo_etcd.base import descriptors
-from kilo_etcd.kernel.state import DefaultRoute
+from kilo_etcd.kernel.state import HostAddress
 from kilo_etcd.model import DEFAULT_PORT, Endpoint, IPAddress, IPInterface, IPNetwork, is_public
-from kilo_etcd.runtime.host_facts import TUNNELS, HostFacts, is_container, usable, within
+from kilo_etcd.runtime.host_facts import TUNNELS, HostFacts, is_container, is_for_services, usable, within
 from kilo_etcd.runtime.resolve import lookup
 
 INSTANCE_DATA = Path("/run/cloud-init/instance-data.json")
@@ -56,7 +66,8 @@ class _Candidate:
     interface: str
     why: str
     order: tuple[int, ...]
-    container: bool
+    left_aside: str
+    """The devices whose addresses do not count by themselves that it is one of; empty: it counts."""
 
     @property
     def public(self) -> bool:
@@ -87,7 +98,8 @@ def choose_addresses(
     """The internal IP of each family and the endpoint, each with its reason.
 
     `subnets` are the mesh's: an address within them is never taken. `internal_cidrs` limits the internal IPs to
-    these networks, and lets public addresses and those of container bridges count when they are within.
+    these networks, and lets any address count when it is within: a public one, or one of a container bridge, a tunnel
+    or the loopback device.
     """
     candidates = _candidates(facts, tuple(subnets))
     cidrs = tuple(internal_cidrs)
@@ -102,7 +114,7 @@ def choose_addresses(
             )
             because = "the first within --internal-cidr"
         else:
-            fit = [candidate for candidate in of_family if not candidate.public and not candidate.container]
+            fit = [candidate for candidate in of_family if not candidate.public and not candidate.left_aside]
             because = "the first private address"
         if fit:
             internal.append(fit[0].address)
@@ -128,7 +140,7 @@ def _endpoint(
 ) -> tuple[Endpoint | None, str]:
     if forced is not None:
         return forced, f"endpoint {forced}: set by --endpoint"
-    reachable = [candidate for candidate in candidates if not candidate.container]
+    reachable = [candidate for candidate in candidates if not candidate.left_aside]
     public = [candidate for candidate in reachable if candidate.public]
     private = [candidate for candidate in reachable if not candidate.public]
     first, second = (private, public) if prioritise_private else (public, private)
@@ -159,7 +171,7 @@ def _further(
         fit = [
             candidate
             for candidate in candidates
-            if candidate.address.version == family and not candidate.container and (candidate.public or family in ways)
+            if candidate.address.version == family and not candidate.left_aside and (candidate.public or family in ways)
         ]
         if fit:
             yield min(fit, key=lambda candidate: candidate.public is prioritise_private)
@@ -168,8 +180,11 @@ def _further(
 def _no_internal(candidates: list[_Candidate], cidrs: tuple[IPNetwork, ...]) -> str:
     if cidrs:
         return f"no internal IP: no address is within --internal-cidr {','.join(map(str, cidrs))}"
-    if any(candidate.container and not candidate.public for candidate in candidates):
-        return "no internal IP: the only private addresses are those of container bridges (--internal-cidr allows one)"
+    if aside := sorted({candidate.left_aside for candidate in candidates if not candidate.public}):
+        return (
+            f"no internal IP: the only private addresses are those of {', '.join(aside)}, by which the default route "
+            "does not go (--internal-cidr allows one)"
+        )
     return "no internal IP: the host has no private address, so it is a segment of its own (--internal-cidr allows one)"
 
 
@@ -180,10 +195,8 @@ def _of(fit: list[_Candidate], family: int) -> str:
 def _candidates(facts: HostFacts, subnets: tuple[IPNetwork, ...]) -> list[_Candidate]:
     """All addresses that can be meant, best first."""
     items = [item for item in facts.addresses if usable(item, facts.own_interface, subnets)]
-    first_way = {
-        family: next((route.interface for route in _by_metric(facts.default_routes) if route.family == family), None)
-        for family in (4, 6)
-    }
+    first_ways = {family: facts.ways_out(family, first=True) for family in (4, 6)}
+    sent_from = facts.sent_from(4) | facts.sent_from(6)
     # A single answer is somebody's decision (/etc/hosts, DNS); several are nss-myhostname listing every interface.
     resolved_items = {
         family: [item for item in items if item.address.version == family and item.address.ip in facts.resolved]
@@ -191,33 +204,46 @@ def _candidates(facts: HostFacts, subnets: tuple[IPNetwork, ...]) -> list[_Candi
     }
     result = []
     for position, item in enumerate(items):
-        family = item.address.version
-        on_way = item.interface == first_way[family]
+        family, ip = item.address.version, item.address.ip
+        on_way = item.interface in first_ways[family]
         named = item in resolved_items[family]
         decided = named and len(resolved_items[family]) == 1
-        virtual = not on_way and not decided and (item.kind in _VIRTUAL or is_container(item))
+        virtual = not (on_way or decided or ip in sent_from) and (item.kind in _VIRTUAL or is_container(item))
         if named:
             tier, why = 0, f"what {facts.hostname or 'the host name'} resolves to"
         elif on_way:
             tier, why = 1, "on the default route's interface"
+        elif ip in sent_from:
+            tier, why = 1, "what the default route sends from"
         else:
             tier, why = 2, "on another interface"
-        resolved_position = facts.resolved.index(item.address.ip) if named else 0
-        order = (virtual, item.deprecated, item.temporary, tier, family == 6, resolved_position, position)
+        resolved_position = facts.resolved.index(ip) if named else 0
+        source = 0 if ip in sent_from else 1 if facts.holds_gateway(item) else 2
+        order = (virtual, item.deprecated, item.temporary, tier, family == 6, resolved_position, source, position)
         result.append(
             _Candidate(
                 address=item.address,
                 interface=item.interface,
                 why=why,
                 order=tuple(map(int, order)),
-                container=is_container(item) and not on_way,
+                left_aside=_left_aside(facts, item, decided=decided, sent_from=sent_from),
             )
         )
     return sorted(result, key=lambda candidate: candidate.order)
 
 
-def _by_metric(routes: Iterable[DefaultRoute]) -> list[DefaultRoute]:
-    return sorted(routes, key=lambda route: route.metric)
+def _left_aside(facts: HostFacts, item: HostAddress, *, decided: bool, sent_from: frozenset[IPAddress]) -> str:
+    """The devices whose addresses do not count by themselves that `item` is one of; empty: it counts. `decided`: the
+    host's name resolves to it alone, which says nothing of a tunnel: some VPNs answer for the name themselves."""
+    if item.interface in facts.ways_out(item.address.version) or item.address.ip in sent_from:
+        return ""
+    if is_container(item):
+        return "container bridges"
+    if item.kind in TUNNELS:
+        return "tunnels"
+    if is_for_services(item) and not decided:
+        return "the loopback device and dummies"
+    return ""
 
 
 # -- looking at the host ------------------------------------------------------------------------------------------

@@ -17,6 +17,7 @@ from __future__ import annotations
 from collections.abc import Container, Iterable
 
 from kilo_etcd.kernel.diff import fulfils
+from kilo_etcd.kernel.netlink.formats import rtnl
 from kilo_etcd.kernel.read import rtnl as replies
 from kilo_etcd.kernel.routing.exit_node import same_way
 from kilo_etcd.kernel.routing.policy import own_tables
@@ -30,7 +31,10 @@ from kilo_etcd.kernel.state import (
     Observed,
     is_ours,
 )
-from kilo_etcd.model import IPAddress, IPInterface, IPNetwork
+from kilo_etcd.model import IPInterface, IPNetwork
+
+_ADVERTISED = rtnl.rt_proto["ra"]
+"""The protocol of routes that router advertisements have made."""
 
 LOOK_SECONDS, LOOK_SECONDS_PER_PEER = 0.5, 0.0005
 
@@ -51,8 +55,9 @@ class AddressEvents:
     def __init__(self) -> None:
         self._addresses: dict[tuple[int, IPInterface], bool] = {}
         """Index and address -> whether it is deprecated."""
-        self._defaults: dict[tuple[int, int], tuple[tuple[int, IPAddress | None], ...]] = {}
-        """Family and metric -> index and gateway of each next hop. A route that replaces another one has the same."""
+        self._defaults: dict[tuple[int, int, tuple[object, ...]], tuple[object, ...]] = {}
+        """Family, metric and nothing more, which a route that replaces another one has too -> preferred source, and
+        index and gateway of each next hop. Routes of several advertising routers stand side by side: each by itself."""
 
     def forget(self) -> None:
         """Events were lost."""
@@ -78,7 +83,8 @@ class AddressEvents:
             route = replies.read_route(body)
             if route is None or route.destination.prefixlen or route.table != MAIN_TABLE:
                 return False
-            slot, way = (route.destination.version, route.metric), route.next_hops
+            way = route.source, *route.next_hops
+            slot = route.destination.version, route.metric, way if route.protocol == _ADVERTISED else ()
             if kind == replies.DELROUTE:
                 self._defaults.pop(slot, None)
                 return True

@@ -483,6 +483,7 @@ class Host:
                             interface=link.name,
                             gateway=gateway,
                             metric=read.metric,
+                            source=read.source,
                         )
                     )
 

@@ -639,13 +639,16 @@ class HostAddress:
 
 @frozen(kw_only=True)
 class DefaultRoute:
-    """A default route of the host, for finding the interface and source address that it calls others from."""
+    """A next hop of a default route of the host, for finding the interface and source address that it calls others
+    from."""
 
     family: int
     """4 or 6."""
     interface: str
     gateway: IPAddress | None
     metric: int = 0
+    source: IPAddress | None = None
+    """The address that the host prefers as the source of what it sends there."""
 
 
 @frozen
@@ -660,7 +663,7 @@ class StaticRoute:
 
 @frozen(kw_only=True)
 class HostAddresses:
-    """What `list_addresses` finds; default routes with the lowest metric first."""
+    """What `list_addresses` finds; default routes with the lowest metric first, each next hop by itself."""
 
     addresses: tuple[HostAddress, ...] = ()
     default_routes: tuple[DefaultRoute, ...] = ()

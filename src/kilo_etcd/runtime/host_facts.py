@@ -18,9 +18,12 @@ from kilo_etcd.planning.names import NO_REASONS, Reasons, Table
 from kilo_etcd.planning.pipeline import Surroundings
 from kilo_etcd.runtime.resolve import network_of
 
-TUNNELS = frozenset({"ipip", "sit", "gre", "gretap", "ip6tnl", "ip6gre", "wireguard", "tun", "vxlan", "geneve", "vti"})
-"""The kinds of interfaces that are tunnels."""
 # fmt: off
+TUNNELS = frozenset({
+    "amneziawg", "bareudp", "erspan", "geneve", "gre", "gretap", "gtp", "ip6erspan", "ip6gre", "ip6gretap", "ip6tnl",
+    "ipip", "ovpn", "ovpn-dco", "ppp", "sit", "tun", "vti", "vti6", "vxlan", "wireguard", "xfrm",
+})
+"""The kinds of interfaces that are tunnels. Of userspace VPNs (OpenVPN, Tailscale, ZeroTier) it is `tun`."""
 _CONTAINERS = (
     "docker", "br-", "veth", "virbr", "cni", "flannel", "cali", "cilium", "lxc", "lxdbr", "incusbr", "podman", "kube-",
     "nodelocaldns", "weave", "vnet",
@@ -126,6 +129,34 @@ class HostFacts:
             network.version for network in self.underlay()
         )
 
+    def ways_out(self, version: int, *, first: bool = False) -> frozenset[str]:
+        """The interfaces that the next hops of the default routes of family 4 or 6 are on; `first`: only of those with
+        the lowest metric."""
+        routes = [route for route in self.default_routes if route.family == version]
+        lowest = min((route.metric for route in routes), default=0)
+        return frozenset(route.interface for route in routes if not first or route.metric == lowest)
+
+    def sent_from(self, version: int) -> frozenset[IPAddress]:
+        """The addresses of family 4 or 6 that the kernel takes as the source of what leaves by the default route, if it
+        does not take one of the device's: the route's preferred source; or one of a device for services, if the
+        route's own devices have none, as where the link to the router has no numbers."""
+        routes = [route for route in self.default_routes if route.family == version]
+        preferred = frozenset(route.source for route in routes if route.source is not None)
+        if preferred or not routes:
+            return preferred
+        ways = self.ways_out(version)
+        items = [item for item in self.addresses if item.address.version == version and usable(item, "", ())]
+        if any(item.interface in ways for item in items):
+            return preferred
+        return frozenset(item.address.ip for item in items if is_for_services(item) and not is_container(item))
+
+    def holds_gateway(self, item: HostAddress) -> bool:
+        """Whether the gateway of a default route is on the network of an address, by that address's interface."""
+        return any(
+            route.interface == item.interface and route.gateway is not None and route.gateway in item.address.network
+            for route in self.default_routes
+        )
+
     def overlaps(self, subnets: Iterable[IPNetwork]) -> tuple[str, ...]:
         """A sentence for each address of the operator's whose network has addresses in common with the mesh."""
         subnets = tuple(subnets)
@@ -155,6 +186,12 @@ def usable(item: HostAddress, own_interface: str, subnets: tuple[IPNetwork, ...]
 def is_container(item: HostAddress) -> bool:
     """Whether it is an address of a container bridge, by the interface's name."""
     return item.interface.startswith(_CONTAINERS)
+
+
+def is_for_services(item: HostAddress) -> bool:
+    """Whether it is on a device behind which there is no link, where addresses of services are put that several hosts
+    may have: the loopback device or a dummy."""
+    return item.interface == "lo" or item.kind == "dummy"
 
 
 def _comes_and_goes(item: HostAddress) -> bool:

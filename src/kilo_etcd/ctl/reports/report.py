@@ -321,13 +321,19 @@ def _same_internal_ips(
 
 
 def _same_endpoints(snapshot: Snapshot, statuses: Mapping[str, StatusRecord], *, separately: bool) -> Iterator[Remark]:
-    """On nodes that have one public endpoint: two sites may have the same private one."""
-    having: dict[Endpoint, list[str]] = {}
+    """On nodes that have one endpoint. A private one counts within a location, since two sites may have the same, and
+    if it is not an internal IP that the nodes have too, which `_same_internal_ips` names."""
+    having: dict[tuple[Endpoint, str | None], list[str]] = {}
+    inside: set[tuple[Endpoint, str | None, str]] = set()
     for name, node in sorted(snapshot.nodes.items()):
         for endpoint in dict.fromkeys(node.endpoints):
-            if endpoint.public:
-                having.setdefault(endpoint, []).append(name)
-    for endpoint, names in having.items():
+            key = endpoint, None if endpoint.public else node.location
+            having.setdefault(key, []).append(name)
+            if any(ip.ip == endpoint.address for ip in node.internal_ips):
+                inside.add((*key, name))
+    for (endpoint, location), names in having.items():
+        if all((endpoint, location, name) in inside for name in names):
+            continue
 
         def remedy(last: str) -> str:
             return (
