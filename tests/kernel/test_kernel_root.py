@@ -429,6 +429,43 @@ async def test_without_an_endpoint_the_mtu_is_that_of_the_uplink() -> None:
         assert " mtu 1320 " in sh("ip link show kilo0")
 
 
+@pytest.mark.parametrize("endpoint", ["198.51.100.1:51820", "[2001:db8::1]:51820", None])
+@pytest.mark.parametrize(
+    "by",
+    [
+        "ip route add default nexthop via 192.168.9.254 dev eth0 nexthop via 192.168.8.254 dev eth2; "
+        "ip -6 route add default nexthop via fe80::1 dev eth0 nexthop via fe80::2 dev eth2",
+        "ip nexthop add id 1 via 192.168.9.254 dev eth0; ip nexthop add id 2 via 192.168.8.254 dev eth2; "
+        "ip nexthop add id 3 group 1/2; ip route add default nhid 3; "
+        "ip nexthop add id 4 via fe80::1 dev eth0; ip nexthop add id 5 via fe80::2 dev eth2; "
+        "ip nexthop add id 6 group 4/5; ip -6 route add default nhid 6",
+        # Two routes, as the kernel makes them of what two routers advertise; and a spare one.
+        "ip route add default nexthop via 192.168.9.254 dev eth0 nexthop via 192.168.8.254 dev eth2; "
+        "ip -6 route add default dev eth0 metric 1024; ip -6 route append default dev eth2 metric 1024; "
+        "ip -6 route append default dev eth4 metric 2048",
+    ],
+    ids=["several", "objects", "two-routers"],
+)
+async def test_the_narrowest_of_several_next_hops_counts(by: str, endpoint: str | None) -> None:
+    underlay()
+    sh("ip link add eth2 type veth peer eth3 && ip link set eth2 up && ip link set eth3 up")
+    sh("ip link add eth4 mtu 1450 type veth peer eth5 && ip link set eth4 up && ip link set eth5 up")
+    sh("ip address add 192.168.8.1/24 dev eth2; ip address add fd00:8::1/64 dev eth2 nodad")
+    sh(by)
+    world = plan(peer(2, "10.4.0.2/32", endpoint=endpoint), MESH)
+    async with agent() as kernel:
+        await kernel.apply(world)
+        for device, mtu, other in (("eth2", 1400, "eth0"), ("eth0", 1380, "eth2")):
+            sh(f"ip link set {other} mtu 1500; ip link set {device} mtu {mtu}")
+            await kernel.apply(world, fresh=True)
+            assert f" mtu {mtu - 80} " in sh("ip link show kilo0")
+        for device in ("eth0", "eth2"):
+            sh(f"ip link set {device} mtu 1350")
+            with trio.fail_after(30):
+                assert f"the MTU of {device}, by which endpoints are reached, is 1350" in await kernel.wait_drift()
+            await kernel.apply(world)
+
+
 async def test_the_mtu_follows_that_of_the_device_by_which_endpoints_are_reached() -> None:
     underlay()
     sh("ip link add eth2 type veth peer eth3 && ip link set eth2 up && ip link set eth3 up")

@@ -124,6 +124,8 @@ def test_links_and_requests() -> None:
         ("get_route_between", (ip_address("2001:db8::7"), ip_address("2001:db8::1"))),
     ):  # fmt: skip
         assert getattr(rtnl, name)(*arguments) == getattr(by_hand, name)(*arguments), name
+    for address in (ip_address("192.0.2.1"), ip_address("2001:db8::1")):
+        assert rtnl.get_route_to(address, 107, whole=True) == by_hand.get_route_to(address, 107, whole=True)
 
 
 KEYS = some.binary(min_size=32, max_size=32).map(lambda key: base64.b64encode(key).decode())

@@ -31,7 +31,7 @@ from kilo_etcd.kernel.netlink.codec import FormatError
 from kilo_etcd.kernel.netlink.formats import core
 from kilo_etcd.kernel.netlink.sockets import NetlinkMessage
 from kilo_etcd.kernel.read import rtnl as replies
-from kilo_etcd.kernel.read.rtnl import FoundLink
+from kilo_etcd.kernel.read.rtnl import FoundLink, WholeRoute
 from kilo_etcd.kernel.read.wireguard import DeviceState
 from kilo_etcd.kernel.routing import tables as routing
 from kilo_etcd.kernel.routing.bypasses import bypasses, suspects
@@ -154,6 +154,12 @@ class Host:
         """Indexes of the devices that `egress_mtus` has come upon."""
         self._devices: tuple[str, ...] = ()
         """By which mesh packets go on to the location, when last read; else the devices with a default route."""
+        self.uplinks: dict[int, tuple[tuple[int, int], ...]] = {}
+        """Of the default routes that others have set in the main table, when last read: the index of each next hop's
+        device -> family and metric of the routes that it belongs to."""
+        self.several = False
+        """Whether, when last read, a route of the main table had several next hops, or default routes of one family had
+        the same metric."""
         self.ways: set[int] = set()
         """Indexes of the devices that routes of ours leave by, and of those that some did since they were last read."""
 
@@ -255,7 +261,7 @@ class Host:
         tables = (policy.table(number) for number in onward_tables(self.interface))
         onward = (*routes.values(), *(route for table in tables for route in table.routes.values()))
         near = {route.device for route in onward} - {self.interface, ""}
-        far = {route.device for network, route in foreign.items() if not network.prefixlen}
+        far = {self.links[index].name for index in self.uplinks if index in self.links}
         self._devices = tuple(sorted(near or far))
         dropping, openings = self._chains.read(self._devices)
         uplinks = (link for index in self.egress if (link := self.links.get(index)) is not None)
@@ -387,6 +393,8 @@ class Host:
         foreign: dict[IPNetwork, Route] = {}
         names = {index: link.name for index, link in self.links.items()}
         self.ways = set()
+        self.uplinks = {}
+        self.several = False
 
         def keep(body: bytes) -> None:
             read = replies.read_route(body)
@@ -402,6 +410,12 @@ class Host:
                 # What the kernel adds for our own addresses is nobody else's.
                 if not (read.protocol == KERNEL_PROTOCOL and route.device in (self.interface, self.ipip)):
                     foreign[read.destination] = route
+                    if not read.destination.prefixlen and read.type == replies.UNICAST:
+                        slot = read.destination.version, read.metric
+                        self.several |= any(slot in slots for slots in self.uplinks.values())
+                        for index, _ in read.next_hops:
+                            self.uplinks[index] = (*self.uplinks.get(index, ()), slot)
+                    self.several |= len(read.several) > 1
             elif read.destination in routes:
                 duplicates.append(route)
             else:
@@ -503,20 +517,41 @@ class Host:
     def egress_mtus(self, addresses: Collection[IPAddress]) -> dict[IPAddress, int | None]:
         """The MTU on the way to each address, in bytes; None if there is no way outside our own devices.
 
-        The lookups carry WireGuard's own fwmark, since its packets bypass an exit node.
+        The lookups carry WireGuard's own fwmark, since its packets bypass an exit node. If the route has several next
+        hops, the narrowest counts: which one packets take may change without an event. That takes a second lookup for
+        each address, which hosts without such routes (`several`) are spared.
         """
-        answers = self._route.ask([requests.get_route_to(address, MARK) for address in addresses], replies.read_way)
-        return dict(zip(addresses, map(self._egress_mtu, answers), strict=True))
+        ways = self._route.ask([requests.get_route_to(address, MARK) for address in addresses], replies.read_way)
+        routes: Sequence[WholeRoute | NetlinkError | None] = [None] * len(addresses)
+        if self.several:
+            whole = [requests.get_route_to(address, MARK, whole=True) for address in addresses]
+            routes = self._route.ask(whole, replies.read_whole_route)
+        return {
+            address: self._egress_mtu(way, route) for address, way, route in zip(addresses, ways, routes, strict=True)
+        }
 
-    def _egress_mtu(self, answer: tuple[int, int] | NetlinkError) -> int | None:
-        if isinstance(answer, NetlinkError):
+    def _egress_mtu(self, way: tuple[int, int] | NetlinkError, route: WholeRoute | NetlinkError | None) -> int | None:
+        if isinstance(way, NetlinkError):
             return None
-        index, mtu = answer
+        index, mtu = way
+        if self._egress_link(index) is None:
+            return None
+        hops = {index: mtu}
+        if isinstance(route, WholeRoute):
+            beside = () if route.default is None else self._uplinks_beside(route.default)
+            hops = {**dict.fromkeys((*route.devices, *beside), route.mtu), **hops}
+        found = [(link, mtu) for hop, mtu in hops.items() if (link := self._egress_link(hop)) is not None]
+        self.egress.update(link.index for link, _ in found)
+        return min(min(mtu, link.mtu) if mtu else link.mtu for link, mtu in found)
+
+    def _egress_link(self, index: int) -> Link | None:
+        """The device; None if it is one of ours, or the loopback device."""
         link = self.links.get(index)
-        if link is None or link.name in (self.interface, self.ipip, "lo"):
-            return None
-        self.egress.add(index)
-        return min(mtu, link.mtu) if mtu else link.mtu
+        return None if link is None or link.name in (self.interface, self.ipip, "lo") else link
+
+    def _uplinks_beside(self, metric: int) -> list[int]:
+        """The devices of IPv6's default routes with a metric: of several routers the kernel takes one that answers."""
+        return [index for index, slots in self.uplinks.items() if (6, metric) in slots]
 
     def make(self, changes: Sequence[Change]) -> tuple[list[Change], list[tuple[Change, FailedChange]]]:
         """Make changes in their order. What was made, and what was not and why."""

@@ -472,7 +472,10 @@ class LinuxKernel:
         self._reports.news(0)
         self._egress.expire()
         self._allocated = None
+        several = self._host.several
         self._observed = self._observe_settled()
+        if self._host.several is not several:
+            self._egress.forget()  # What is asked of the ways is different now.
         if self._watch is not None:
             # What is about to be read takes the place of the events that were just forgotten.
             self._watch.ways = self._host.ways
@@ -625,8 +628,6 @@ class LinuxKernel:
 
     def _uplinks(self) -> list[int]:
         """The MTUs of the devices with a default route: for a host that has been told no endpoint, a silent member."""
-        foreign = {} if self._observed is None else self._observed.foreign
-        names = {route.device for network, route in foreign.items() if not network.prefixlen}
-        links = [link for link in self._host.links.values() if link.name in names]
+        links = [link for link in self._host.links.values() if link.index in self._host.uplinks]
         self._host.egress.update(link.index for link in links)
         return [link.mtu for link in links]

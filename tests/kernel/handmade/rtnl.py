@@ -39,7 +39,7 @@ _NDA_DST, _NDA_LLADDR = 1, 2
 _NDMSG = struct.Struct("=BxHiHBB")
 _IFINFO = struct.Struct("=BxHiII")
 _IFADDR = struct.Struct("=BBBBI")
-_RTA_SRC, _RTM_F_LOOKUP_TABLE = 2, 0x1000
+_RTA_SRC, _RTM_F_LOOKUP_TABLE, _RTM_F_FIB_MATCH = 2, 0x1000, 0x2000
 _RTMSG = struct.Struct("=BBBBBBBBI")
 
 
@@ -124,9 +124,10 @@ def _table(table: int) -> tuple[int, bytes]:
     return (table, b"") if table < 256 else (0, u32(_RTA_TABLE, table))
 
 
-def get_route_to(address: IPAddress, mark: int = 0) -> NetlinkMessage:
-    """Asks which way a packet to `address`, marked with `mark`, would take."""
-    header = _RTMSG.pack(_family(address.version), address.max_prefixlen, 0, 0, 0, 0, 0, 0, 0)
+def get_route_to(address: IPAddress, mark: int = 0, whole: bool = False) -> NetlinkMessage:
+    """Asks which way a packet to `address`, marked with `mark`, would take; `whole`: by which route."""
+    flags = _RTM_F_FIB_MATCH if whole else 0
+    header = _RTMSG.pack(_family(address.version), address.max_prefixlen, 0, 0, 0, 0, 0, 0, flags)
     marked = u32(_RTA_MARK, mark) if mark else b""
     return NetlinkMessage(GETROUTE, 0, header + attribute(_RTA_DST, address.packed) + marked)
 

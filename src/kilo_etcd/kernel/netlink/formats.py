@@ -124,6 +124,9 @@ RT_TABLE_LOCAL = 255
 RTM_F_CLONED = 0x200
 RTM_F_LOOKUP_TABLE = 0x1000
 """A cached copy of a route (linux/rtnetlink.h)."""
+RTM_F_FIB_MATCH = 0x2000
+"""The answer is to be the route of the table, with all next hops, not the path that one packet takes
+(linux/rtnetlink.h). Kernels before 4.13 (IPv4) and 4.14 (IPv6) do not know it, and answer with the path."""
 FIB_RULE_INVERT = 0x2
 """The rule takes what it does not match (linux/fib_rules.h)."""
 FRA_SUPPRESS_NOTHING = 0xFFFFFFFF

@@ -74,6 +74,7 @@ _routes = Reader(
 )  # fmt: skip
 _next_hops = Reader(nh, "oif", "RTA_GATEWAY", "RTA_VIA")
 _ways = Reader(rtmsg, "RTA_OIF", "RTA_METRICS")
+_whole_routes = Reader(rtmsg, "family", "dst_len", "RTA_OIF", "RTA_PRIORITY", "RTA_METRICS", "RTA_MULTIPATH")
 _metrics = Reader(rtmsg.metrics, "RTAX_MTU")
 _RULE_ATTRIBUTES = (
     "FRA_DST", "FRA_SRC", "FRA_IIFNAME", "FRA_PRIORITY", "FRA_TABLE", "FRA_FWMARK", "FRA_FWMASK",
@@ -249,6 +250,28 @@ def read_way(body: bytes) -> tuple[int, int]:
     """Of the answer to `get_route_to`: the index of the device, and the route's own MTU; 0 for what it does not say."""
     index, metrics = _ways.row(body)
     return index or 0, 0 if metrics is None else _mtu(metrics)
+
+
+@frozen
+class WholeRoute:
+    """The route that an address is reached by, as far as the MTU depends on it."""
+
+    default: int | None
+    """Of a default route of IPv6: its metric. Routes of several routers may have the same."""
+    devices: tuple[int, ...]
+    """The index of each next hop's device."""
+    mtu: int
+    """The route's own; 0: it has none."""
+
+
+def read_whole_route(body: bytes) -> WholeRoute:
+    """The answer to `get_route_to` that asks for the whole route."""
+    family, length, index, metric, metrics, several = _whole_routes.row(body)
+    return WholeRoute(
+        default=metric or 0 if family == _IPV6 and not length else None,
+        devices=(index or 0,) if several is None else tuple(_next_hop(hop)[0] for hop in cells(several)),
+        mtu=0 if metrics is None else _mtu(metrics),
+    )
 
 
 def _mtu(metrics: bytes) -> int:

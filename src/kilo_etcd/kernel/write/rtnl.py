@@ -127,12 +127,14 @@ def get_routes(version: int, table: int = MAIN_TABLE) -> NetlinkMessage:
     return NetlinkMessage(rtnl.RTM_GETROUTE, 0, _route((_FAMILY[version], 0, 0, 0, _low(table), 0, 0, 0, 0), more))
 
 
-def get_route_to(address: IPAddress, mark: int = 0) -> NetlinkMessage:
-    """Asks which way a packet to `address`, marked with `mark`, would take."""
+def get_route_to(address: IPAddress, mark: int = 0, *, whole: bool = False) -> NetlinkMessage:
+    """Asks which way a packet to `address`, marked with `mark`, would take; `whole`: by which route, with all its next
+    hops."""
     attributes = {"RTA_DST": address.packed}
     if mark:
         attributes["RTA_MARK"] = _number.pack(mark)
-    fixed = (_FAMILY[address.version], address.max_prefixlen, 0, 0, 0, 0, 0, 0, 0)
+    flags = formats.RTM_F_FIB_MATCH if whole else 0
+    fixed = (_FAMILY[address.version], address.max_prefixlen, 0, 0, 0, 0, 0, 0, flags)
     return NetlinkMessage(rtnl.RTM_GETROUTE, 0, _route(fixed, attributes))
 
 
