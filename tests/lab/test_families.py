@@ -12,7 +12,7 @@ import pytest
 import trio
 
 from helpers import eventually, require
-from helpers_lab import leads, statuses
+from helpers_lab import candidacies, leads, records, statuses
 from kilo_etcd.lab.client import Lab, running_lab
 from kilo_etcd.lab.spec import HostSpec, SiteSpec, Spec
 
@@ -259,3 +259,32 @@ async def test_an_ipv6_mesh_over_ipv4_alone_and_an_mtu_that_is_too_small_for_it(
         assert "fd00:4::" in shown
         assert "10.4." not in shown
         assert "dsl-2" not in shown
+
+
+async def test_a_leader_that_loses_ipv6_gives_way_to_one_that_has_it_and_is_last_in_line_when_it_has_it_again() -> None:
+    sites = (site("gcp", host("gcp-1"), host("gcp-2")), site("home", host("home-1"), host("home-2")))
+    async with world(*sites, families=("ipv4", "ipv6"), agent_args=BOTH) as lab:
+
+        async def both_stand() -> bool:
+            return len(await candidacies(lab, "home")) == 2
+
+        await eventually(both_stand, 30, what="both candidacies")
+        lost = await leads(lab, "home-1", "home-2")
+        other = {"home-1": "home-2", "home-2": "home-1"}[lost]
+        six = next(text for text in (await records(lab))[lost]["internalIPs"] if ":" in text)
+        gateway = (await lab.exec(lost, "ip", "-6", "route", "show", "default", check=True)).stdout.split()[2]
+        await lab.exec(lost, "sysctl", "-w", "net.ipv6.conf.all.disable_ipv6=1", check=True)
+
+        async def gave_way() -> bool:
+            rest = [pair for pair in await lab.missing_pings(timeout=0.5) if lost not in pair]
+            return list(await candidacies(lab, "home")) == [other] and not rest
+
+        await eventually(gave_way, 30, every=0.1, what=f"{other} leads, and all others reach each other")
+        assert f"{other} serves IPv6 in this location, and this host does not" in await lab.log(lost)
+
+        await lab.exec(lost, "sysctl", "-w", "net.ipv6.conf.all.disable_ipv6=0", check=True)
+        await lab.exec(lost, "ip", "address", "add", six, "dev", "eth0", "nodad", check=True)
+        await lab.exec(lost, "ip", "-6", "route", "replace", "default", "via", gateway, "dev", "eth0", check=True)
+        await reached(lab)
+        await eventually(both_stand, 30, what="both candidacies again")
+        assert list(await candidacies(lab, "home")) == [other, lost]

@@ -32,6 +32,7 @@ from kilo_etcd.agent.leader_hints.hints import LeaderHints, followed
 from kilo_etcd.agent.leader_hints.peer_query import DatagramTransport, PeerQuery
 from kilo_etcd.agent.leadership import candidacy_policy
 from kilo_etcd.agent.leadership.candidacy import CandidacyTask
+from kilo_etcd.agent.leadership.served_families import refused_families
 from kilo_etcd.agent.metrics import Metrics
 from kilo_etcd.agent.namesakes import Namesakes
 from kilo_etcd.agent.nat.wireguard_monitor import WireGuardMonitor
@@ -229,6 +230,7 @@ class Daemon:
         self._programmed = False
         self._ready = False
         """Programmed well enough to lead."""
+        self._refused_families: frozenset[int] = frozenset()
         self._reconciling = False
         """Whether the tasks run that bring snapshots to the kernel."""
         self._leaving = False
@@ -751,6 +753,7 @@ class Daemon:
                 peers=len(plan.peers), routes=len(plan.routes), revision=snapshot.revision,
             )  # fmt: skip
         self._programmed = True
+        self._refused_families = refused_families(report.failures, snapshot.subnets)
         missing = (failure.destination for failure in report.failures if not failure.aside)
         self._ready = candidacy_policy.able_to_lead(missing, snapshot.subnets)
         self._candidacy.follow(topology)
@@ -1098,6 +1101,8 @@ class Daemon:
             if self.snapshot is not None and self.topology is not None and not self._leaving:
                 ready = self._ready and self.applied_revision >= self.snapshot.revision
                 leads = self.role is not None and self.role.kind is Role.LEADER
-                due = await self._candidacy.update(self.snapshot, self.topology, leads=leads, ready=ready)
+                due = await self._candidacy.update(
+                    self.snapshot, self.topology, leads=leads, ready=ready, refused=self._refused_families
+                )
             with trio.move_on_at(due if due is not None else float("inf")):
                 await applied.wait()

@@ -79,7 +79,12 @@ def failure(change: Change, error: OSError) -> FailedChange:
     if _is_by_unknown_gateway(change, error.errno or 0):
         # A member's way to its leader, or a leader's to a member. Into the mesh it would go by its own tunnels.
         aside = True
-    return FailedChange(subject=str(change), text=_sentence(change, error), destination=destination, aside=aside)
+    version: int = change.address.version if isinstance(change, AddAddress) else 0
+    if isinstance(change, SetForwarding) and not change.device:
+        version = change.family
+    return FailedChange(
+        subject=str(change), text=_sentence(change, error), destination=destination, aside=aside, version=version
+    )
 
 
 def _is_by_unknown_gateway(change: Change, code: int) -> bool:

@@ -601,6 +601,8 @@ class FailedChange:
     """Where nothing but the route to this network is missing."""
     aside: bool = False
     """A host can lead its location without it."""
+    version: int = 0
+    """The family (4, 6) that the mesh does not have here without it: of an address, or of forwarding. 0: none."""
 
     def __str__(self) -> str:
         return self.text

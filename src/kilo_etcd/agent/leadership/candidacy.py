@@ -9,6 +9,7 @@ from __future__ import annotations
 import trio
 
 from kilo_etcd.agent.leadership import candidacy_policy
+from kilo_etcd.agent.leadership.served_families import gives_way
 from kilo_etcd.model import CandidateClass, Snapshot
 from kilo_etcd.runtime.logs import get_logger
 from kilo_etcd.store.session.session import Session
@@ -43,6 +44,7 @@ class CandidacyTask:
         """`_demoted` is counted in the hold-down: until its candidacy is gone a host is demoted again and again."""
         self._released = False
         """The hold-down is to end as soon as it can."""
+        self._gives_way_since: float | None = None
         self.why: str | None = None
         """Why this host is behind all other candidates, as the end of a sentence."""
 
@@ -75,9 +77,18 @@ class CandidacyTask:
             return False
         return candidacy_policy.succeeded(topology, self._name, location, leaves=leaves)
 
-    async def update(self, snapshot: Snapshot, topology: Topology, *, leads: bool, ready: bool) -> float | None:
+    async def update(
+        self,
+        snapshot: Snapshot,
+        topology: Topology,
+        *,
+        leads: bool,
+        ready: bool,
+        refused: frozenset[int] = frozenset(),
+    ) -> float | None:
         """Stand, or stand no more, in the face of `snapshot`; when to call again although nothing changed. `topology`
-        is the one that is in force, perhaps of an older snapshot."""
+        is the one that is in force, perhaps of an older snapshot; `refused` are the families in which the kernel does
+        not take what the mesh needs."""
         now = trio.current_time()
         desired = candidacy_policy.eligible(snapshot, self._name)
         held = self._session.candidacy
@@ -100,12 +111,20 @@ class CandidacyTask:
             # A host that has lost its place with its lease waits like one that has just come: if all did, the present
             # leader is first.
             self._eligible, self._stable_since = desired, now
+        rival = None if desired is None else gives_way(snapshot, self._name, refused)
+        if rival is None:
+            self._gives_way_since = None
+        elif self._gives_way_since is None:
+            self._gives_way_since = now
         hold, due = candidacy_policy.decide_candidacy(
             desired,
             candidacy_policy.CandidacyInputs(
-                now=now, stable_since=self._stable_since, ready=ready, leads=leads, current=current
+                now=now, stable_since=self._stable_since, ready=ready, leads=leads, current=current,
+                gives_way_since=self._gives_way_since,
             ),
-        )
+        )  # fmt: skip
+        if rival is not None and current is not None and hold is None:
+            get_logger(node=self._name, location=current.location).warning("candidacy given up", why=str(rival))
         self._stood = hold is not None
         if hold is None:
             where = None if held is None else held.location

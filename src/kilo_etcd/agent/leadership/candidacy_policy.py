@@ -138,6 +138,8 @@ class CandidacyInputs:
     """The present snapshot already makes this host the leader (for want of candidates, or as one)."""
     current: DesiredCandidacy | None
     """The candidacy that this host holds."""
+    gives_way_since: float | None = None
+    """Since when another candidate serves a family that this host does not (`served_families`)."""
 
 
 def decide_candidacy(
@@ -147,11 +149,16 @@ def decide_candidacy(
 
     A host that wants to stand elsewhere gives the old candidacy up and queues anew; a host that has just come waits
     until its class has been stable, unless it leads already for want of any candidate: then it says so at once. One
-    whose class changes goes on standing as before until it stands anew: its place in the queue is not empty meanwhile.
+    that does not serve a family that another candidate serves gives its candidacy up, and enters none. One whose class
+    changes goes on standing as before until it stands anew: its place in the queue is not empty meanwhile.
     """
     current = inputs.current
     if desired is None:
         return None, None
+    if inputs.gives_way_since is not None:
+        # An address may be away for a moment only.
+        over = inputs.gives_way_since + SETTLE_SECONDS
+        return (None, None) if current is None or inputs.now >= over else (current, over)
     if current == desired:
         return desired, None
     settled = inputs.stable_since + SETTLE_SECONDS

@@ -1,0 +1,135 @@
+"""To whom a node gives way that cannot serve a family of the mesh as its location's leader."""
+
+from __future__ import annotations
+
+import errno
+from ipaddress import ip_interface, ip_network
+from typing import Any
+
+import pytest
+import trio
+from attrs import evolve
+from test_agent_candidacy import Session
+
+from kilo_etcd.agent.leadership.candidacy import CandidacyTask
+from kilo_etcd.agent.leadership.candidacy_policy import SETTLE_SECONDS
+from kilo_etcd.agent.leadership.served_families import gives_way, refused_families
+from kilo_etcd.kernel.errors import failure
+from kilo_etcd.kernel.state import AddAddress, AddRoute, Change, Route, SetForwarding, SetMtu
+from kilo_etcd.model import Candidate, CandidateClass, Encapsulate, Node, Snapshot
+from kilo_etcd.store.session.candidacy import Candidacy
+from kilo_etcd.topology.segments import build_topology
+
+PUBLIC, DEMOTED = CandidateClass.PUBLIC, CandidateClass.DEMOTED
+SUBNETS = (ip_network("10.4.0.0/16"), ip_network("fd00:4::/64"))
+
+
+def node(name: str, number: int, families: str = "46", **values: Any) -> Node:
+    internal = {"4": ip_interface(f"10.0.0.{number}/24"), "6": ip_interface(f"fd00:1::{number}/64")}
+    return Node(
+        name=name,
+        public_key=name,
+        location=values.pop("location", "gcp"),
+        internal_ips=tuple(internal[family] for family in families),
+        mesh_addresses=(ip_interface(f"10.4.0.{number}/16"), ip_interface(f"fd00:4::{number}/64")),
+        **values,
+    )
+
+
+def world(*nodes: Node, ranks: dict[str, CandidateClass] | None = None, **values: Any) -> Snapshot:
+    ranks = {one.name: PUBLIC for one in nodes} if ranks is None else ranks
+    standing = [Candidate(node=name, rank=rank, create_revision=n) for n, (name, rank) in enumerate(ranks.items())]
+    return Snapshot(
+        **{
+            "revision": 9,
+            "subnets": SUBNETS,
+            "nodes": {one.name: one for one in nodes},
+            "candidates": {"gcp": tuple(standing)},
+            **values,
+        }
+    )
+
+
+A, B = node("a", 1), node("b", 2)
+A4, B6 = node("a", 1, "4"), node("b", 2, "6")
+
+
+@pytest.mark.parametrize(
+    ("snapshot", "refused", "to"),
+    [
+        (world(A, B), (), None),
+        (world(A, B), (6,), "b"),
+        (world(A4, B), (), "b"),
+        (world(A4, B), (6,), "b"),
+        # Nobody serves more.
+        (world(A4, node("b", 2, "4")), (), None),
+        (world(A4, B, ranks={"a": PUBLIC}), (), None),
+        (world(A4, B, ranks={"a": PUBLIC, "b": DEMOTED}), (), None),
+        (world(A4, B, ranks={"b": PUBLIC}), (), "b"),
+        (world(A4, evolve(B, location="aws"), ranks={"a": PUBLIC}), (), None),
+        # Each serves a family that the other does not: neither gives way.
+        (world(A4, B6, node("c", 3, "46"), ranks={"a": PUBLIC, "b": PUBLIC}), (), None),
+        # What the mesh does not have is nobody's to serve.
+        (world(A4, B, subnets=SUBNETS[:1]), (), None),
+        # Through the tunnel a member is reached in both.
+        (world(A4, evolve(B, encapsulate=Encapsulate.WIREGUARD)), (), None),
+        (world(A, B), (4, 6), "b"),
+        (world(B), (6,), None),
+    ],
+)
+def test_a_node_gives_way_to_a_candidate_that_serves_more(
+    snapshot: Snapshot, refused: tuple[int, ...], to: str | None
+) -> None:
+    found = gives_way(snapshot, "a", frozenset(refused))
+    assert (None if found is None else found.to) == to
+    if found is not None and refused in ((), (6,)):
+        assert str(found) == "b serves IPv6 in this location, and this host does not"
+        assert gives_way(snapshot, "b", frozenset()) is None
+
+
+@pytest.mark.parametrize(
+    ("change", "code", "families"),
+    [
+        (AddAddress("kilo0", ip_interface("fd00:4::1/128")), errno.EACCES, {6}),
+        (AddRoute(Route(destination=SUBNETS[1], device="kilo0")), errno.EACCES, {6}),
+        (AddRoute(Route(destination=ip_network("fd00:7::/64"), device="kilo0")), errno.EACCES, set()),
+        (SetForwarding(6), errno.EROFS, {6}),
+        (SetForwarding(4, "kilo0"), errno.EROFS, set()),
+        (SetMtu("kilo0", 1400), errno.EPERM, set()),
+    ],
+)
+def test_the_kernels_refusals_tell_which_families_are_missing(change: Change, code: int, families: set[int]) -> None:
+    assert refused_families([failure(change, OSError(code, "refused"))], SUBNETS) == families
+
+
+class Standing(Session):
+    """One in which node `a` stands."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.candidacy = Candidacy("gcp", A.candidate_class)
+
+    async def leave(self, **rest: Any) -> bool:
+        self.candidacy = None
+        return await super().leave(**rest)
+
+
+@pytest.mark.autojump
+async def test_a_leader_that_loses_ipv6_leaves_if_it_does_not_come_back_at_once_and_enters_when_it_has() -> None:
+    session = Standing()
+    task = CandidacyTask(session, "a")  # type: ignore[arg-type]
+
+    async def update(snapshot: Snapshot) -> float | None:
+        return await task.update(snapshot, build_topology(snapshot), leads=session.candidacy is not None, ready=True)
+
+    both, lost = world(A, B), world(A4, B)
+    assert await update(both) is None
+    start = trio.current_time()
+    assert await update(lost) == start + SETTLE_SECONDS
+    await trio.sleep(SETTLE_SECONDS / 2)
+    assert await update(both) is None
+    assert await update(lost) == start + 1.5 * SETTLE_SECONDS
+    assert session.candidacy is not None
+    await trio.sleep(SETTLE_SECONDS)
+    assert await update(lost) is None
+    assert session.candidacy is None
