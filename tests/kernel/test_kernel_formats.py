@@ -18,7 +18,7 @@ from kernel_worlds import PRIVATE, plan, tunnel
 from kilo_etcd.kernel import Setup, open_kernel
 from kilo_etcd.kernel.linux import LinuxKernel
 from kilo_etcd.kernel.netlink import codec, formats
-from kilo_etcd.kernel.netlink.formats import NFT_OBJECT_COUNTER, netconfmsg, nft_obj_msg, nlmsg, rtmsg
+from kilo_etcd.kernel.netlink.formats import NFT_OBJECT_COUNTER, netconfmsg, nft_obj_msg, nlmsg, routemsg, rtmsg
 from kilo_etcd.kernel.read import rtnl as replies
 from kilo_etcd.kernel.state import Route
 from kilo_etcd.kernel.write import rtnl as requests
@@ -72,7 +72,7 @@ def test_pyroute2_packs_the_first_of_a_shape_and_only_the_first_is_cut(monkeypat
 
     monkeypatch.setattr(codec, "encode", pack)
     monkeypatch.setattr(codec, "_slots", slots)
-    writer, reader = codec.Writer(rtmsg, requests._route._converters), codec.Reader(rtmsg, *replies._routes._wanted)
+    writer, reader = codec.Writer(rtmsg, requests._route._converters), codec.Reader(routemsg, *replies._routes._wanted)
     monkeypatch.setattr(requests, "_route", writer)
     monkeypatch.setattr(replies, "_routes", reader)
     networks = [IPv4Network((0x0A00_0000 + number * 256, 24)) for number in range(100)]
@@ -80,7 +80,7 @@ def test_pyroute2_packs_the_first_of_a_shape_and_only_the_first_is_cut(monkeypat
     assert packed == [rtmsg]
     read.clear()
     routes = [replies.read_route(body) for body in bodies]
-    assert read == [rtmsg]
+    assert read == [routemsg]
     assert [(route.destination, route.metric) for route in routes if route is not None] == [(n, 5) for n in networks]
     # Of the same length, and another shape: the same bytes mean another thing.
     source = requests.add_route(Route(destination=networks[0], source=ip_address("10.0.0.1")), 7).body

@@ -439,12 +439,17 @@ async def test_without_an_endpoint_the_mtu_is_that_of_the_uplink() -> None:
         "ip nexthop add id 3 group 1/2; ip route add default nhid 3; "
         "ip nexthop add id 4 via fe80::1 dev eth0; ip nexthop add id 5 via fe80::2 dev eth2; "
         "ip nexthop add id 6 group 4/5; ip -6 route add default nhid 6",
+        "sysctl -w net.ipv4.nexthop_compat_mode=0; "
+        "ip nexthop add id 1 via 192.168.9.254 dev eth0; ip nexthop add id 2 via 192.168.8.254 dev eth2; "
+        "ip nexthop add id 3 group 1/2; ip route add default nhid 3; "
+        "ip nexthop add id 4 via fe80::1 dev eth0; ip nexthop add id 5 via fe80::2 dev eth2; "
+        "ip nexthop add id 6 group 4/5; ip -6 route add default nhid 6",
         # Two routes, as the kernel makes them of what two routers advertise; and a spare one.
         "ip route add default nexthop via 192.168.9.254 dev eth0 nexthop via 192.168.8.254 dev eth2; "
         "ip -6 route add default dev eth0 metric 1024; ip -6 route append default dev eth2 metric 1024; "
         "ip -6 route append default dev eth4 metric 2048",
     ],
-    ids=["several", "objects", "two-routers"],
+    ids=["several", "objects", "object-numbers", "two-routers"],
 )
 async def test_the_narrowest_of_several_next_hops_counts(by: str, endpoint: str | None) -> None:
     underlay()
@@ -1012,11 +1017,20 @@ async def test_other_vpns_and_service_addresses_give_no_address() -> None:
     assert await chosen() == (["fd00:9::1"], "203.0.113.80:51820")
 
 
-@pytest.mark.parametrize("by", ["nexthop via 192.168.9.254 dev eth0 nexthop via 192.168.8.254 dev eth1", "nhid 3"])
-async def test_each_next_hop_of_a_route_counts(by: str) -> None:
+@pytest.mark.parametrize(
+    ("by", "told"),
+    [
+        ("nexthop via 192.168.9.254 dev eth0 nexthop via 192.168.8.254 dev eth1", True),
+        ("nhid 3", True),
+        ("nhid 3", False),
+    ],
+)
+async def test_each_next_hop_of_a_route_counts(by: str, told: bool) -> None:
+    """`told`: whether the kernel tells of a route what its nexthop object says."""
     underlay()
     sh("ip address add 192.168.8.1/24 dev eth1")
     if by.startswith("nhid"):
+        sh(f"sysctl -w net.ipv4.nexthop_compat_mode={int(told)}")
         sh("ip nexthop add id 1 via 192.168.9.254 dev eth0; ip nexthop add id 2 via 192.168.8.254 dev eth1")
         sh("ip nexthop add id 3 group 1/2")
     sh(f"ip route add default {by}; ip route add 10.20.0.0/16 {by}")

@@ -19,6 +19,7 @@ from kilo_etcd.kernel.firewall.openings import Opening
 from kilo_etcd.kernel.firewall.table import AddElements, AddressSet, Chain, DeleteElements, FirewallTable, Rule
 from kilo_etcd.kernel.read import hooks
 from kilo_etcd.kernel.read import rtnl as replies
+from kilo_etcd.kernel.routing.nexthops import resolve
 from kilo_etcd.kernel.routing.rules import RoutingRule
 from kilo_etcd.kernel.state import RemovePeer, Route, SetDevice, SetPeer
 from kilo_etcd.kernel.write import nft, rtnl, wireguard
@@ -110,13 +111,24 @@ def test_neighbours_that_have_answered(state: int, link_address: bytes | None, a
         assert found == (address if answered else None)
 
 
+def test_nexthop_objects_and_the_next_hops_that_they_stand_for() -> None:
+    one, two = (ip_address("192.0.2.1"), ip_address("fe80::1"))
+    told = [
+        by_hand.nexthop(1, 7, one), by_hand.nexthop(2, 8, two), by_hand.nexthop(3, 9),
+        by_hand.nexthop(4, group=(1, 2, 99)),
+    ]  # fmt: skip
+    assert resolve([replies.read_nexthop(body) for body in told]) == {
+        1: ((7, one),), 2: ((8, two),), 3: ((9, None),), 4: ((7, one), (8, two)),
+    }  # fmt: skip
+
+
 def test_links_and_requests() -> None:
     local = ip_address("192.168.9.1")
     for name, arguments in (
         ("get_link", ("kilo0",)), ("get_links", ()), ("create_link", ("kilo0", "wireguard")),
         ("create_link", ("kilo-ipip", "ipip", local)), ("create_link", ("kilo-ipip", "ipip")), ("delete_link", (7,)),
         ("set_mtu", (7, 1420)), ("set_up", (7,)), ("get_addresses", (7,)), ("get_routes", (4,)),
-        ("get_neighbours", (4,)), ("get_neighbours", (6,)),
+        ("get_neighbours", (4,)), ("get_neighbours", (6,)), ("get_nexthops", ()),
         ("get_routes", (6, 107_000_001)), ("get_rules", (4,)), ("get_rules", (6,)),
         ("get_route_to", (ip_address("192.0.2.1"),)), ("get_route_to", (ip_address("2001:db8::1"), 107)),
         ("get_route_between", (None, ip_address("192.0.2.1"))),

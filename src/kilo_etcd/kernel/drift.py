@@ -56,8 +56,9 @@ class AddressEvents:
         self._addresses: dict[tuple[int, IPInterface], bool] = {}
         """Index and address -> whether it is deprecated."""
         self._defaults: dict[tuple[int, int, tuple[object, ...]], tuple[object, ...]] = {}
-        """Family, metric and nothing more, which a route that replaces another one has too -> preferred source, and
-        index and gateway of each next hop. Routes of several advertising routers stand side by side: each by itself."""
+        """Family, metric and nothing more, which a route that replaces another one has too -> preferred source, nexthop
+        object, and index and gateway of each next hop. Routes of several advertising routers stand side by side: each
+        by itself."""
 
     def forget(self) -> None:
         """Events were lost."""
@@ -83,7 +84,7 @@ class AddressEvents:
             route = replies.read_route(body)
             if route is None or route.destination.prefixlen or route.table != MAIN_TABLE:
                 return False
-            way = route.source, *route.next_hops
+            way = route.source, route.object, *route.next_hops
             slot = route.destination.version, route.metric, way if route.protocol == _ADVERTISED else ()
             if kind == replies.DELROUTE:
                 self._defaults.pop(slot, None)

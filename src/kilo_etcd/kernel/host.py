@@ -33,6 +33,7 @@ from kilo_etcd.kernel.netlink.sockets import NetlinkMessage
 from kilo_etcd.kernel.read import rtnl as replies
 from kilo_etcd.kernel.read.rtnl import FoundLink, WholeRoute
 from kilo_etcd.kernel.read.wireguard import DeviceState
+from kilo_etcd.kernel.routing import nexthops
 from kilo_etcd.kernel.routing import tables as routing
 from kilo_etcd.kernel.routing.bypasses import bypasses, suspects
 from kilo_etcd.kernel.routing.exit_node import MARK
@@ -160,6 +161,8 @@ class Host:
         self.several = False
         """Whether, when last read, a route of the main table had several next hops, or default routes of one family had
         the same metric."""
+        self._objects: Mapping[int, nexthops.Hops] = {}
+        """The nexthop objects when routes were last read, if these are told without what the objects say."""
         self.ways: set[int] = set()
         """Indexes of the devices that routes of ours leave by, and of those that some did since they were last read."""
 
@@ -395,6 +398,7 @@ class Host:
         self.ways = set()
         self.uplinks = {}
         self.several = False
+        objects = self._objects = nexthops.read(self._route)
 
         def keep(body: bytes) -> None:
             read = replies.read_route(body)
@@ -413,9 +417,9 @@ class Host:
                     if not read.destination.prefixlen and read.type == replies.UNICAST:
                         slot = read.destination.version, read.metric
                         self.several |= any(slot in slots for slots in self.uplinks.values())
-                        for index, _ in read.next_hops:
+                        for index, _ in nexthops.hops(read, objects):
                             self.uplinks[index] = (*self.uplinks.get(index, ()), slot)
-                    self.several |= len(read.several) > 1
+                    self.several |= len(nexthops.hops(read, objects)) > 1
             elif read.destination in routes:
                 duplicates.append(route)
             else:
@@ -480,12 +484,13 @@ class Host:
         self._read_links()
         defaults: list[DefaultRoute] = []
         static: list[StaticRoute] = []
+        objects = nexthops.read(self._route)
 
         def keep(body: bytes) -> None:
             read = replies.read_route(body)
             if read is None or read.table != MAIN_TABLE or read.type != replies.UNICAST:
                 return
-            for index, gateway in read.next_hops:
+            for index, gateway in nexthops.hops(read, objects):
                 link = self.links.get(index)
                 if link is not None and read.destination.prefixlen:
                     if read.protocol in STATIC_PROTOCOLS and link.up:
@@ -539,7 +544,8 @@ class Host:
         hops = {index: mtu}
         if isinstance(route, WholeRoute):
             beside = () if route.default is None else self._uplinks_beside(route.default)
-            hops = {**dict.fromkeys((*route.devices, *beside), route.mtu), **hops}
+            of_object = [index for index, _ in self._objects.get(route.object, ())]
+            hops = {**dict.fromkeys((*route.devices, *of_object, *beside), route.mtu), **hops}
         found = [(link, mtu) for hop, mtu in hops.items() if (link := self._egress_link(hop)) is not None]
         self.egress.update(link.index for link, _ in found)
         return min(min(mtu, link.mtu) if mtu else link.mtu for link, mtu in found)

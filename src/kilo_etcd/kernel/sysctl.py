@@ -59,6 +59,11 @@ def lacking() -> frozenset[int]:
     return frozenset({6}) if (net / "ipv4").is_dir() and not (net / "ipv6").is_dir() else frozenset()
 
 
+def nexthops_by_number() -> bool:
+    """Whether the kernel tells routes that name a nexthop object without what the object says."""
+    return _read("net/ipv4/nexthop_compat_mode") == "0"
+
+
 def advertised(*ours: str) -> tuple[str, ...]:
     """The interfaces, but `ours`, that accept router advertisements only as long as IPv6 is not forwarded; sorted."""
     if 6 in forwarding():

@@ -41,6 +41,9 @@ _IFINFO = struct.Struct("=BxHiII")
 _IFADDR = struct.Struct("=BBBBI")
 _RTA_SRC, _RTM_F_LOOKUP_TABLE, _RTM_F_FIB_MATCH = 2, 0x1000, 0x2000
 _RTMSG = struct.Struct("=BBBBBBBBI")
+GETNEXTHOP = 106
+_NHMSG = struct.Struct("=BBBBI")
+_NHA_ID, _NHA_GROUP, _NHA_OIF, _NHA_GATEWAY = 1, 2, 5, 6
 
 
 def _family(version: int) -> int:
@@ -130,6 +133,25 @@ def get_route_to(address: IPAddress, mark: int = 0, whole: bool = False) -> Netl
     header = _RTMSG.pack(_family(address.version), address.max_prefixlen, 0, 0, 0, 0, 0, 0, flags)
     marked = u32(_RTA_MARK, mark) if mark else b""
     return NetlinkMessage(GETROUTE, 0, header + attribute(_RTA_DST, address.packed) + marked)
+
+
+def get_nexthops() -> NetlinkMessage:
+    """Asks for all nexthop objects."""
+    return NetlinkMessage(GETNEXTHOP, 0, _NHMSG.pack(0, 0, 0, 0, 0))
+
+
+def nexthop(number: int, index: int = 0, gateway: IPAddress | None = None, group: tuple[int, ...] = ()) -> bytes:
+    """As the kernel tells of one."""
+    members = b"".join(struct.pack("=IBBH", member, 0, 0, 0) for member in group)
+    family = 0 if gateway is None else _family(gateway.version)
+    return b"".join(
+        (
+            _NHMSG.pack(family, 0, 0, 0, 0),
+            u32(_NHA_ID, number),
+            attribute(_NHA_GROUP, members) if group else u32(_NHA_OIF, index),
+            b"" if gateway is None else attribute(_NHA_GATEWAY, gateway.packed),
+        )
+    )
 
 
 def get_route_between(source: IPAddress | None, address: IPAddress) -> NetlinkMessage:

@@ -17,7 +17,9 @@ from kilo_etcd.kernel.netlink.formats import (
     ifinfmsg,
     ndmsg,
     netconfmsg,
+    nexthopmsg,
     nh,
+    routemsg,
     rtmsg,
     rtnl,
 )  # fmt: skip
@@ -68,13 +70,16 @@ _addresses = Reader(
     ifaddrmsg, "family", "prefixlen", "flags", "scope", "index", "IFA_LOCAL", "IFA_ADDRESS", "IFA_FLAGS"
 )  # fmt: skip
 _routes = Reader(
-    rtmsg, "family", "dst_len", "table", "proto", "type", "flags",
+    routemsg, "family", "dst_len", "table", "proto", "type", "flags",
     "RTA_DST", "RTA_GATEWAY", "RTA_VIA", "RTA_OIF", "RTA_PREFSRC", "RTA_PRIORITY", "RTA_TABLE", "RTA_METRICS",
-    "RTA_MULTIPATH",
+    "RTA_MULTIPATH", "RTA_NH_ID",
 )  # fmt: skip
 _next_hops = Reader(nh, "oif", "RTA_GATEWAY", "RTA_VIA")
 _ways = Reader(rtmsg, "RTA_OIF", "RTA_METRICS")
-_whole_routes = Reader(rtmsg, "family", "dst_len", "RTA_OIF", "RTA_PRIORITY", "RTA_METRICS", "RTA_MULTIPATH")
+_whole_routes = Reader(
+    routemsg, "family", "dst_len", "RTA_OIF", "RTA_PRIORITY", "RTA_METRICS", "RTA_MULTIPATH", "RTA_NH_ID"
+)
+_nexthops = Reader(nexthopmsg, "family", "NHA_ID", "NHA_GROUP", "NHA_OIF", "NHA_GATEWAY")
 _metrics = Reader(rtmsg.metrics, "RTAX_MTU")
 _RULE_ATTRIBUTES = (
     "FRA_DST", "FRA_SRC", "FRA_IIFNAME", "FRA_PRIORITY", "FRA_TABLE", "FRA_FWMARK", "FRA_FWMASK",
@@ -110,6 +115,8 @@ class FoundRoute:
     mtu: int = 0
     several: tuple[tuple[int, IPAddress | None], ...] = ()
     """Device's index and gateway of each next hop, if there are several; `index` and `gateway` are empty then."""
+    object: int = 0
+    """The number of the nexthop object that it names (`kernel.routing.nexthops`)."""
 
     @property
     def next_hops(self) -> tuple[tuple[int, IPAddress | None], ...]:
@@ -210,7 +217,7 @@ def _route(body: bytes) -> tuple[int, FoundRoute | None]:
     """The flags, and the route; None for other families."""
     (
         family, length, low_table, protocol, kind, flags, target, gateway, via, index, source, metric, table, metrics,
-        several,
+        several, nexthop,
     ) = _routes.row(body)  # fmt: skip
     if family not in _VERSIONS:
         return flags, None
@@ -231,6 +238,7 @@ def _route(body: bytes) -> tuple[int, FoundRoute | None]:
         type=kind,
         mtu=0 if metrics is None else _mtu(metrics),
         several=() if several is None else tuple(map(_next_hop, cells(several))),
+        object=nexthop or 0,
     )
 
 
@@ -262,15 +270,41 @@ class WholeRoute:
     """The index of each next hop's device."""
     mtu: int
     """The route's own; 0: it has none."""
+    object: int
+    """The number of the nexthop object that it names, or 0."""
 
 
 def read_whole_route(body: bytes) -> WholeRoute:
     """The answer to `get_route_to` that asks for the whole route."""
-    family, length, index, metric, metrics, several = _whole_routes.row(body)
+    family, length, index, metric, metrics, several, nexthop = _whole_routes.row(body)
     return WholeRoute(
         default=metric or 0 if family == _IPV6 and not length else None,
         devices=(index or 0,) if several is None else tuple(_next_hop(hop)[0] for hop in cells(several)),
         mtu=0 if metrics is None else _mtu(metrics),
+        object=nexthop or 0,
+    )
+
+
+@frozen
+class FoundNexthop:
+    """A nexthop object as the kernel tells it."""
+
+    number: int
+    index: int
+    """Of its device; 0: it has none."""
+    gateway: IPAddress | None
+    members: tuple[int, ...]
+    """Of a group: the numbers of its members."""
+
+
+def read_nexthop(body: bytes) -> FoundNexthop:
+    """The object that a message of rtnetlink is about."""
+    _, number, group, index, gateway = _nexthops.row(body)
+    return FoundNexthop(
+        number=number or 0,
+        index=index or 0,
+        gateway=None if gateway is None else _ip(gateway),
+        members=() if group is None else tuple(member for member, *_ in formats.NEXTHOP_GROUP.iter_unpack(group)),
     )
 
 

@@ -8,7 +8,17 @@ from functools import cache, lru_cache
 
 from kilo_etcd.kernel.netlink import formats
 from kilo_etcd.kernel.netlink.codec import Writer, encode
-from kilo_etcd.kernel.netlink.formats import PORT_RANGE, core, fibmsg, ifaddrmsg, ifinfmsg, ndmsg, rtmsg, rtnl
+from kilo_etcd.kernel.netlink.formats import (
+    PORT_RANGE,
+    core,
+    fibmsg,
+    ifaddrmsg,
+    ifinfmsg,
+    ndmsg,
+    nexthopmsg,
+    rtmsg,
+    rtnl,
+)
 from kilo_etcd.kernel.netlink.sockets import NetlinkMessage
 from kilo_etcd.kernel.routing.rules import RoutingRule
 from kilo_etcd.kernel.state import MAIN_TABLE, Route
@@ -125,6 +135,12 @@ def get_routes(version: int, table: int = MAIN_TABLE) -> NetlinkMessage:
     """Of one table. Kernels without strict checking answer with all tables."""
     more = {"RTA_TABLE": _number.pack(table)} if table > _HIGHEST_BYTE else {}
     return NetlinkMessage(rtnl.RTM_GETROUTE, 0, _route((_FAMILY[version], 0, 0, 0, _low(table), 0, 0, 0, 0), more))
+
+
+@cache
+def get_nexthops() -> NetlinkMessage:
+    """Asks for all nexthop objects."""
+    return NetlinkMessage(formats.RTM_GETNEXTHOP, 0, encode(nexthopmsg, (socket.AF_UNSPEC, 0, 0, 0, 0), ()))
 
 
 def get_route_to(address: IPAddress, mark: int = 0, *, whole: bool = False) -> NetlinkMessage:
