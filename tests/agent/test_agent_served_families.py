@@ -133,3 +133,15 @@ async def test_a_leader_that_loses_ipv6_leaves_if_it_does_not_come_back_at_once_
     await trio.sleep(SETTLE_SECONDS)
     assert await update(lost) is None
     assert session.candidacy is None
+
+
+def test_an_operators_choice_that_does_not_stand_is_told() -> None:
+    task = CandidacyTask(Session(), "a")  # type: ignore[arg-type]
+    task.follow(build_topology(world(evolve(A4, leader_wanted=True), B)))
+    assert task.not_standing == (
+        "this host is annotated as leader, and does not stand: b serves IPv6 in this location, and this host does not; "
+        "give it that family, or kgctl annotate a leader-"
+    )
+    for nodes in ((A4, B), (evolve(A, leader_wanted=True), B)):
+        task.follow(build_topology(world(*nodes)))
+        assert task.not_standing is None

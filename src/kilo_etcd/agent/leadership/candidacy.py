@@ -47,6 +47,8 @@ class CandidacyTask:
         self._gives_way_since: float | None = None
         self.why: str | None = None
         """Why this host is behind all other candidates, as the end of a sentence."""
+        self.not_standing: str | None = None
+        """Why this host is no candidate although the operator has chosen it, as a sentence."""
 
     @property
     def demoted_until(self) -> float | None:
@@ -57,9 +59,17 @@ class CandidacyTask:
         """What kept this host from forwarding is gone: end its hold-down."""
         self._released = True
 
-    def follow(self, topology: Topology) -> None:
-        """Take note of whether this host, by the topology that is in force now, would lead but for the probe
-        reports."""
+    def follow(self, topology: Topology, refused: frozenset[int] = frozenset()) -> None:
+        """Take note of whether this host, by the topology that is in force now, would lead but for the probe reports;
+        and of whether it would stand, but for a family of the mesh. `refused`: see `update`."""
+        desired = candidacy_policy.eligible(topology.snapshot, self._name)
+        rival = gives_way(topology.snapshot, self._name, refused) if desired and desired.rank in _CHOSEN else None
+        self.not_standing = None
+        if rival is not None:
+            self.not_standing = (
+                f"this host is annotated as leader, and does not stand: {rival}; give it that family, or "
+                f"kgctl annotate {self._name} leader-"
+            )
         segment = topology.segment_of(self._name)
         text = None
         if segment.election.demoted == self._name:
