@@ -16,11 +16,12 @@ from kilo_etcd.agent.leadership.candidacy_policy import SETTLE_SECONDS
 from kilo_etcd.agent.leadership.served_families import gives_way, refused_families
 from kilo_etcd.kernel.errors import failure
 from kilo_etcd.kernel.state import AddAddress, AddRoute, Change, Route, SetForwarding, SetMtu
-from kilo_etcd.model import Candidate, CandidateClass, Encapsulate, Node, Snapshot
+from kilo_etcd.model import Candidate, CandidateClass, Encapsulate, Endpoint, Node, Snapshot
 from kilo_etcd.store.session.candidacy import Candidacy
 from kilo_etcd.topology.segments import build_topology
 
 PUBLIC, DEMOTED = CandidateClass.PUBLIC, CandidateClass.DEMOTED
+PUBLIC_ENDPOINT = Endpoint.parse("198.51.100.7:51820")
 SUBNETS = (ip_network("10.4.0.0/16"), ip_network("fd00:4::/64"))
 
 
@@ -69,6 +70,10 @@ A4, B6 = node("a", 1, "4"), node("b", 2, "6")
         (world(A4, evolve(B, location="aws"), ranks={"a": PUBLIC}), (), None),
         # Each serves a family that the other does not: neither gives way.
         (world(A4, B6, node("c", 3, "46"), ranks={"a": PUBLIC, "b": PUBLIC}), (), None),
+        # A leader that others may not reach serves less than one family.
+        (world(evolve(A4, endpoint=PUBLIC_ENDPOINT), B), (), None),
+        (world(evolve(A4, endpoint=PUBLIC_ENDPOINT), evolve(B, endpoint=PUBLIC_ENDPOINT)), (), "b"),
+        (world(A4, evolve(B, endpoint=PUBLIC_ENDPOINT)), (), "b"),
         # What the mesh does not have is nobody's to serve.
         (world(A4, B, subnets=SUBNETS[:1]), (), None),
         # Through the tunnel a member is reached in both.

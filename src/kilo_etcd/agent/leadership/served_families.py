@@ -8,7 +8,8 @@ its location is cut off in IPv6.
 
 A node gives way to a candidate that serves all that it serves itself, and a family more: never two to each other. One
 that serves less than others because of how it was set up is no better a leader for having been first. Without such a
-candidate nothing is won by giving way.
+candidate nothing is won by giving way, nor if other locations may not reach that candidate: one with a public endpoint
+does not give way to one without.
 
 Pure: a snapshot comes in, and the families in which this host's own kernel refuses what the mesh needs.
 """
@@ -61,10 +62,16 @@ def gives_way(snapshot: Snapshot, name: str, refused: frozenset[int]) -> GivesWa
         other = snapshot.nodes.get(candidate.node)
         if other is None or other is own or candidate.rank is CandidateClass.DEMOTED:
             continue
+        if _public(own) and not _public(other):
+            continue
         less = {family for family in families if _leaves_out(other, members, family)}
         if less < lacking:
             return GivesWay(other.name, tuple(sorted(lacking - less)))
     return None
+
+
+def _public(node: Node) -> bool:
+    return node.endpoint is not None and node.endpoint.public
 
 
 def _leaves_out(leader: Node, members: Iterable[Node], family: int) -> bool:
