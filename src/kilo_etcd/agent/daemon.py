@@ -756,7 +756,7 @@ class Daemon:
         self._refused_families = refused_families(report.failures, snapshot.subnets)
         missing = (failure.destination for failure in report.failures if not failure.aside)
         self._ready = candidacy_policy.able_to_lead(missing, snapshot.subnets)
-        self._candidacy.follow(topology, self._refused_families)
+        self._candidacy.follow(topology)
         self._note_role(snapshot)
         self._publish(snapshot)
         self._wireguard_monitor.follow(snapshot, plan, tunnels=not standby)

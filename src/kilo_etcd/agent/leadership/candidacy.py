@@ -59,11 +59,12 @@ class CandidacyTask:
         """What kept this host from forwarding is gone: end its hold-down."""
         self._released = True
 
-    def follow(self, topology: Topology, refused: frozenset[int] = frozenset()) -> None:
+    def follow(self, topology: Topology) -> None:
         """Take note of whether this host, by the topology that is in force now, would lead but for the probe reports;
-        and of whether it would stand, but for a family of the mesh. `refused`: see `update`."""
+        and of whether it would stand, but for a family of the mesh. What its kernel refuses is said as such."""
         desired = candidacy_policy.eligible(topology.snapshot, self._name)
-        rival = gives_way(topology.snapshot, self._name, refused) if desired and desired.rank in _CHOSEN else None
+        chosen = desired is not None and desired.rank in _CHOSEN
+        rival = gives_way(topology.snapshot, self._name, frozenset()) if chosen else None
         self.not_standing = None
         if rival is not None:
             self.not_standing = (
