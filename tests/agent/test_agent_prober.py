@@ -18,6 +18,7 @@ from attrs import evolve
 
 from helpers import eventually
 from kilo_etcd.agent.daemon import Daemon
+from kilo_etcd.agent.diagnostics import QUIET_SECONDS
 from kilo_etcd.agent.leadership import candidacy_policy
 from kilo_etcd.agent.probing import probe_assignment
 from kilo_etcd.agent.probing.baseline import OPEN_SECONDS, SETTLE_SECONDS
@@ -25,7 +26,7 @@ from kilo_etcd.kernel.firewall.chains import Obstacle
 from kilo_etcd.kernel.state import DeleteRoute, Route, SetPeer
 from kilo_etcd.model import CandidateClass, Endpoint, IPAddress, Node
 from kilo_etcd.runtime import key_file
-from kilo_etcd.store.records import CandidateRecord, NodeRecord, ProbeReportRecord, encode
+from kilo_etcd.store.records import CandidateRecord, DiagnosticsRequest, NodeRecord, ProbeReportRecord, encode
 from kilo_etcd.topology.segments import Segment, Topology
 
 pytestmark = pytest.mark.autojump
@@ -144,6 +145,18 @@ async def test_a_leader_that_does_not_forward_is_named_and_demoted(mesh: World) 
         assert daemon.role.leader == "h1"
         await eventually(lambda: keepalives(mesh)[-1] == 0, 5, every=0.1)
         assert mesh.logged("warning a leader does not forward") == 1
+
+
+async def test_echo_requests_that_are_lost_while_kgctl_sends_many_are_no_sign(mesh: World) -> None:
+    """Firewalls may take a limited number of them."""
+    async with running(mesh) as daemon:
+        await settle(mesh)
+        mesh.host.reach = lambda address: False
+        for _ in range(4):
+            await daemon._answerer.answer(DiagnosticsRequest(tries=64))
+        assert report(mesh) is None
+        mesh.host.reach = lambda address: address == ip_address(NEAR["g1"])
+        await eventually(lambda: report(mesh), QUIET_SECONDS + DETECTED, every=0.01)
 
 
 async def test_the_other_candidates_probe_on_the_report_of_the_first(mesh: World) -> None:

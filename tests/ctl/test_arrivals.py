@@ -312,12 +312,25 @@ def test_a_host_that_limits_echo_requests_loses_no_packets(answered: int) -> Non
     assert told(topology, live) == []
     (note,) = limited(lossy(topology, live))
     assert (note.subject, note.text) == (
-        "a3", "it leaves echo requests of a1, a2, b1, b2, c1 unanswered, and hardly any of its own is: its firewall "
-        "limits their number"
+        "a3", "it leaves echo requests of a1, a2, b1, b2, c1 unanswered, whose number its firewall limits"
     )  # fmt: skip
     # It has tried one other host only, as in a large mesh.
     alone = evolve(live.answers["a3"], echoes=live.answers["a3"].echoes[:1])
     assert told(topology, Live(answers={**live.answers, "a3": alone})) == []
+
+
+def test_where_every_firewall_limits_echo_requests_no_lost_one_is_an_error() -> None:
+    topology, rng = mesh(), random.Random("limits")
+    missing = {(one, other): rng.choice((3, 12, 20)) for one in PLACES for other in PLACES}
+    live = counted(topology, lambda one, other: missing[one, other])
+    limits = Live(answers={name: evolve(answer, limits_echoes=True) for name, answer in live.answers.items()})
+    assert list(unsteady(topology, lossy(topology, live))) != []
+    assert (told(topology, limits), losses(topology, limits)) == ([], ())
+    assert [note.subject for note in limited(lossy(topology, limits))] == sorted(PLACES)
+    # One that answers nobody is named all the same.
+    alone = counted(topology, lambda one, other: 20 * ("a3" in (one, other)))
+    limits = Live(answers={name: evolve(answer, limits_echoes=True) for name, answer in alone.answers.items()})
+    assert [loss.subject for loss in losses(topology, limits)] == ["a3"]
 
 
 def test_a_leader_that_forwards_nothing_is_named_as_before_though_some_packets_get_lost_too() -> None:

@@ -497,6 +497,33 @@ async def test_what_drops_all_that_the_host_itself_sends_or_gets_is_named() -> N
         assert "drops all TCP packets that go out to the mesh by kilo0 (IPv4)" in refusal.text
 
 
+ECHOES = [
+    # Rules of hook input, and whether they count echo requests against a limit.
+    ("icmp type echo-request limit rate 5/second accept; icmp type echo-request drop", True),
+    ("meta l4proto icmp limit rate over 10/second drop", True),
+    ("limit rate over 1000/second drop", True),
+    ("tcp flags syn limit rate 25/second accept", False),
+    ("iifname eth9 icmp type echo-request limit rate 5/second accept", False),
+    ("icmp type echo-request accept; drop", False),
+]
+
+
+@pytest.mark.root
+@pytest.mark.usefixtures("own_namespaces")
+async def test_a_limit_on_echo_requests_is_told() -> None:
+    async with open_kernel(Setup(private_key=PRIVATE)) as kernel:
+        await kernel.apply(LEADER)
+        for rules, limits in ECHOES:
+            load(f"table inet x {{ chain c {{ type filter hook input priority 0; policy accept; {rules}; }}\n}}")
+            refusals = [refusal for refusal in await kernel.refusals() if refusal.limits_echoes]
+            assert len(refusals) == limits, rules
+            assert all("the chain c of nftables table inet x" in refusal.text for refusal in refusals)
+            sh("nft delete table inet x")
+        sh("iptables -A INPUT -p icmp -m limit --limit 5/s -j ACCEPT")
+        (refusal,) = await kernel.refusals()
+        assert (refusal.limits_echoes, refusal.meant) == (True, True)
+
+
 PORTS = "meta l4proto . th dport"
 NEW = "ct state . ip saddr"
 PAIR = "iifname . oifname"

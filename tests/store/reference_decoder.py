@@ -302,6 +302,7 @@ READERS: dict[type, dict[str, Callable[[object], Any]]] = {
         "untestedObstacles": items(string),
         "ownLosses": items(string),
         "refused": items(string),
+        "limitsEchoes": truth,
         "reached": items(string),
         "unreached": items(string),
         "echoes": items(echo_count),

@@ -284,6 +284,7 @@ class Daemon:
             device, self.session, self.name, self.once,
             sound=self._sound, forwards=self._forwards, check_takeover=self._check_takeover,
             look_again=lambda: self._nudge(fresh=True), on_no_baseline=self._note_no_baseline,
+            examined=lambda: self._answerer.sends_many,
         )  # fmt: skip
         self._wireguard_monitor = WireGuardMonitor(
             device,

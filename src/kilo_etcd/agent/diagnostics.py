@@ -7,6 +7,7 @@ agent receive requests, a warning says so once, and it tries again now and then.
 
 from __future__ import annotations
 
+import math
 import random
 import time
 from collections.abc import Awaitable, Callable, Collection, Iterable, Iterator, Mapping
@@ -22,6 +23,7 @@ from kilo_etcd.agent.probing.ping_targets import addresses_to_try, nodes_to_try
 from kilo_etcd.agent.probing.taken_routes import taken_directly, taken_route, with_cause
 from kilo_etcd.etcd import api as etcd
 from kilo_etcd.kernel.echo import EchoRequests
+from kilo_etcd.kernel.egress import IPV6_SMALLEST
 from kilo_etcd.kernel.firewall.chains import Refusal
 from kilo_etcd.kernel.routing.rules import ForeignRule
 from kilo_etcd.kernel.state import IPIP_OVERHEAD, WIREGUARD_OVERHEAD, Link, Observed, ObservedPeer
@@ -61,6 +63,9 @@ lost in part."""
 LARGE_PINGS, LARGE_SECONDS = 10, 0.6
 """The same for requests as large as the tunnel's MTU, to those that have answered small ones. The first ones may be
 lost while the host learns of a smaller MTU on the way."""
+
+QUIET_SECONDS = 2.0
+"""How long after the last echo requests a firewall's limit may still be used up."""
 
 MOST_TRIED = 128
 """Nodes that one request has tried at most, of this host's choice, and as many addresses besides: kgctl asks for half.
@@ -106,6 +111,13 @@ class DiagnosticsServer:
         self._programmed = programmed
         self._once = once
         self._rng = random.Random()
+        self._quiet_at = 0.0
+        """From when on no echo requests of an answer are on their way, and firewalls with a limit take some again."""
+
+    @property
+    def sends_many(self) -> bool:
+        """Whether this host, and perhaps others, send echo requests for `kgctl` now, or did a moment ago."""
+        return trio.current_time() < self._quiet_at
 
     async def run(self) -> None:
         """Answer until cancelled."""
@@ -122,6 +134,14 @@ class DiagnosticsServer:
 
     async def answer(self, request: DiagnosticsRequest) -> DiagnosticsResponse:
         """What is on the host now, and whether packets arrive, if that is asked."""
+        asks = bool(request.tries or request.targets)
+        self._quiet_at = math.inf if asks else self._quiet_at
+        try:
+            return await self._answer(request)
+        finally:
+            self._quiet_at = trio.current_time() + QUIET_SECONDS if asks else self._quiet_at
+
+    async def _answer(self, request: DiagnosticsRequest) -> DiagnosticsResponse:
         programmed = self._programmed()
         plan = programmed.plan
         trouble: list[str] = []
@@ -179,6 +199,7 @@ class DiagnosticsServer:
             untested_obstacles=tuple(untested_obstacles),
             own_losses=tuple(refusal.text for refusal in refusals if not refusal.meant),
             refused=tuple(refusal.text for refusal in refusals if refusal.meant),
+            limits_echoes=any(refusal.limits_echoes for refusal in refusals),
             reached=tuple(address for address, answered in tried.answered.items() if answered),
             unreached=tuple(address for address, answered in tried.answered.items() if not answered),
             routes=tuple(tried.routes),
@@ -360,7 +381,9 @@ def _uplink(plan: HostPlan | None, observed: Observed) -> Link | None:
     if uplink is None or link is None or plan is None:
         return None
     overhead = WIREGUARD_OVERHEAD + (IPIP_OVERHEAD if plan.ipip_remotes else 0)
-    return uplink if uplink.mtu - link.mtu == overhead else None
+    # A mesh with IPv6 addresses keeps what these need, whatever the network carries.
+    least = IPV6_SMALLEST if any(address.version == 6 for address in plan.addresses) else 0
+    return uplink if link.mtu == max(uplink.mtu - overhead, least) else None
 
 
 def tunnels(observed: Observed) -> tuple[Tunnel, ...]:

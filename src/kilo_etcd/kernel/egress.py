@@ -22,7 +22,8 @@ _OLD = 60.0
 """Seconds."""
 
 _ETHERNET = 1500
-_SMALLEST = {4: 576, 6: 1280}
+IPV6_SMALLEST = 1280
+_SMALLEST = {4: 576, 6: IPV6_SMALLEST}
 """Bytes: what each family demands of a link (RFC 791, RFC 8200)."""
 
 

@@ -27,8 +27,11 @@ def needs(change: Change) -> frozenset[str]:
     if isinstance(change, AddRule) and leads_into_tunnel(change.rule):
         return frozenset({_past(change.rule)})
     if isinstance(change, AddRoute | ReplaceRoute):
-        source = change.route.source
-        return frozenset({change.route.device} if source is None else {change.route.device, str(source)})
+        route = change.route
+        needed = {route.device} if route.source is None else {route.device, str(route.source)}
+        if route.device and route.destination.version == 6 and route.table == MAIN_TABLE:
+            needed.add(_ipv6(route.device))
+        return frozenset(needed)
     if isinstance(change, SetMtu | SetUp | AddAddress):
         return frozenset({change.name})
     return frozenset()
@@ -39,7 +42,9 @@ def provides(change: Change) -> frozenset[str]:
     if isinstance(change, AddRule) and encrypted.is_ours(change.rule.priority):
         return frozenset({_past(change.rule)})
     if isinstance(change, AddAddress):
-        return frozenset({str(change.address.ip)})
+        # A device that takes no IPv6 address takes no IPv6 route either.
+        six = {_ipv6(change.name)} if change.address.version == 6 else set()
+        return frozenset({str(change.address.ip), *six})
     return frozenset({change.name}) if isinstance(change, CreateLink | StartUserspace) else frozenset()
 
 
@@ -57,6 +62,11 @@ def leads_into_tunnel(rule: RoutingRule) -> bool:
     """Whether it must not be there without those that keep etcd outside, which a kernel before 4.17 cannot have: who
     is cut off from etcd by `encrypted` could not be told to end it."""
     return encrypted.is_ours(rule.priority) and rule.table != MAIN_TABLE
+
+
+def _ipv6(device: str) -> str:
+    """What stands for IPv6 on a device."""
+    return f"IPv6 on {device}"
 
 
 def _past(rule: RoutingRule) -> str:

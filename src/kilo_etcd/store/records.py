@@ -238,6 +238,8 @@ class DiagnosticsResponse:
     """What on the host drops all of TCP or UDP that it sends to the mesh itself, or gets from there."""
     refused: tuple[str, ...] = ()
     """The same of a firewall for what comes in, which may be meant."""
+    limits_echoes: bool = False
+    """Whether its firewall takes a limited number of echo requests, so that some that are lost say nothing."""
     reached: tuple[str, ...] = ()
     """Mesh addresses, and internal IPs and endpoints that it sends to by the mesh, that have answered its echo
     requests."""

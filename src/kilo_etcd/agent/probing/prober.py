@@ -64,7 +64,8 @@ class Prober:
     `forwards` whether nothing is known on this host that drops what it forwards; `check_takeover` has handshakes made
     with these public keys, and with none any more when it is empty; `look_again` is called when the kernel may not be
     as planned: this host has seen it, or others say that it does not forward; `on_no_baseline` takes a sentence for the
-    operator while there is no baseline, and None when there is one.
+    operator while there is no baseline, and None when there is one; `examined` says whether hosts send each other many
+    echo requests at present since `kgctl` asks them to.
     """
 
     def __init__(
@@ -79,6 +80,7 @@ class Prober:
         check_takeover: Callable[[Collection[str]], object],
         look_again: Callable[[], object],
         on_no_baseline: Callable[[str | None], object],
+        examined: Callable[[], bool] = lambda: False,
         rng: random.Random | None = None,
     ) -> None:
         self._device = device
@@ -90,6 +92,7 @@ class Prober:
         self._check = TakeoverCheck(device, check_takeover)
         self._look_again = look_again
         self._on_no_baseline = on_no_baseline
+        self._examined = examined
         self._rng = rng or random.Random()
         self._history = ProbeHistory()
         self._baseline: NoBaseline | None = NoBaseline()
@@ -210,6 +213,9 @@ class Prober:
             if own_report is not None:
                 await self._put_reports(assignment.location, None)
             return self._pause(assignment)
+        if own_report is None and self._examined():
+            # These may use up what the leader's firewall lets through, and the targets'.
+            return periods.PERIOD
         if assignment.is_deaf(near):
             return await self._has_nothing_to_say(assignment)
         was_sound, self._was_sound = self._was_sound, await self._sound([node.mesh_addresses[0] for node in targets])
@@ -426,6 +432,8 @@ class Prober:
         if through:
             await self._put_reports(cross_check.location, None)
             return
+        if own_report is None and self._examined():
+            return  # As in `_look`.
         await self._put_reports(
             cross_check.location,
             ProbeReportRecord(

@@ -447,7 +447,8 @@ def _hosts(
         )  # fmt: skip
     alive = {row.name for row in examined.report.nodes if row.alive}
     for name in live.silent:
-        tried = places.unresponsive.get(name)
+        # Where packets get lost in part some hosts have no answer, and it is not the host that gives none.
+        tried = None if name in lossy else places.unresponsive.get(name)
         if name in places.stopped or (tried and name not in alive):
             continue  # `_agents` says that.
         yield Finding(

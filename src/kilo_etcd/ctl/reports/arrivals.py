@@ -115,6 +115,9 @@ def losses(
     ):
         return (_unanswered(topology, tried, sessions),)
     result: list[Loss] = []
+    tried = _without_limited(tried, live)
+    if not tried.bad:
+        return ()
     remaining = set(tried.bad)
     for sender in sorted({pair[0] for pair in remaining}):
         targets = sorted(other for one, other in remaining if one == sender)
@@ -148,6 +151,17 @@ def losses(
     return tuple(result)
 
 
+def _without_limited(tried: _Tried, live: Live) -> _Tried:
+    """Without the lost requests to hosts that answer others', and take a limited number."""
+    limited = _limiting(live) & {target for _, target in tried.good}
+    return evolve(tried, bad={pair: versions for pair, versions in tried.bad.items() if pair[1] not in limited})
+
+
+def _limiting(live: Live) -> frozenset[str]:
+    """The hosts whose firewalls are known to take a limited number of echo requests."""
+    return frozenset(name for name, answer in live.answers.items() if answer.limits_echoes)
+
+
 def reached_by(topology: Topology, live: Live) -> dict[str, tuple[str, ...]]:
     """Node -> the hosts whose echo requests it has answered, whether its agent lives or not."""
     reached: dict[str, list[str]] = {}
@@ -160,6 +174,8 @@ def narrow(topology: Topology, live: Live) -> Iterator[Loss]:
     """Ways on which small packets arrive and none as large as the tunnel's MTU, one for all ways of a host. Where
     ping works and nothing else does, this is why. Large packets that get lost where small ones do say nothing."""
     lossy = {(way.sender, way.target) for way in _ways(topology, live) if way.missing >= _SOME}
+    limiting = _limiting(live)
+    lossy |= {pair for pair in _to_nodes(topology, live, attrgetter("reached")) if pair[1] in limiting}
     lost = _to_nodes(topology, live, attrgetter("small_only")) - lossy
     passed = _to_nodes(topology, live, attrgetter("reached")) - lossy - lost
     blamed = _blamed(topology, lost, passed, lambda sender: live.answers[sender].mtu)
@@ -219,7 +235,7 @@ def lossy(topology: Topology, live: Live) -> Lossy:
     ways = _ways(topology, live)
     if not any(way.missing for way in ways):
         return Lossy()
-    limited = _limited(ways)
+    limited = _limited(ways, _limiting(live))
     ways = [way for way in ways if way.target not in limited]
     across: dict[frozenset[str], list[_Counted]] = {}
     for way in ways:
@@ -267,23 +283,23 @@ def _share(ways: Collection[_Counted]) -> _Share:
     return _Share(sum(way.missing for way in ways) / sent, sent)
 
 
-def _limited(ways: Iterable[_Counted]) -> dict[str, tuple[str, ...]]:
+def _limited(ways: Iterable[_Counted], known: Collection[str]) -> dict[str, tuple[str, ...]]:
     """The targets that leave requests unanswered of hosts that answer all of theirs: of lost packets answers would be
-    missing in both directions."""
+    missing in both directions. `known`: hosts whose firewalls are known to have a limit."""
     missing: dict[tuple[str, str], int] = {}
     for way in ways:
         missing[way.sender, way.target] = missing.get((way.sender, way.target), 0) + way.missing
     to: dict[str, dict[str, int]] = {}
     back: Counter[str] = Counter()
     for (sender, target), number in missing.items():
-        if number and (target, sender) in missing:
+        if number and (target in known or (target, sender) in missing):
             to.setdefault(target, {})[sender] = number
-            back[target] += missing[target, sender]
+            back[target] += missing.get((target, sender), 0)
     # With as many lost in each direction on average the one would seldom be so much larger by chance.
     return {
         target: tuple(sorted(senders))
         for target, senders in to.items()
-        if back[target] <= sum(senders.values()) // (2 * _SOME) - 1
+        if target in known or back[target] <= sum(senders.values()) // (2 * _SOME) - 1
     }
 
 
@@ -321,8 +337,7 @@ def limited(lossy: Lossy) -> Iterator[Loss]:
     for target, senders in sorted(lossy.limited.items()):
         yield Loss(
             subject=target, filtered=True,
-            text=f"it leaves echo requests of {some(senders)} unanswered, and hardly any of its own is: its firewall "
-                 "limits their number",
+            text=f"it leaves echo requests of {some(senders)} unanswered, whose number its firewall limits",
             remedy="nft list ruleset there: a limit on echo requests does no harm, one on other packets would",
         )  # fmt: skip
 
@@ -407,10 +422,15 @@ def _other_mtu(live: Live, hosts: Collection[str], senders: Collection[str]) -> 
     name, answer = unusual[0], live.answers[unusual[0]]
     device, mtu = answer.uplink, answer.uplink_mtu
     smallest = min(answer.mtu for answer in live.answers.values() if answer.mtu)
+    otherwise = (
+        f"give all hosts {smallest} as --mtu (KILO_MTU) and restart the agents"
+        if mtu > answer.mtu
+        else f"it carries no mesh with IPv6 addresses, which needs {_IPV6_SMALLEST + _OVERHEAD[4]} bytes or more"
+    )
     return (
         f"the MTU of {device} on {name} is {mtu} bytes, and that of other hosts' devices {usual}: if its network "
         f"carries {'more' if mtu < usual else 'less'}, ip link set dev {device} mtu {usual} there, and in the "
-        f"configuration of its interfaces; if not, give all hosts {smallest} as --mtu (KILO_MTU) and restart the agents"
+        f"configuration of its interfaces; if not, {otherwise}"
     )
 
 

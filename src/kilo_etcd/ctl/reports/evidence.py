@@ -39,6 +39,9 @@ from kilo_etcd.topology.segments import Topology
 
 _Hop = frozenset[str]
 
+_NO_WAY_IN_IPV6 = re.compile(r"node (\S+) cannot be reached in IPv6 inside the location")
+"""An agent's error about another member (`planning.plan`)."""
+
 _REMOVED = re.compile(" (rule|route) ")
 
 
@@ -129,9 +132,15 @@ class Evidence:
 
 def without_ipv6(topology: Topology, statuses: Mapping[str, StatusRecord], live: Live) -> Live:
     """The answers without the IPv6 packets that are lost, or take other routes, because a host on their way has IPv6
-    switched off. That host's error says so."""
+    switched off, or two members have no way in IPv6 between them. These hosts' errors say so."""
     off = _hosts_that_say(NO_IPV6, statuses, live) & topology.snapshot.nodes.keys()
-    if not off:
+    apart = {
+        frozenset((name, match[1]))
+        for name, status in statuses.items()
+        for error in status.errors
+        if (match := _NO_WAY_IN_IPV6.match(error))
+    }
+    if not off and not apart:
         return live
     by_address = {
         str(address): node.name
@@ -142,7 +151,10 @@ def without_ipv6(topology: Topology, statuses: Mapping[str, StatusRecord], live:
 
     def explained(name: str, address: str) -> bool:
         target = by_address.get(address)
-        return target is not None and not off.isdisjoint(path(topology, name, target))
+        if target is None:
+            return False
+        hosts = path(topology, name, target)
+        return not off.isdisjoint(hosts) or any(frozenset(hop) in apart for hop in pairwise(hosts))
 
     return evolve(live, answers={
         name: evolve(

@@ -67,16 +67,22 @@ def _echoes(topology: Topology, live: Live, places: Evidence, missing: frozenset
     internal = {
         str(address): holders[0] for address, holders in topology.internals.holders.items() if len(holders) == 1
     }
+    limited = {name for name, answer in live.answers.items() if answer.limits_echoes}
     good: set[_Pair] = set()
     lost: dict[_Pair, tuple[str, ...]] = {}
     for name, answer in live.answers.items():
         if name not in nodes:
             continue
         reached = {mesh[address] for address in answer.reached if address in mesh}
+        lost_too = {
+            (mesh[address], ip_address(address).version) for address in answer.unreached if address in mesh
+        }  # fmt: skip
         good |= {(name, internal[address]) for address in answer.reached if address in internal}
         for address in answer.unreached:
             target = internal.get(address)
-            if target is None or target not in reached:
+            if target is None or target not in reached or target in limited:
+                continue
+            if (target, ip_address(address).version) in lost_too:
                 continue
             own = {str(ip.ip) for ip in nodes[name].internal_ips}
             # The answer may take another route than the agent's, too. A host has an error of its own for that, as one

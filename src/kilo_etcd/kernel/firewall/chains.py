@@ -31,6 +31,8 @@ _ORDER = ("tcp", "udp", "icmp", "icmpv6")
 _UNTESTED = ("", "tcp", "udp")
 _SHOWN = {"tcp": "TCP", "udp": "UDP", "icmp": "ICMP", "icmpv6": "ICMPv6"}
 
+_LIMITS = ("limit", "hashlimit")
+"""Kinds of conditions, by their names in nftables and in iptables."""
 _DEPTH = 16
 _VERSIONS = {"inet": (4, 6), "ip": (4,), "ip6": (6,)}
 
@@ -294,6 +296,8 @@ class Refusal:
     text: str
     meant: bool
     """A firewall may well do so on purpose: what comes in for the host itself."""
+    limits_echoes: bool = False
+    """It is about echo requests, of which so many are dropped as exceed a limit."""
 
 
 def refusals(
@@ -304,6 +308,15 @@ def refusals(
     result = []
     for chain in chains:
         incoming = chain.hook in ("prerouting", "input")
+        if incoming and _limits_echoes(chain, versions, devices, subnets):
+            result.append(
+                Refusal(
+                    f"the firewall takes a limited number of echo requests, in {chain}: where one is lost it is not "
+                    "known whether other packets arrive",
+                    meant=True,
+                    limits_echoes=True,
+                )
+            )
         dropped = [
             packet
             for version in versions
@@ -325,6 +338,23 @@ def refusals(
             )
         )
     return tuple(result)
+
+
+def _limits_echoes(
+    chain: BaseChain, versions: Iterable[int], devices: Iterable[str], subnets: tuple[IPNetwork, ...]
+) -> bool:
+    """Whether a rule of the chain, or of those of its table, may count echo requests against a limit."""
+    echoes = [
+        Packet(version, device, "", subnets, "icmp" if version == 4 else "icmpv6")
+        for version in versions
+        for device in devices
+        if version in _VERSIONS.get(chain.family, ())
+    ]
+    return any(
+        any(condition.kind in _LIMITS for condition in rule.conditions)
+        and any(rule.matches(packet) is not False for packet in echoes)
+        for rule in (*chain.rules, *(rule for rules in chain.chains.values() for rule in rules))
+    )
 
 
 # -- the older xtables ------------------------------------------------------------------------------------------------
