@@ -7,6 +7,9 @@ ARGS ?=
 # Sets of texts have one order in every run, so that a failing schedule of the simulation can be played again.
 export PYTHONHASHSEED ?= 0
 
+# Tests start Python hundreds of times, and pytest takes longer to compile the tests than to import them.
+unexport PYTHONDONTWRITEBYTECODE
+
 .PHONY: help demo test test-fast simulate newcomer check coverage docs deb matrix bench bench-failover format clean
 
 help:
