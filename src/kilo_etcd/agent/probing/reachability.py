@@ -100,6 +100,7 @@ class Records:
 
     rng: random.Random = field(factory=random.Random)
     _records: dict[MemberAddress, _Record] = field(factory=dict)
+    _silent: int = 0
     _own: Node | None = None
 
     def follow(
@@ -131,6 +132,7 @@ class Records:
                 record.node = node
             records[target] = record
         self._records = records
+        self._silent = sum(record.silent > 0 for record in records.values())
         return news
 
     def _forget(self, own: Node) -> None:
@@ -177,6 +179,7 @@ class Records:
         news = record.best in (MemberAnswer.NONE, MemberAnswer.ASSUMED) or record.silent >= NAMED_AFTER
         news = news or (answer is MemberAnswer.SIGNED and record.best is not MemberAnswer.SIGNED)
         record.best = max(record.best, answer)
+        self._silent -= record.silent > 0
         record.silent = 0
         rarely = max(RARELY, PER_TARGET * len(self._records)) * self.rng.uniform(0.8, 1.2)
         if answer is MemberAnswer.SIGNED:
@@ -193,9 +196,9 @@ class Records:
         record = self._records.get(target)
         if record is None:
             return False
+        self._silent += record.silent == 0
         record.silent += 1
-        number = sum(value.silent > 0 for value in self._records.values())
-        longest = max(LONGEST, min(LONGEST_OF_MANY, PER_SILENT * number))
+        longest = max(LONGEST, min(LONGEST_OF_MANY, PER_SILENT * self._silent))
         pause = min(AGAIN * 2.0 ** min(record.silent - 1, 20), longest)
         record.due = now if record.heard_from else now + pause * self.rng.uniform(0.8, 1.2)
         record.heard_from = False
@@ -224,6 +227,7 @@ class Records:
         spread = SPACING * len(names)
         for target, record in self._records.items():
             if record.silent and target.node in names:
+                self._silent -= 1
                 record.silent, record.heard_from, news = 0, True, True
                 record.due = min(record.due, now + self.rng.uniform(0.0, spread))
         return news
