@@ -529,7 +529,7 @@ async def test_in_a_switch_of_a_large_mesh_each_agent_reports_what_it_has_applie
         f"n{number}": Node(
             name=f"n{number}", public_key=f"n{number}", internal_ips=(ip_interface(f"10.9.{number}.1/24"),), underlay=()
         )
-        for number in range(200)
+        for number in range(100)
     }
     nodes = {**lan.nodes, **crowd}
     stages: list[StageRecord | None] = [None]
@@ -542,7 +542,7 @@ async def test_in_a_switch_of_a_large_mesh_each_agent_reports_what_it_has_applie
         topology = build_topology(snapshot, topology)
         plan = planned(encrypting, topology)
         encrypting.follow(topology, plan, whole=True)
-        await trio.sleep(0.005)
+        await trio.sleep(0.01)
 
     async with trio.open_nursery() as nursery:
         nursery.start_soon(encrypting.run)

@@ -155,18 +155,19 @@ def test_a_few_observers_are_enough_and_others_take_the_place_of_those_that_go()
 def writes(
     account: PublishSchedule, said: list[tuple[float, str]], until: float, nodes: int = 10
 ) -> list[tuple[float, str]]:
-    """When what is written, if `said` is heard from the given moments on."""
+    """When what is written, if `said` is heard from the given moments on, which are in order."""
     told: dict[str, ObservedEndpointRecord] = {}
     done = []
-    now, due = 0.0, None
+    now, due, heard = 0.0, None, 0
     while now <= until:
-        current = [endpoint for since, endpoint in said if since <= now]
-        wanted = {"home": record(current[-1])} if current and current[-1] else {}
+        while heard < len(said) and said[heard][0] <= now:
+            heard += 1
+        wanted = {"home": record(said[heard - 1][1])} if heard and said[heard - 1][1] else {}
         result, due = account.ready(wanted, told, now=now, nodes=nodes)
         if result != told:
             done.append((now, str(result["home"].endpoint) if result else ""))
         told = result
-        moments = [since for since, _ in said if since > now] + ([due] if due is not None else [])
+        moments = [since for since, _ in said[heard : heard + 1]] + ([due] if due is not None else [])
         now = min(moments, default=until + 1)
     return done
 
