@@ -39,7 +39,7 @@ test:
 
 test-fast:
 	@scripts/setup python
-	@KILO_SEEDS=$${KILO_SEEDS:-10} .venv/bin/python -m pytest -n 2 --dist loadgroup -m 'not etcd and not root and not lab and not guest' $(ARGS)
+	@KILO_SEEDS=$${KILO_SEEDS:-10} KILO_EXAMPLES=$${KILO_EXAMPLES:-25} .venv/bin/python -m pytest -n 2 --dist loadgroup -m 'not etcd and not root and not lab and not guest' $(ARGS)
 
 simulate:
 	@scripts/setup python

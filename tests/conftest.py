@@ -19,6 +19,8 @@ import structlog
 import trio
 import trio.testing
 
+from helpers import examples
+
 DEADLINE = 300.0
 
 # A run in the background of a script (`make test &`) ignores Ctrl-C, and so would the programs that tests interrupt.
@@ -26,7 +28,9 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # A slow machine is no failure. In CI the change is judged, not the dice: the same examples each time.
-hypothesis.settings.register_profile("kilo-etcd", deadline=None, derandomize=bool(os.environ.get("CI")))
+hypothesis.settings.register_profile(
+    "kilo-etcd", deadline=None, derandomize=bool(os.environ.get("CI")), max_examples=examples(100)
+)
 hypothesis.settings.load_profile("kilo-etcd")
 
 
@@ -37,13 +41,16 @@ NEEDS = ("etcd", "root", "lab", "guest")
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Streams for `pytest --dist loadgroup`, the longest first. Where packets and times are looked at, nothing runs
     beside itself: guests, which have one processor each, are one stream, and what uses this machine's namespaces and
-    clock another. The rest runs beside both, file by file: what is marked `beside`, and what needs nothing."""
+    clock another. The rest runs beside both: guests that are marked `beside`, what else is marked so, file by file, and
+    what needs nothing, test by test, so that no worker has much left when the others have nothing."""
 
     def stream(item: pytest.Item) -> tuple[int, str]:
         needs = {name for name in NEEDS if item.get_closest_marker(name) is not None}
-        if needs and item.get_closest_marker("beside") is None:
-            return (0, "guest") if "guest" in needs else (1, "here")
-        return 2 if needs else 3, str(item.path.relative_to(item.config.rootpath))
+        if not needs:
+            return 4, item.nodeid.partition("[")[0]
+        if item.get_closest_marker("beside") is not None:
+            return 2 if "guest" in needs else 3, str(item.path.relative_to(item.config.rootpath))
+        return (0, "guest") if "guest" in needs else (1, "here")
 
     items.sort(key=lambda item: stream(item)[0])
     for item in items:

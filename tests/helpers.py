@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import os
 import shutil
 from collections.abc import Callable
 from typing import Any
@@ -40,6 +41,11 @@ PACKAGES = {
 BUSY = 4.0
 """How many times longer than its deadline `eventually` waits on the real clock, since other work on the machine slows
 all down. It costs nothing where the condition comes true. In virtual time a deadline is kept to the second."""
+
+
+def examples(count: int) -> int:
+    """How many examples hypothesis makes of `count`: KILO_EXAMPLES per cent of them (all; `make test-fast`: 25)."""
+    return max(1, count * int(os.environ.get("KILO_EXAMPLES", "100")) // 100)
 
 
 async def eventually(

@@ -14,6 +14,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from test_agent_snapshot_cache import KEYS, PUBLIC, SECOND, WHO, holdings, put
 
+from helpers import examples
 from kilo_etcd.agent import cachefile
 from kilo_etcd.agent.cachefile import FILE, TooLarge, Unusable, load, read, save
 from kilo_etcd.etcd.api import KeyValue
@@ -250,7 +251,7 @@ def mutate(data: st.DataObject, lines: list[bytes]) -> list[bytes]:
     return lines
 
 
-@settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=examples(300), deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.data())
 def test_a_cache_changed_anywhere_is_refused_or_makes_a_mesh_that_can_be_planned(
     tmp_path: Path, data: st.DataObject

@@ -8,6 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from helpers import examples
 from kilo_etcd.etcd.api import (
     BadRequest,
     Compacted,
@@ -70,7 +71,7 @@ def test_what_is_no_endpoint_is_refused_by_name(text: str) -> None:
 # -- framing
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=examples(50), deadline=None)
 @given(messages=st.lists(st.binary(max_size=50)), cuts=st.lists(st.integers(1, 20), min_size=1))
 def test_messages_survive_any_cutting(messages: list[bytes], cuts: list[int]) -> None:
     wire = b"".join(map(frame, messages))
@@ -152,7 +153,7 @@ def test_a_failed_endpoint_is_left_for_another_and_comes_back() -> None:
     assert {rest for rest, _ in balancer.order(0.0)} == {0.0}
 
 
-@settings(max_examples=30)
+@settings(max_examples=examples(30))
 @given(seed=st.integers(0, 1000), bad=st.sets(st.sampled_from([A, B, C]), max_size=2))
 def test_a_good_endpoint_is_found_however_many_are_bad(seed: int, bad: set[object]) -> None:
     balancer, now = Balancer([A, B, C], random.Random(seed)), 0.0

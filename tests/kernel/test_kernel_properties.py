@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from kernel_worlds import NETWORKS, PRIVATE, TARGET, host_with, plan, plans, tunnel
 
+from helpers import examples
 from kilo_etcd.kernel.diff import diff, difference, fulfils, remember, route_for
 from kilo_etcd.kernel.predict import apply_changes
 from kilo_etcd.kernel.routing.encrypted import table_of
@@ -24,7 +25,7 @@ FOREIGN = st.sets(st.sampled_from(NETWORKS), max_size=3).map(
 )
 STRICT = Observed(underlay=("eth0",), strict={"eth0": "1", "kilo0": "0"}, forwarding=frozenset({4}))
 BASES = st.one_of(st.sampled_from((Observed(), STRICT)), plans().map(host_with))
-quick = settings(max_examples=50, deadline=None)
+quick = settings(max_examples=examples(50), deadline=None)
 
 
 @quick

@@ -12,6 +12,7 @@ from attrs import define, evolve, field
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from helpers import examples
 from kilo_etcd.model import EncryptionStage, Endpoint, Granularity, InternalIPs, IPNetwork, Node, Snapshot
 from kilo_etcd.model.hostplan import Exemption, HostPlan, RoutePlan, Via
 from kilo_etcd.planning.encryption import Living, Outside, StageReport, encrypt, report, waited_for
@@ -601,7 +602,7 @@ ACTS = ("apply", "apply", "apply_all", "publish", "publish", "tell", "ask", "res
 @pytest.mark.parametrize(
     ("nodes", "granularity"), [(LAN, Granularity.FULL), (SITES, Granularity.LOCATION)], ids=["lan", "sites"]
 )
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=examples(25), deadline=None)
 @given(data=st.data())
 def test_no_packet_is_lost_at_any_step(nodes: list[Node], granularity: Granularity, data: st.DataObject) -> None:
     # Between sites what is off is not reached in clear as a rule, and `routed` has no stages.
@@ -641,7 +642,7 @@ def test_no_packet_is_lost_at_any_step(nodes: list[Node], granularity: Granulari
 CHANGES = ("relabel", "granularity", "lead", "forget", "age")
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=examples(25), deadline=None)
 @given(data=st.data())
 def test_what_else_happens_during_a_switch_lasts_no_longer_than_a_revision(data: st.DataObject) -> None:
     """Labels, leaders, granularity, records that are forgotten, agents of an older version: once all hosts have applied

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from store_world import KEYS, World, record, wg_key
 from test_store_session import member, running, session
 
+from helpers import examples
 from kilo_etcd.model import Endpoint
 from kilo_etcd.store.annotations import MOST_SEEN
 from kilo_etcd.store.records import ObservedEndpointRecord, encode
@@ -168,7 +169,7 @@ _STEP = st.tuples(
 )
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=examples(50), deadline=None)
 @given(st.lists(_STEP, max_size=12))
 def test_one_word_at_a_time_comes_to_the_same_as_reading_all(steps: list[tuple[str, str, str, str]]) -> None:
     world = at_home()

@@ -13,6 +13,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from store_world import record, wg_key
 
+from helpers import examples
 from kilo_etcd.model import CandidateClass, Endpoint
 from kilo_etcd.store import keys as k
 from kilo_etcd.store.keys import Keys
@@ -134,7 +135,7 @@ def test_a_host_that_reaches_nothing_is_not_one_that_does_not_say_what() -> None
 
 @example(b"\xffrejected: ")
 @example(b"\xffrejected: a\nline that nobody has logged")
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=examples(150), deadline=None)
 @given(st.one_of(st.binary(max_size=60), json_values.map(lambda v: json.dumps(v).encode()), almost))
 def test_any_bytes_are_a_record_or_a_record_error(value: bytes) -> None:
     for decode in DECODERS:

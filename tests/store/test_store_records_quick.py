@@ -16,6 +16,7 @@ from attrs import fields
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
+from helpers import examples
 from kilo_etcd.base import fast_ip
 from kilo_etcd.store.keys import decode_name
 from kilo_etcd.store.records import _FIELDS, _REQUIRED, MAX_VALUE, Read, RecordError, encode, read
@@ -41,7 +42,7 @@ def outcome(work: Callable[[], Any]) -> tuple[Any, ...]:
     return type(value), value, str(value), getattr(value, "network", None), hash(value)
 
 
-@settings(max_examples=400, deadline=None)
+@settings(max_examples=examples(400), deadline=None)
 @given(written)
 @example("10.0.0.1\0")
 @example("10.0.0.1/")
@@ -61,7 +62,7 @@ def test_addresses_are_read_as_ipaddress_reads_them(text: str) -> None:
         assert outcome(partial(quick, text)) == outcome(partial(slow, text))
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=examples(200), deadline=None)
 @given(st.text(max_size=8) | st.text("aZ09_.-~%/@é", max_size=8))
 def test_names_are_decoded_only_from_the_one_way_to_write_them(text: str) -> None:
     try:
@@ -184,7 +185,7 @@ def test_every_kind_of_record_has_its_reference_decoder() -> None:
 
 @pytest.mark.parametrize("kind", reference_decoder.READERS, ids=lambda kind: kind.__name__)
 def test_records_are_read_and_refused_as_the_reference_decoder_does(kind: type) -> None:
-    @settings(max_examples=200, deadline=None)
+    @settings(max_examples=examples(200), deadline=None)
     @given(objects(kind))
     def holds(value: bytes) -> None:
         def ours() -> Any:

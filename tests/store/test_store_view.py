@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from store_world import KEYS, World, record, wg_key
 
+from helpers import examples
 from kilo_etcd.base.mappings import changes
 from kilo_etcd.etcd.api import Header
 from kilo_etcd.model import CandidateClass, EncryptionStage, Endpoint, Granularity, InternalIPs, Snapshot
@@ -707,7 +708,7 @@ def _next(world: World, before: Snapshot) -> Snapshot:
     return snapshot
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=examples(100), deadline=None)
 @given(st.lists(st.tuples(steps, st.booleans(), st.booleans()), max_size=40))
 def test_one_change_at_a_time_comes_to_the_same_as_reading_all(
     sequence: list[tuple[Write, bool, bool]],
@@ -745,7 +746,7 @@ victims = st.builds(
 )
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=examples(200), deadline=None)
 @given(victims, st.integers(0, 5))
 def test_no_one_write_takes_another_node_out_or_its_address(writes: list[Write], which: int) -> None:
     """The record of the node itself apart, which its agent restores."""
@@ -765,7 +766,7 @@ def test_no_one_write_takes_another_node_out_or_its_address(writes: list[Write],
             assert after[name] is before[name]
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=examples(60), deadline=None)
 @given(st.lists(st.tuples(st.binary(max_size=12), st.binary(max_size=20)), max_size=8), st.booleans())
 def test_garbage_leaves_all_others_in_force(garbage: list[tuple[bytes, bytes]], known_places: bool) -> None:
     world = World()

@@ -11,6 +11,7 @@ from attrs import evolve
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from helpers import examples
 from kilo_etcd.model import Endpoint, Granularity, Node, Snapshot
 from kilo_etcd.planning.plan import host_plan
 from kilo_etcd.planning.route_filter import filter_routes
@@ -140,7 +141,7 @@ def worlds(draw: st.DrawFn) -> Snapshot:
     return snapshot(nodes, draw(st.sampled_from(list(Granularity))))
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=examples(60), deadline=None)
 @given(worlds(), worlds())
 def test_an_observed_endpoint_is_public_and_of_the_pairs_family_and_costs_nothing_to_follow(
     before: Snapshot, after: Snapshot

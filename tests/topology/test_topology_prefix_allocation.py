@@ -11,6 +11,7 @@ from attrs import evolve
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from helpers import examples
 from kilo_etcd.model import IPNetwork, Peer, Snapshot
 from kilo_etcd.topology.prefix_allocation import NetworkOwner, NetworkRequest, PrefixAllocation, allocate
 from kilo_etcd.topology.segments import build_topology
@@ -142,7 +143,7 @@ def by_hand(
     return {owner: {n for who, n in granted if who == owner} for owner, offered in requests.items() if offered}
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=examples(200), deadline=None)
 @given(st.lists(st.tuples(changes, addresses), min_size=1, max_size=5))
 def test_granted_networks_are_disjoint_and_do_not_depend_on_the_way_there(
     steps: list[tuple[dict[NetworkOwner, tuple[NetworkRequest, ...]], list[str]]],

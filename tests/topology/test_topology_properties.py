@@ -13,6 +13,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from hypothesis.strategies import DrawFn
 
+from helpers import examples
 from kilo_etcd.base.mappings import changes
 from kilo_etcd.model import (
     Candidate,
@@ -46,7 +47,7 @@ from kilo_etcd.topology.prefix_allocation import network_key
 from kilo_etcd.topology.segments import Topology, build_topology, host_network, routed_at
 from topology_worlds import MESH, MESH6, node, snapshot
 
-QUICK = settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+QUICK = settings(max_examples=examples(25), deadline=None, suppress_health_check=[HealthCheck.too_slow])
 LABELS = ("", "a", "b", "self")
 OVERLAPPING = [
     *("10.4.0.0/30", "10.4.9.0/24", "10.0.0.0/8", "172.16.0.0/16", "172.16.1.0/24", "172.17.0.0/24"),
@@ -290,7 +291,7 @@ def pairs(world: Snapshot) -> Iterator[tuple[str, str, int]]:
                 yield one, other, subnet.version
 
 
-@settings(QUICK, max_examples=50)
+@settings(QUICK, max_examples=examples(50))
 @given(worlds() | mixed(any_mode=False))
 def test_everyone_reaches_everyone_and_nothing_crosses_locations_in_clear(world: Snapshot) -> None:
     topology = build_topology(world)
@@ -306,7 +307,7 @@ def test_everyone_reaches_everyone_and_nothing_crosses_locations_in_clear(world:
                 assert [hop.medium for hop in path.hops] == [Via.TUNNEL]
 
 
-@settings(QUICK, max_examples=90)
+@settings(QUICK, max_examples=examples(90))
 @given(worlds() | sites() | mixed() | with_old_agents())
 def test_every_internal_ip_that_is_routed_is_reached_and_answers(world: Snapshot) -> None:
     topology = build_topology(world)
@@ -348,7 +349,7 @@ def test_every_internal_ip_that_is_routed_is_reached_and_answers(world: Snapshot
                     assert step.encrypted or same, (str(path), str(answer))
 
 
-@settings(QUICK, max_examples=60)
+@settings(QUICK, max_examples=examples(60))
 @given(worlds(tame=False) | worlds())
 def test_two_nodes_encrypt_in_both_directions_or_in_none_and_what_is_in_clear_is_named(world: Snapshot) -> None:
     nodes = {
@@ -389,7 +390,7 @@ def test_two_nodes_encrypt_in_both_directions_or_in_none_and_what_is_in_clear_is
                     assert named & set(map(str, ours | theirs)), (one, other, network)
 
 
-@settings(QUICK, max_examples=60)
+@settings(QUICK, max_examples=examples(60))
 @given(worlds(tame=False) | worlds() | sites() | mixed())
 def test_what_leaves_the_tunnels_after_encrypted_is_what_some_segment_does_not_route(world: Snapshot) -> None:
     nodes = {
@@ -412,7 +413,7 @@ def test_what_leaves_the_tunnels_after_encrypted_is_what_some_segment_does_not_r
     assert back_in_clear(old, routed) == (leaving, carried - leaving)
 
 
-@settings(QUICK, max_examples=60)
+@settings(QUICK, max_examples=examples(60))
 @given(mixed())
 def test_outside_peers_reach_every_internal_ip_that_is_routed(world: Snapshot) -> None:
     topology = build_topology(world)
@@ -441,7 +442,7 @@ def test_outside_peers_reach_every_internal_ip_that_is_routed(world: Snapshot) -
                     assert [step.source for step in back.hops[1:]] == [step.source for step in reversed(path.hops)]
 
 
-@settings(QUICK, max_examples=60)
+@settings(QUICK, max_examples=examples(60))
 @given(worlds() | mixed())
 def test_no_internal_ip_is_taken_from_the_links_of_a_host(world: Snapshot) -> None:
     topology = build_topology(world)
@@ -521,7 +522,7 @@ def test_what_every_plan_keeps_to(world: Snapshot) -> None:
                 assert other_plan.ipip_local in plan.ipip_remotes, "IPIP is agreed on by both"
 
 
-@settings(QUICK, max_examples=40)
+@settings(QUICK, max_examples=examples(40))
 @given(histories(), st.lists(around_a_host(), min_size=1, max_size=3))
 def test_the_difference_gives_what_the_whole_gives(
     history: list[Snapshot], words: list[tuple[Living, dict[str, Any]]]
@@ -560,7 +561,7 @@ def test_the_difference_gives_what_the_whole_gives(
 keys = st.integers(0, 30)
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=examples(200), deadline=None)
 @given(
     st.dictionaries(keys, st.integers(), min_size=5),
     st.lists(st.tuples(keys, st.booleans()), max_size=16),
