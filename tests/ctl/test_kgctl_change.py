@@ -393,6 +393,19 @@ def test_claims_are_listed_and_the_dead_forgotten_without_their_names(
     assert etcd.keys("/kilo/by/home-1/") != []
 
 
+def test_a_node_that_is_gone_meanwhile_does_not_keep_the_other_dead_ones(
+    etcd: FakeEtcd, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(silence, "claiming", _claims)  # Of runner-9 nothing is left.
+    assert run("node", "forget", "--dead-for", "1h", "--yes").exit_code == 0
+    assert etcd.keys("/kilo/by/gcp-2/") == []
+
+
+def test_a_rejected_label_is_named_without_what_is_kept_of_it(etcd: FakeEtcd) -> None:
+    etcd.put("/kilo/locations/gcp-2", b"\xff" + b"x" * 3000)
+    assert "; label (rejected) goes too" in run("node", "forget", "gcp-2").output
+
+
 @pytest.mark.parametrize("arguments", [[], ["gcp-2", "--dead-for", "1h"], ["--dead-for", "0s"], ["--dead-for", "soon"]])
 def test_forget_needs_a_name_or_a_time(etcd: FakeEtcd, arguments: list[str]) -> None:
     assert run("node", "forget", *arguments, "--yes").exit_code == 2

@@ -48,8 +48,9 @@ def forgetting(node: str, view: View, keys: Keys, *, keep_labels: bool) -> Edit:
 
 
 def forgetting_all(nodes: Iterable[str], view: View, keys: Keys, *, keep_labels: bool) -> Edit:
-    """The same for several nodes, at most `MOST_AT_ONCE`, without a question."""
-    edits = [forgetting(node, view, keys, keep_labels=keep_labels) for node in nodes]
+    """The same for several nodes, at most `MOST_AT_ONCE`, without a question. One that is gone meanwhile is none."""
+    there = [node for node in nodes if view.kvs(keys.by(node)) or settings_of(node, view, keys)]
+    edits = [forgetting(node, view, keys, keep_labels=keep_labels) for node in there]
     return Edit(
         deletes=tuple(key for edit in edits for key in edit.deletes),
         deletes_below=tuple(prefix for edit in edits for prefix in edit.deletes_below),
@@ -127,7 +128,8 @@ def _named(settings: Iterable[KeyValue], keys: Keys) -> list[str]:
     for kv in settings:
         key = keys.parse(kv.key)
         if isinstance(key, LocationKey):
-            names.append(f"label {clean(kv.value.decode(errors='replace')) or '(default)'}")
+            value = "(rejected)" if is_stub(kv.value) else clean(kv.value.decode(errors="replace"))
+            names.append(f"label {value or '(default)'}")
         elif isinstance(key, AnnotationKey):
             names.append(f"annotation {clean(key.name)}")
     return names if len(names) <= MOST_NAMED else [first_of(names, MOST_NAMED)]
