@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from ipaddress import ip_address
 
@@ -98,6 +99,59 @@ async def test_what_is_set_for_a_former_name_is_another_hosts_once_that_has_the_
         world.etcd.put_kept(KEYS.node("h1"), encode(NodeRecord(public_key="B" + "A" * 42 + "=")))
         await eventually(lambda: place(world, "h2") == "", 60, every=0.1)
         await eventually(lambda: errors(world, "h2") == (), 10, every=0.1)
+
+
+async def test_what_is_set_for_a_former_name_stays_another_hosts_when_that_leaves(world: World) -> None:
+    world.etcd.put(KEYS.location("h1"), "gcp")
+    async with running(world):
+        await reported(world, "h1")
+    async with running(world, hostname="h2"):
+        await eventually(lambda: errors(world, "h2"), 10, every=0.1)
+        world.etcd.put_kept(KEYS.node("h1"), encode(NodeRecord(public_key="B" + "A" * 42 + "=")))
+        await eventually(lambda: place(world, "h2") == "", 60, every=0.1)
+        world.etcd.delete(KEYS.node("h1"))
+        await trio.sleep(60)
+        assert place(world, "h2") == ""
+        assert errors(world, "h2") == ()
+
+
+async def test_a_host_that_has_its_first_name_again_has_no_former_name(world: World) -> None:
+    world.etcd.put(KEYS.location("h1"), "gcp")
+    for name in ("h1", "h2", "h1"):
+        async with running(world, hostname=name):
+            await reported(world, name)
+            await trio.sleep(1)
+            assert place(world, name) == "gcp"
+    assert errors(world, "h1") == ()
+    assert not any("node rename h1 h1" in line for line in world.log.getvalue().splitlines())
+    assert b"formerNames" not in world.value(KEYS.node("h1"))
+
+
+@pytest.mark.parametrize("names", [[""], ["\ud800"], [5], "h0"])
+async def test_former_names_that_are_none_keep_no_agent_from_starting(world: World, names: object) -> None:
+    async with running(world):
+        await reported(world, "h1")
+    held = world.etcd.data[KEYS.node("h1").encode()]
+    value = json.dumps({**json.loads(held.value), "formerNames": names})
+    assert decode_node(value.encode()).former_names == ()
+    world.etcd.put(KEYS.node("h1"), value, lease=held.lease)
+    async with running(world):
+        await reported(world, "h1")
+        assert b"formerNames" not in world.value(KEYS.node("h1"))
+
+
+async def test_a_younger_record_with_its_key_does_not_delay_a_hosts_start(world: World) -> None:
+    """Any host may write one, and keep a status with it."""
+    async with running(world) as daemon:
+        await reported(world, "h1")
+    for name in ("copy-1", "copy-2"):
+        lease = (await world.client.grant_lease(3600)).id
+        world.etcd.put(KEYS.node(name), encode(NodeRecord(public_key=daemon.public_key)), lease=lease)
+        world.etcd.put(KEYS.status(name), encode(StatusRecord(public_key=daemon.public_key)), lease=lease)
+    started = trio.current_time()
+    async with running(world):
+        await eventually(lambda: KEYS.status("h1") in world.etcd, 10, every=0.1)
+        assert trio.current_time() - started < 3
 
 
 async def test_the_stage_of_encrypted_is_kept(world: World) -> None:

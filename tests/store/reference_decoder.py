@@ -104,6 +104,13 @@ def label(value: object) -> str:
     return text.strip()
 
 
+def name(value: object) -> str:
+    text = string(value)
+    if text == "" or len(text.encode()) > 1024 or not all(letter.isprintable() for letter in text):
+        raise ValueError(f"{short(text)} is no name")
+    return text
+
+
 def whole(value: object) -> int:
     if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value < 2**63:
         raise ValueError(f"{short(value)} is no whole number")
@@ -198,14 +205,14 @@ def or_none(read: Callable[[object], Any]) -> Callable[[object], Any]:
     return lambda value: None if value is None else read(value)
 
 
-def or_nothing(read: Callable[[object], Any]) -> Callable[[object], Any]:
+def or_nothing(read: Callable[[object], Any], nothing: object = None) -> Callable[[object], Any]:
     """Of a field that the record can do without."""
 
     def forgiving(value: object) -> Any:
         try:
-            return None if value is None else read(value)
+            return nothing if value is None else read(value)
         except ValueError:
-            return None
+            return nothing
 
     return forgiving
 
@@ -256,7 +263,7 @@ READERS: dict[type, dict[str, Callable[[object], Any]]] = {
         "version": string,
         "acceptsSince": or_nothing(whole),
         "meshAddresses": interfaces,
-        "formerNames": items(string),
+        "formerNames": or_nothing(items(name), ()),
     },
     CandidateRecord: {"rank": one_of(CandidateClass), "since": string},
     PeerRecord: {

@@ -222,6 +222,19 @@ async def test_nothing_is_taken_while_any_host_with_the_key_lives() -> None:
     assert etcd.revision == revision
 
 
+async def test_one_living_host_is_waited_for_and_no_more() -> None:
+    etcd = FakeEtcd()
+    await (await joined(etcd)).resign()
+    copies = ("copy-1", "copy-2", "copy-3")
+    for name in copies:
+        etcd.put_kept(KEYS.node(name), encode(record(name, public_key=HOST)))
+        etcd.put_kept(KEYS.status(name), encode(StatusRecord(public_key=HOST)))
+    it = session(etcd.client(), LONG)
+    started = trio.current_time()
+    assert await it.take_over(dict.fromkeys(("old", *copies))) == Moved(living=copies)
+    assert trio.current_time() - started < 70
+
+
 class Confined(FakeClient):
     """Of a user who may write the keys of one name only."""
 

@@ -86,13 +86,19 @@ class Namesakes:
 
     def recall(self, names: Iterable[str]) -> None:
         """The host's record has these former names, from an earlier run."""
-        self._former = tuple(dict.fromkeys((*self._former, *names)))
+        self._former = tuple(name for name in dict.fromkeys((*self._former, *names)) if name != self._name)
 
     def former(self) -> FormerSettings:
         """What is set for former names now, for the host's record."""
+        self._drop_taken()
         left = {name: settings for name in self._former if (settings := self._settings(name))}
         labels = (self._label(name) for name in left)
         return FormerSettings(names=tuple(left), label=next((label for label in labels if label is not None), None))
+
+    def _drop_taken(self) -> None:
+        """A name that another host has by now is this host's no more, also when that host leaves again."""
+        mirror, own = self._mirror(), self._mirror().nodes_with_key(self._public_key)
+        self._former = tuple(name for name in self._former if mirror.kv(self._keys.node(name)) is None or name in own)
 
     def _label(self, name: str) -> str | None:
         """The label of a name; None: there is none that can be read."""
@@ -104,6 +110,7 @@ class Namesakes:
 
     def look(self) -> tuple[str, ...]:
         """Sentences on what is wrong with names, by what the mirror has now."""
+        self._drop_taken()
         self.errors = (*self._left(), *self._copies())
         return self.errors
 
@@ -119,10 +126,8 @@ class Namesakes:
                 )
 
     def _settings(self, former: str) -> tuple[str, ...]:
-        """What the operator has set for a former name; nothing, if another host has the name now."""
+        """What the operator has set for a former name."""
         keys, mirror = self._keys, self._mirror()
-        if mirror.kv(keys.node(former)) is not None and former not in mirror.nodes_with_key(self._public_key):
-            return ()
         nodes = {} if mirror.current is None else mirror.current.nodes
         users = sorted(node.name for node in nodes.values() if node.exit_node == former)
         return (

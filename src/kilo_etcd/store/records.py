@@ -531,6 +531,13 @@ def _label(value: object) -> str:
     return text.strip()
 
 
+def _name(value: object) -> str:
+    text = _string(value)
+    if not text or not text.isprintable() or len(text.encode()) > MAX_LABEL:
+        raise ValueError(f"{shown(text)} is no name")
+    return text
+
+
 def _number(value: object) -> int:
     if value == -1 and not isinstance(value, bool):
         return -1
@@ -578,6 +585,7 @@ _BY_NAME: Mapping[str, Callable[[object], Any]] = {
     "location": _label,
     "port": _port,
     "persistent_keepalive": lambda value: parse_keepalive(_whole_number(value)),
+    "former_names": _items(_name),
     "underlay": _networks,  # never null: to state nothing is to leave it out
 }
 """Fields that not every value of their type fits -> how they are read, in whatever kind of record."""
@@ -666,9 +674,9 @@ _REQUIRED = {
     record: frozenset(_camel(attribute.name) for attribute in fields(record) if attribute.default is NOTHING)
     for record in _RECORDS
 }
-_OPTIONAL: Mapping[type, tuple[str, ...]] = {NodeRecord: ("encryption", "acceptsSince")}
+_OPTIONAL: Mapping[type, tuple[str, ...]] = {NodeRecord: ("encryption", "acceptsSince", "formerNames")}
 """Kind -> the fields without which, if they cannot be read, the record is in force all the same: a stage that a later
-version has must not take a node out of the mesh."""
+version has must not take a node out of the mesh, nor what is for the host alone."""
 _EMPTY: tuple[object, ...] = (None, "", [])
 _ABSENT: dict[type, dict[str, tuple[object, ...]]] = {
     record: {_camel(attribute.name): (None,) for attribute in fields(record) if attribute.default is None}

@@ -60,6 +60,10 @@ class FormerName:
         """Whether an agent lives there: its status is under a lease. Whose it is does not matter."""
         return self.status is not None and bool(self.status.lease)
 
+    def is_older(self, own: KeyValue | None) -> bool:
+        """Whether the record is not younger than this host's `own`, if there is one."""
+        return own is None or self.node is None or self.node.create_revision < own.create_revision
+
     def unchanged(self, keys: Keys) -> list[Compare]:
         """The conditions that record and status are still these."""
         wanted = (self.node, keys.node(self.name)), (self.status, keys.status(self.name))
@@ -96,7 +100,7 @@ def move(
     assert record is not None
     stated = tuple(interface.ip for interface in record.mesh_addresses)
     location = record.location if label is None else label
-    names = tuple(dict.fromkeys((former.name, *record.former_names)))
+    names = tuple(name for name in dict.fromkeys((former.name, *record.former_names)) if name != to)
     claims = [key.address for kv in former.addresses if isinstance(key := keys.parse(kv.key), AddressKey)]
     locations = [key.location for kv in former.leaders if isinstance(key := keys.parse(kv.key), LeaderKey)]
     return [

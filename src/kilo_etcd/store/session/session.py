@@ -244,11 +244,20 @@ class Session:
         was renamed. Each name has its label, if there is one: the host stays at that location.
 
         To be called before addresses are claimed. Nothing is taken if an agent lives under one of them; a status that a
-        former run left is waited for until its lease ends. NameTaken, EtcdError."""
+        former run left is waited for until its lease ends, unless one of the others is known to live. Nor is one waited
+        for whose record is younger than this host's own: it does not keep the key, and any host may write this key into
+        its record, which must not delay this one's start. NameTaken, EtcdError."""
         async with self._lock:
             await self._guard.verify()
-            looked = [await self._look_until_gone(name) for name in names]
-            former = [each for each in looked if each.node is None or each.public_key == self._public_key]
+            standing = await self._registration.look()
+            own = standing.node if self._registration.is_own(standing.node) else None
+            former: list[FormerName] = []
+            for name in names:
+                each = await self._look_at(name)
+                if each.lives and each.is_older(own) and not any(other.lives for other in former):
+                    each = await self._look_until_gone(name)
+                if each.node is None or each.public_key == self._public_key:
+                    former.append(each)
             if living := tuple(each.name for each in former if each.lives):
                 return Moved(living=living)
             moved: list[str] = []
