@@ -182,12 +182,27 @@ async def test_a_copy_that_starts_while_the_original_lives_leaves_it_alone_and_b
         await eventually(lambda: not errors(world, "h1"), 10, every=0.1)
     original = NodeRecord(public_key=daemon.public_key, endpoint=Endpoint.parse("198.51.100.9:1"))
     world.etcd.put(KEYS.node("h1"), encode(original), lease=lease)
-    world.etcd.put(KEYS.status("h1"), encode(StatusRecord(public_key=daemon.public_key)), lease=lease)
-    async with running(world, hostname="copy", joined=False):
-        says = "another node has this host's public key, and its agent runs; nothing is taken over"
+    short = (await world.client.grant_lease(5)).id
+    world.etcd.put(KEYS.status("h1"), encode(StatusRecord(public_key=daemon.public_key)), lease=short)
+    async with (
+        world.client.keep_alive(short, 5, interval=1),
+        running(world, hostname="copy", joined=False),
+    ):
+        says = "another node has this host's public key, and its agent runs or has run beside this one"
         await eventually(lambda: world.logged(says) == 1, 120, every=0.1)
         await eventually(lambda: any("h1 keeps it" in text for text in errors(world, "copy")), 10, every=0.1)
         assert decode_node(world.value(KEYS.node("h1"))) == original
+    # Both are off, and the copy comes back first.
+    world.etcd.delete(KEYS.status("h1"))
+    async with running(world, hostname="copy", joined=False):
+        await eventually(lambda: world.logged(says) == 2, 120, every=0.1)
+        await eventually(lambda: any("h1 keeps it" in text for text in errors(world, "copy")), 10, every=0.1)
+        assert decode_node(world.value(KEYS.node("h1"))) == original
+        assert decode_node(world.value(KEYS.node("copy"))).duplicate_of == ("h1",)
+        # The operator decides otherwise.
+        world.etcd.delete(KEYS.node("h1"))
+        await world.ready()
+        await eventually(lambda: b"duplicateOf" not in world.value(KEYS.node("copy")), 60, every=0.1)
 
 
 class Confined(FakeClient):

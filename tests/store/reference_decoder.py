@@ -264,6 +264,7 @@ READERS: dict[type, dict[str, Callable[[object], Any]]] = {
         "acceptsSince": or_nothing(whole),
         "meshAddresses": interfaces,
         "formerNames": or_nothing(items(name), ()),
+        "duplicateOf": or_nothing(items(name), ()),
     },
     CandidateRecord: {"rank": one_of(CandidateClass), "since": string},
     PeerRecord: {

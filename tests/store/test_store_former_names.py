@@ -112,7 +112,7 @@ async def test_a_host_that_lives_keeps_its_place_against_a_copy_of_its_disk() ->
         await nursery.start(original.run)
         revision = etcd.revision
         it, moved = await renamed(etcd)
-        assert moved == Moved(living=("old",))
+        assert moved == Moved(living=("old",), beside=("old",))
         assert etcd.revision == revision, "nothing was written"
         assert trio.current_time() < 10
         await it.claim_addresses(SUBNETS)
@@ -235,6 +235,16 @@ async def test_one_living_host_is_waited_for_and_no_more() -> None:
     assert trio.current_time() - started < 70
 
 
+async def test_a_status_with_a_long_lease_says_of_no_run_that_it_was_beside_this_one() -> None:
+    """It may be left by a run that crashed; the next start takes the name over."""
+    etcd = FakeEtcd()
+    await (await joined(etcd)).resign()
+    lease = (await etcd.client().grant_lease(120)).id
+    etcd.put(KEYS.status("old"), encode(StatusRecord(public_key=HOST)), lease=lease)
+    assert (await renamed(etcd))[1] == Moved(living=("old",))
+    assert (await renamed(etcd))[1] == Moved(names=("old",))
+
+
 class Confined(FakeClient):
     """Of a user who may write the keys of one name only."""
 
@@ -300,7 +310,7 @@ async def test_a_copy_that_started_while_the_original_was_off_keeps_the_place_an
         await copy.register(record("copy", public_key=HOST))
         await nursery.start(copy.run)
         original = session(etcd.client(), "old")
-        assert await original.take_over({"copy": None}) == Moved(living=("copy",))
+        assert await original.take_over({"copy": None}) == Moved(living=("copy",), beside=("copy",))
         await original.claim_addresses(SUBNETS)
         await original.register(record("old", public_key=HOST))
         assert copy.addresses == before.addresses != original.addresses

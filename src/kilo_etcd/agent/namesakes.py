@@ -26,12 +26,14 @@ LABEL = "the label"
 
 @frozen(kw_only=True)
 class FormerSettings:
-    """What is set for names that this host had before."""
+    """What is set for names that this host had before, and which names with its key never were its own."""
 
     names: tuple[str, ...] = ()
     """Those that a label or an annotation is for."""
     label: str | None = None
     """That of one of them: the host goes on at its location until the operator has moved it."""
+    duplicate_of: tuple[str, ...] = ()
+    """Nodes with this host's key and an older record, whose agents have run beside this one."""
 
 
 class Namesakes:
@@ -55,6 +57,8 @@ class Namesakes:
         self._mirror = mirror
         self._former: tuple[str, ...] = ()
         """The names that this run or an earlier one has taken over."""
+        self._beside: tuple[str, ...] = ()
+        """Those under which another agent with this host's key has run beside this one."""
         self.refusal = ""
         """A clause on what etcd refused this host; empty: nothing."""
         self.errors: tuple[str, ...] = ()
@@ -70,7 +74,11 @@ class Namesakes:
         for name in moved.names:
             log.warning("this host was renamed; what its former name had in etcd is its own now", former=name)
         for name in moved.living:
-            log.error("another node has this host's public key, and its agent runs; nothing is taken over", other=name)
+            log.error(
+                "another node has this host's public key, and its agent runs or has run beside this one; nothing is "
+                "taken over",
+                other=name,
+            )
         if moved.refused:
             name = next(name for name in others if name not in moved.names)
             self.refusal = (
@@ -79,6 +87,7 @@ class Namesakes:
             )
             log.error(f"etcd refuses to give this host what {name} has there{self.refusal}", error=moved.refused)
         self._former += moved.names
+        self._beside = moved.beside
         return bool(moved.names)
 
     def _others(self) -> tuple[str, ...]:
@@ -93,7 +102,16 @@ class Namesakes:
         self._drop_taken()
         left = {name: settings for name in self._former if (settings := self._settings(name))}
         labels = (self._label(name) for name in left)
-        return FormerSettings(names=tuple(left), label=next((label for label in labels if label is not None), None))
+        label = next((label for label in labels if label is not None), None)
+        return FormerSettings(names=tuple(left), label=label, duplicate_of=tuple(self._older()))
+
+    def _older(self) -> Iterator[str]:
+        """The hosts of a copied disk that keep the key from this one."""
+        for name in self._mirror().nodes_with_key(self._public_key):
+            if name == self._name:
+                return
+            if name in self._beside:
+                yield name
 
     def _drop_taken(self) -> None:
         """A name that another host has by now is this host's no more, also when that host leaves again."""

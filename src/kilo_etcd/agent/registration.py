@@ -165,6 +165,7 @@ class HostRegistration:
             encapsulate=config.encapsulate,
             version=__version__,
             former_names=former.names,
+            duplicate_of=former.duplicate_of,
         )
         notes = [("address chosen", {"reason": reason}) for reason in chosen.reasons]
         if location:

@@ -86,6 +86,9 @@ class NodeRecord(StatedNode):
     """The mesh addresses that it has claimed, with the subnets that they are in: see `store.addresses`."""
     former_names: tuple[str, ...] = ()
     """Names that the host had before, for which there are labels or annotations still; for the host itself."""
+    duplicate_of: tuple[str, ...] = ()
+    """Nodes with the same public key and an older record, whose agents have run beside this host's: they are no former
+    names of it. For the host itself."""
 
 
 @frozen(kw_only=True)
@@ -586,6 +589,7 @@ _BY_NAME: Mapping[str, Callable[[object], Any]] = {
     "port": _port,
     "persistent_keepalive": lambda value: parse_keepalive(_whole_number(value)),
     "former_names": _items(_name),
+    "duplicate_of": _items(_name),
     "underlay": _networks,  # never null: to state nothing is to leave it out
 }
 """Fields that not every value of their type fits -> how they are read, in whatever kind of record."""
@@ -674,7 +678,7 @@ _REQUIRED = {
     record: frozenset(_camel(attribute.name) for attribute in fields(record) if attribute.default is NOTHING)
     for record in _RECORDS
 }
-_OPTIONAL: Mapping[type, tuple[str, ...]] = {NodeRecord: ("encryption", "acceptsSince", "formerNames")}
+_OPTIONAL: Mapping[type, tuple[str, ...]] = {NodeRecord: ("encryption", "acceptsSince", "formerNames", "duplicateOf")}
 """Kind -> the fields without which, if they cannot be read, the record is in force all the same: a stage that a later
 version has must not take a node out of the mesh, nor what is for the host alone."""
 _EMPTY: tuple[object, ...] = (None, "", [])

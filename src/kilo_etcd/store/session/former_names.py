@@ -77,7 +77,9 @@ class Moved:
     names: tuple[str, ...] = ()
     """What stood under these is this host's now, or gone."""
     living: tuple[str, ...] = ()
-    """Agents live under these, so nothing was moved."""
+    """Agents live under these, or have lived beside this host's, so nothing was moved."""
+    beside: tuple[str, ...] = ()
+    """Those of them that are known to live, or to have lived beside this host's: their status outlived its lease."""
     refused: str = ""
     """etcd's reason why this host may not do it; empty: it may."""
 
@@ -105,7 +107,7 @@ def move(
     locations = [key.location for kv in former.leaders if isinstance(key := keys.parse(kv.key), LeaderKey)]
     return [
         *removal(keys, former),
-        Put(keys.node(to), encode(evolve(record, location=location, former_names=names)), lease=long),
+        Put(keys.node(to), encode(evolve(record, location=location, former_names=names, duplicate_of=())), lease=long),
         Put(keys.status(to), status, lease=short),
         *(Put(keys.address(to, address), b"") for address in claims if address in stated),
         *(Put(keys.leader(location, to), b"", lease=long) for location in locations),

@@ -57,7 +57,14 @@ from kilo_etcd.store import claims
 from kilo_etcd.store.keys import ElectionKey, Keys, LeaderKey, leased_by, written_by
 from kilo_etcd.store.lease import KeptLease
 from kilo_etcd.store.mirror import ClusterNotTrusted, Mirror
-from kilo_etcd.store.records import NodeRecord, ObservedEndpointRecord, ProbeReportRecord, StageRecord, StatusRecord
+from kilo_etcd.store.records import (
+    NodeRecord,
+    ObservedEndpointRecord,
+    ProbeReportRecord,
+    StageRecord,
+    StatusRecord,
+    decode_node,
+)
 from kilo_etcd.store.session.candidacy import Candidacy, WantedCandidacy
 from kilo_etcd.store.session.cluster_guard import ClusterGuard, NoGuard
 from kilo_etcd.store.session.contested import contested_sentence
@@ -246,20 +253,24 @@ class Session:
         To be called before addresses are claimed. Nothing is taken if an agent lives under one of them; a status that a
         former run left is waited for until its lease ends, unless one of the others is known to live. Nor is one waited
         for whose record is younger than this host's own: it does not keep the key, and any host may write this key into
-        its record, which must not delay this one's start. NameTaken, EtcdError."""
+        its record, which must not delay this one's start. A host that has run beside this one, as this one's record
+        says, is none that was renamed, whether its agent runs at present or not. NameTaken, EtcdError."""
         async with self._lock:
             await self._guard.verify()
             standing = await self._registration.look()
             own = standing.node if self._registration.is_own(standing.node) else None
+            others = set[str]() if own is None else set(decode_node(own.value).duplicate_of)
             former: list[FormerName] = []
             for name in names:
                 each = await self._look_at(name)
-                if each.lives and each.is_older(own) and not any(other.lives for other in former):
-                    each = await self._look_until_gone(name)
+                known = name in others or any(other.lives for other in former)
+                if each.lives and each.is_older(own) and not known:
+                    each, kept = await self._look_until_gone(name)
+                    others |= {name} if kept else set()
                 if each.node is None or each.public_key == self._public_key:
                     former.append(each)
-            if living := tuple(each.name for each in former if each.lives):
-                return Moved(living=living)
+            if living := tuple(each.name for each in former if each.lives or (each.node and each.name in others)):
+                return Moved(living=living, beside=tuple(name for name in living if name in others))
             moved: list[str] = []
             for each in former:
                 try:
@@ -312,19 +323,21 @@ class Session:
         below, status = (response.kvs for response in answer.responses if isinstance(response, RangeResult))
         return FormerName.of(self._keys, name, below, next(iter(status), None))
 
-    async def _look_until_gone(self, name: str) -> FormerName:
-        """What stands under another name, as soon as no agent lives there or nobody can have left its status."""
-        deadline: float | None = None
+    async def _look_until_gone(self, name: str) -> tuple[FormerName, bool]:
+        """What stands under another name, as soon as no agent lives there or nobody can have left its status; and
+        whether that is so, since its lease would have ended. One that lasts longer is not waited for to its end."""
+        deadline, ends = None, False
         while True:
             former = await self._look_at(name)
             if not former.lives or former.status is None:
-                return former
+                return former, False
             if deadline is None:
                 info = await self._client.lease_time_to_live(former.status.lease)
+                ends = info.ttl <= LONGEST_STATUS
                 deadline = trio.current_time() + min(max(info.ttl, self._lease_ttl), LONGEST_STATUS) + 1
                 self._log.info("waiting for the end of a status under another name with this host's key", other=name)
             if (remaining := deadline - trio.current_time()) <= 0:
-                return former
+                return former, ends
             await trio.sleep(min(0.5, remaining))
 
     # --- the registration --------------------------------------------------------------------------------------
