@@ -823,6 +823,18 @@ async def test_a_host_with_a_new_key_knows_its_device_although_no_route_leads_th
     assert "kilo0" not in sh("ip -br link")
 
 
+async def test_a_wireguard_device_whose_network_only_lies_within_the_meshs_is_left_alone() -> None:
+    """As one that an operator has made in the place of a stopped agent's, whose unreachable routes are still there."""
+    underlay()
+    async with agent() as kernel:
+        await kernel.apply(evolve(WORLD, routes={}))
+    sh("ip address flush dev kilo0")
+    sh("ip address add 10.4.9.9/24 dev kilo0")
+    async with open_kernel(Setup(private_key=key(91))) as kernel:
+        with pytest.raises(KernelError, match="a WireGuard device of another program"):
+            await kernel.check()
+
+
 async def test_a_wireguard_device_of_an_operators_is_left_alone() -> None:
     underlay()
     async with agent() as kernel:

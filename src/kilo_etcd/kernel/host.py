@@ -249,10 +249,11 @@ class Host:
                 a.address for a in found_there if a.index == own.index and a.scope is not AddressScope.LINK
             )
             # If the host's key was replaced, the device is known by routes of ours that lead there, or, as on a member
-            # of a location, by its mesh address, which lies within the mesh's unreachable routes. Any other is an
-            # operator's, who must not lose peers and key.
+            # of a location, by its mesh address, which lies within the mesh's unreachable routes and has no network of
+            # its own. Any other is an operator's, who must not lose peers and key.
             leads_there = any(route.device == own.name for route in (*routes.values(), *duplicates))
-            in_mesh = any(a.ip in network for a in addresses for network in unreachable_routes)
+            alone = [a.ip for a in addresses if a.network.num_addresses == 1]
+            in_mesh = any(address in network for address in alone for network in unreachable_routes)
             if not (leads_there or in_mesh or self._knows(state)):
                 ours, addresses = False, frozenset()
         devices = {a.interface for a in everywhere if a.address.ip in sources} - {"", self.interface, self.ipip, "lo"}
