@@ -48,9 +48,12 @@ def forgetting(node: str, view: View, keys: Keys, *, keep_labels: bool) -> Edit:
 
 
 def forgetting_all(nodes: Iterable[str], view: View, keys: Keys, *, keep_labels: bool) -> Edit:
-    """The same for several nodes, at most `MOST_AT_ONCE`, without a question. One that is gone meanwhile is none."""
-    there = [node for node in nodes if view.kvs(keys.by(node)) or settings_of(node, view, keys)]
-    edits = [forgetting(node, view, keys, keep_labels=keep_labels) for node in there]
+    """The same for several nodes, at most `MOST_AT_ONCE`, without a question. One that is gone meanwhile is none. One
+    without a record may be joining for the first time, so what is set for it is kept."""
+    there = [node for node in nodes if view.kvs(keys.by(node))]
+    edits = [
+        forgetting(node, view, keys, keep_labels=keep_labels or view.kv(keys.node(node)) is None) for node in there
+    ]
     return Edit(
         deletes=tuple(key for edit in edits for key in edit.deletes),
         deletes_below=tuple(prefix for edit in edits for prefix in edit.deletes_below),

@@ -101,7 +101,10 @@ def _list_claims(nodes: tuple[Claiming, ...], output: str) -> None:
 
 
 def _silence(node: Claiming) -> str:
-    return "alive" if node.alive else f"silent for {shown_duration(node.silent)} at least"
+    if node.alive:
+        return "alive"
+    silent = f"silent for {shown_duration(node.silent)} at least"
+    return silent if node.registered else f"joining, or {silent}"
 
 
 @frozen(kw_only=True)
@@ -312,7 +315,8 @@ def forget_command(
 
     With --dead-for no name is needed: it takes the nodes whose records nobody has kept alive for so long, and names
     that claim mesh addresses and have no record any more. Of these it is known only that they were silent for
-    --forget-after (24 h by default), so a longer TIME does not take them. kgctl node list --claims shows what is known.
+    --forget-after (24 h by default), so a longer TIME does not take them. Their labels and annotations stay, since such
+    a name may also be that of a host that joins just now. kgctl node list --claims shows what is known.
     """
     if (node is None) == (age is None):
         raise click.UsageError("Give a NODE, or --dead-for TIME.")
