@@ -28,6 +28,6 @@ def test_a_name_that_every_unnamed_system_has_is_none_for_a_node(text: str) -> N
         parse_own_name(text)
 
 
-@pytest.mark.parametrize("text", ["node-1", "my-localhost", "Node-1.example.net", "n" * 63])
+@pytest.mark.parametrize("text", ["node-1", "my-localhost", "localhosting-db1", "Node-1.example.net", "n" * 63])
 def test_a_hosts_own_name(text: str) -> None:
     assert parse_own_name(text) == text

@@ -69,7 +69,7 @@ def parse_node_name(text: str) -> str:
     return text
 
 
-_NO_NAME = re.compile(r"localhost.*|\(none\)", re.IGNORECASE)
+_NO_NAME = re.compile(r"localhost([.\d-].*)?|\(none\)", re.IGNORECASE)
 """What a system is called that has no name yet: every such system, so that two of them would be one node."""
 
 
