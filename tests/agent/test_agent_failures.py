@@ -15,7 +15,7 @@ import sys
 import urllib.error
 import urllib.request
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager, closing
+from contextlib import asynccontextmanager, closing, suppress
 from functools import partial
 from pathlib import Path
 
@@ -24,6 +24,7 @@ import trio
 from attrs import define
 
 from helpers import eventually, require
+from kilo_etcd.etcd.api import Full
 from kilo_etcd.etcd.client import open_client
 from kilo_etcd.model import CandidateClass, Endpoint
 from kilo_etcd.store.keys import Keys
@@ -485,6 +486,70 @@ async def test_a_host_boots_into_its_cached_snapshot_while_etcd_is_away(tmp_path
             await eventually(lambda: KEYS[1] in on_the_host())
         sh(shlex.join([*h1.command(), "cleanup"]))
         assert [path.name for path in h1.state.iterdir()] == ["key"]
+
+
+async def test_a_host_boots_into_its_cached_snapshot_while_etcd_refuses_its_certificate_or_its_user(
+    tmp_path: Path,
+) -> None:
+    def reboot() -> None:
+        sh("ip link del kilo0; ip route flush proto 107")
+
+    async with host(tmp_path, ServerOptions(client_cert=True)) as h1:
+        authority = h1.server.authority
+        assert authority is not None
+        known = authority.issue("h1")
+        await h1.add_node("n2", 2, "b")
+        options = ["--cacert", str(authority.ca), "--cert", str(known.cert), "--key", str(known.key)]
+        async with h1.agent(*options):
+            await eventually(lambda: sh("wg show kilo0 peers"))
+            peers = sh("wg show kilo0 peers")
+        reboot()
+        authority.issue("h1", seconds=-60)
+        async with h1.agent(*options, ready="TLS with etcd fails: the cached snapshot is in force") as agent:
+            await eventually(lambda: sh("wg show kilo0 peers") == peers)
+            await eventually(
+                partial(refused_as, r"TLS with etcd fails; the cached snapshot is in force \(age .*expired")
+            )
+            authority.issue("h1")
+            await eventually(lambda: health() == (200, "ok"), 60)
+            assert agent.logged("this host has joined again") == 1
+        # The user is removed, and given back.
+        await h1.server.enable_auth({"h1": ("secret", ["/kilo"])})
+        options += ["--user", "h1:secret", "--command-timeout", "2s"]
+        await h1.etcdctl("user", "delete", "h1")
+        reboot()
+        async with h1.agent(*options, ready="etcd does not let this host in: the cached snapshot is in force") as agent:
+            await eventually(lambda: sh("wg show kilo0 peers") == peers)
+            await h1.etcdctl("user", "add", "h1:secret")
+            # Its role is not there yet.
+            await eventually(partial(refused_as, "etcd denies permission; the cached snapshot is in force"), 90)
+            await h1.etcdctl("user", "grant-role", "h1", "h1")
+            await eventually(lambda: health() == (200, "ok"), 60)
+            assert agent.logged("this host has joined again") == 1
+
+
+async def test_a_host_that_boots_follows_an_etcd_that_is_full(tmp_path: Path) -> None:
+    async with host(tmp_path, ServerOptions(arguments=("--quota-backend-bytes", "2000000"))) as h1:
+        await h1.add_node("n2", 2, "b")
+        async with h1.agent("--lease-ttl", "2s"):
+            await eventually(lambda: KEYS[0] in sh("wg show kilo0 peers"))
+        sh("ip link del kilo0; ip route flush proto 107")
+        async with open_client(h1.server.config()) as client:
+            with suppress(Full):
+                for number in range(1000):
+                    await client.put(f"/elsewhere/{number}", b"x" * 100_000)
+            async with h1.agent("--lease-ttl", "2s", ready="etcd takes no writes: the cached snapshot") as agent:
+                await eventually(lambda: KEYS[0] in sh("wg show kilo0 peers"))
+                await eventually(partial(refused_as, "etcd takes no writes, so this host has not joined again; .*full"))
+                # What goes, which a full etcd allows, is followed.
+                await h1.etcdctl("del", "/kilo/by/n2/node")
+                await eventually(lambda: not sh("wg show kilo0 peers"))
+                revision = (await client.delete_prefix("/elsewhere")).header.revision
+                await client.compact(revision)
+                await h1.etcdctl("defrag")
+                await h1.etcdctl("alarm", "disarm")
+                await eventually(lambda: health() == (200, "ok"), 60)
+                assert agent.logged("this host has joined again") == 1
 
 
 async def test_a_second_host_of_the_name_of_a_living_one_is_refused(tmp_path: Path) -> None:

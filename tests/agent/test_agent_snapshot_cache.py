@@ -24,9 +24,10 @@ from kilo_etcd import kernel
 from kilo_etcd.agent import cachefile, discover, snapshot_cache
 from kilo_etcd.agent.cachefile import FILE, Identity, Unusable, load, save
 from kilo_etcd.agent.config import AgentConfig
-from kilo_etcd.agent.daemon import Daemon
+from kilo_etcd.agent.daemon import Daemon, Fatal
 from kilo_etcd.agent.metrics import Metrics
 from kilo_etcd.agent.snapshot_cache import Disk
+from kilo_etcd.etcd import api as etcd
 from kilo_etcd.etcd.api import Header, KeyValue
 from kilo_etcd.kernel.state import DeleteRoute, HostAddress, Observed
 from kilo_etcd.model import Endpoint
@@ -166,6 +167,7 @@ class World:
 
     def __init__(self, state_dir: Path) -> None:
         self.etcd = FakeEtcd()
+        self.client = self.etcd.client("h1")
         self.host = FakeHost()
         self.log = io.StringIO()
         self.metrics = Metrics()
@@ -214,7 +216,7 @@ async def running(world: World, **options: Any) -> AsyncIterator[Daemon]:
     )
     device = FakeKernel(world.host, kernel.Setup(private_key=PRIVATE))
     world.metrics = Metrics()
-    world.daemon = Daemon(config, world.etcd.client("h1"), device, PUBLIC, metrics=world.metrics, disk=world.disk)
+    world.daemon = Daemon(config, world.client, device, PUBLIC, metrics=world.metrics, disk=world.disk)
     async with trio.open_nursery() as nursery:
         nursery.start_soon(world.daemon.run)
         yield world.daemon
@@ -500,3 +502,81 @@ async def test_bursts_are_written_once_and_a_full_disk_is_tried_again(
         last = world.etcd.put("/kilo/locations/h2", "second")
         await trio.sleep(0.5)
     assert written[-1] >= last
+
+
+REFUSALS = [
+    etcd.ConnectionRefusedByTls("it refuses the client certificate; check --cert (has it expired?)"),
+    etcd.Unauthenticated("refused user 'h1': wrong password or no such user; check --user"),
+    etcd.PermissionDenied("user 'h1' may not read '/kilo/mesh/adopted': grant it"),
+    etcd.BadRequest("etcd refused to read"),
+]
+
+
+@pytest.mark.autojump
+@pytest.mark.parametrize("error", REFUSALS, ids=lambda error: type(error).__name__)
+async def test_a_host_boots_into_its_cached_snapshot_if_etcd_refuses_it(world: World, error: etcd.EtcdError) -> None:
+    async with running(world):
+        await eventually(world.programmed, 30, every=0.1)
+        await trio.sleep(10)
+    world.reboot()
+    world.client.refuse(error)
+    async with running(world) as daemon:
+        await eventually(world.programmed, 1, every=0.1)
+        await trio.sleep(600)
+        assert world.programmed()
+        # Said once, with etcd's own error, where people look.
+        assert world.logged("the cached snapshot is in force") == 1
+        assert world.logged(str(error)) <= 3
+        for place in (str(world.metrics.health()), *daemon._current_errors()):
+            assert place.startswith(f"{error.kind}; the cached snapshot is in force (age ")
+            assert place.endswith(f": {error}")
+        # Tried on, until it is mended.
+        world.client.mend()
+        await eventually(lambda: world.logged("etcd is back: this host has joined again"), 60, every=0.1)
+        await eventually(lambda: world.metrics.health() is None, 60, every=0.1)
+        world.etcd.delete(KEYS.node("h2"))
+        await eventually(lambda: not world.host.observed.peers, 60, every=0.1)
+
+
+@pytest.mark.autojump
+@pytest.mark.parametrize("cached", [True, False])
+@pytest.mark.parametrize(
+    "error",
+    [etcd.Full("etcd is full; compact, defragment, then etcdctl alarm disarm"), etcd.PermissionDenied("no write")],
+    ids=lambda error: type(error).__name__,
+)
+async def test_a_host_that_boots_follows_an_etcd_that_takes_no_writes(
+    world: World, error: etcd.EtcdError, cached: bool
+) -> None:
+    async with running(world):
+        await eventually(world.programmed, 30, every=0.1)
+        await trio.sleep(10)
+    world.reboot()
+    if not cached:
+        world.disk.path.unlink()
+    world.client.refuse(error, reads=False)
+    async with running(world) as daemon:
+        await eventually(world.programmed, 3, every=0.1)
+        await eventually(lambda: daemon.applied_revision == world.etcd.revision, 10, every=0.1)
+        for place in (str(world.metrics.health()), *daemon._current_errors()):
+            assert place == f"{error.kind}, so this host has not joined again; forwarding follows etcd: {error}"
+        # What others write is followed.
+        world.etcd.put(KEYS.address("h3", ip_interface("10.4.0.98").ip), "")
+        record = NodeRecord(public_key="C" + "A" * 42 + "=", endpoint=Endpoint.parse("198.51.100.8:51820"))
+        world.etcd.put(KEYS.node("h3"), encode(record))
+        await eventually(lambda: len(world.host.observed.peers) == 2, 5, every=0.1)
+        await trio.sleep(600)
+        assert KEYS.status("h1") not in world.etcd
+        assert world.logged(str(error)) <= 3
+        world.client.mend()
+        await eventually(lambda: KEYS.status("h1") in world.etcd, 60, every=0.1)
+        await eventually(lambda: world.metrics.health() is None, 60, every=0.1)
+        assert len(world.host.observed.peers) == 2
+
+
+@pytest.mark.autojump
+async def test_a_host_with_no_cache_that_etcd_refuses_ends_with_the_reason(world: World) -> None:
+    world.client.refuse(REFUSALS[0])
+    with pytest.RaisesGroup(pytest.RaisesExc(Fatal, match="has it expired"), flatten_subgroups=True):
+        async with running(world):
+            await trio.sleep(60)

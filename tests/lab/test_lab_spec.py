@@ -93,7 +93,7 @@ SITE = '[[site]]\nname = "a"\nhosts = 2\n'
         ("etcd = 2\n" + SITE, "etcd"),
         (
             "colour = 1\n" + SITE,
-            "colour is unknown; known here are agent_args, agent_command, agents, etcd, ",
+            "colour is unknown; known here are agent_args, agent_command, agents, etcd, etcd_args, ",
         ),
         (SITE + "colour = 1", "site[1].colour is unknown; known here are host, hosts, label, latency_ms, "),
         ("next_steps = 3\n" + SITE, "next_steps"),

@@ -22,7 +22,7 @@ from attrs import evolve
 
 from kilo_etcd import kernel
 from kilo_etcd.agent.apply import PlanApplier
-from kilo_etcd.agent.cachefile import CachedSnapshot, Identity
+from kilo_etcd.agent.cachefile import CachedMesh, CachedSnapshot, Identity
 from kilo_etcd.agent.config import AgentConfig, too_small_for
 from kilo_etcd.agent.diagnostics import AppliedPlan, DiagnosticsServer
 from kilo_etcd.agent.dnshosts import DnsHosts, WriteNames
@@ -61,7 +61,7 @@ from kilo_etcd.runtime.resolve import Resolver
 from kilo_etcd.store.keys import Keys
 from kilo_etcd.store.mirror import ClusterNotTrusted, Mirror
 from kilo_etcd.store.operator import statuses
-from kilo_etcd.store.records import RecordError, Role, Unreachable, decode_node
+from kilo_etcd.store.records import NodeRecord, RecordError, Role, Unreachable, decode_node
 from kilo_etcd.store.session.session import Session
 from kilo_etcd.store.status_texts import FORWARDING_LOOK
 from kilo_etcd.store.view import Holdings
@@ -113,6 +113,13 @@ class StoppedAtOnce(Fatal):
 
 class Reload(Exception):
     """The agent was asked to run its code anew. Nothing was given up: the next one adopts all of it."""
+
+
+def _kind(failure: etcd.EtcdError | RecordError | None) -> str:
+    """The kind of trouble with etcd in a few words; None: it has not answered."""
+    if isinstance(failure, RecordError):
+        return "etcd holds what cannot be read"
+    return (failure or etcd.Unavailable).kind
 
 
 def _watchdog_beat() -> None:
@@ -194,8 +201,8 @@ class Daemon:
         identity = Identity(prefix=config.prefix, node=self.name, public_key=public_key)
         self.cache = SnapshotCache(disk, identity, self.once)
         self.cached: CachedSnapshot | None = None
-        """The cached snapshot, as long as the host has not joined the present one."""
-        metrics.cached_mesh.set_function(lambda: float(self.cached is not None))
+        """The cached snapshot, if this host has begun with it and not joined since."""
+        metrics.cached_mesh.set_function(lambda: float(self._goes_by_cache()))
 
         self.snapshot: Snapshot | None = None
         self.topology: Topology | None = None
@@ -224,6 +231,13 @@ class Daemon:
 
         self._waiting: str | None = None
         """What this agent waits for before it can join, as a sentence."""
+        self._unjoined: etcd.EtcdError | RecordError | None = None
+        """Why etcd did not let this host join the last time that it tried."""
+        self._on_disk: CachedMesh | None = None
+        """The cache's content, as long as it may still be of use."""
+        self._follows_etcd = False
+        """Whether the tasks run that follow etcd."""
+        self._joined = False
         self._rng = random.Random()
         self._applied = trio.Event()
         self._stopping = trio.Event()
@@ -374,36 +388,42 @@ class Daemon:
     async def _join(self, nursery: trio.Nursery) -> None:
         """Become a member: addresses, mesh settings, registration; then start what keeps it so.
 
-        A host that could not do its part is never registered: others would send it packets.
+        A host that could not do its part is never registered: others would send it packets. One that etcd does not let
+        join forwards meanwhile by what it knows (`_forward_unjoined`).
         """
         await self.kernel.check()
-        settings = await self._bridge(nursery)
-        followed = settings is None and self.mirror.current is not None
-        if settings is None:
-            settings = await self._insist(self._settings)
+        self._on_disk = await self.cache.read()
+        patience = float("inf")
+        if self._on_disk is not None:
+            self.mirror = Mirror(self.client, self.keys, last_seen=self._on_disk.last_seen())
+            patience = trio.current_time() + ETCD_PATIENCE_SECONDS
+        settings = await self._insist(nursery, self._settings_of_a_followed_etcd, patience=patience)
         subnets = settings.subnets
         self._take_subnets(subnets)
         self._restorer.joined(settings)
         renumber = self.config.renumber
-        if not followed:
-            await nursery.start(self.resolver.run)
-            await nursery.start(self.mirror.run)
-        await self._insist(lambda: self.mirror.wait_first())
-        moved = await self._insist(self.namesakes.take_over)
-        addresses = await self._insist(lambda: self.session.claim_addresses(subnets, renumber=renumber, doubted=moved))
+        await self._follow_etcd(nursery)
+        await self._insist(nursery, lambda: self.mirror.wait_first())
+        moved = await self._insist(nursery, self.namesakes.take_over)
+        addresses = await self._insist(
+            nursery, lambda: self.session.claim_addresses(subnets, renumber=renumber, doubted=moved)
+        )
         self.log.info("address claimed", addresses=",".join(map(str, addresses)), granularity=str(settings.granularity))
         # Where the last agent was with the switch to `encrypted`, the kernel still is, or is to be again.
-        self.registration.report = await self._insist(self._reported)
+        self.registration.report = await self._insist(nursery, self._reported)
         # Not before: etcd may have kept us waiting, and the network may have come meanwhile.
         record = await self.registration.look()
-        await self._insist(lambda: self.session.register(record))
+        await self._insist(nursery, lambda: self.session.register(record))
         await nursery.start(self.session.run)
-        if self.cached is None:
+        self._joined = True
+        if not self._reconciling:
             self._keep_programmed(nursery)
         else:
-            self.cached = None
             self.log.info("etcd is back: this host has joined again, and follows the mesh")
+            # One that lacks this host was passed over until now.
+            self.snapshot, self.cached = self.mirror.current or self.snapshot, None
             self._nudge()
+        self._on_disk = None
         for task in (
             self._restorer.run,
             self._follow_candidacy,
@@ -412,7 +432,6 @@ class Daemon:
             self._wireguard_monitor.run,
             self._follow_obstacles,
             self._encrypting.run,
-            self.cache.run,
         ):
             nursery.start_soon(task)
         if self.config.probe:
@@ -427,6 +446,7 @@ class Daemon:
             self._follow_suspicion,
             self._exit_node_monitor.run,
             self._reconciler.run,
+            self.cache.run,
         ):
             nursery.start_soon(task)
         if self._peer_query is not None and self._post is not None:
@@ -459,40 +479,48 @@ class Daemon:
             self.answers = answers
             self._publish_again()
 
-    async def _bridge(self, nursery: trio.Nursery) -> MeshSettings | None:
-        """If etcd does not answer, or is not as the cached snapshot on disk has it: put that snapshot in force until
-        etcd can be followed. Nothing is written to it before.
+    async def _follow_etcd(self, nursery: trio.Nursery) -> None:
+        """Start what follows etcd, unless it runs already."""
+        if not self._follows_etcd:
+            self._follows_etcd = True
+            await nursery.start(self.resolver.run)
+            await nursery.start(self.mirror.run)
 
-        The mesh's settings, if etcd has told them; else, if there is a cached snapshot, the mirror follows etcd now.
-        """
-        on_disk = await self.cache.read()
-        if on_disk is None:
-            return None
-        self.mirror = Mirror(self.client, self.keys, last_seen=on_disk.last_seen())
-        follows = None
-        with trio.move_on_after(ETCD_PATIENCE_SECONDS):
-            follows = await self._insist(self.mirror.verify_cluster)
-            if follows:
-                return await self._insist(self._settings)
-        cached = await self.cache.remember(on_disk, fits=self._fits)
-        await nursery.start(self.resolver.run)
-        await nursery.start(self.mirror.run)
+    async def _forward_unjoined(self, nursery: trio.Nursery, failure: etcd.EtcdError | RecordError | None) -> bool:
+        """Forward although etcd does not let this host join (None: it has not answered in time): by what etcd holds,
+        as soon as it can be read and has this host, and until then by the cached snapshot on disk. Nothing is written
+        to etcd. Whether there is either."""
+        if self._reconciling:
+            return True
+        cached = None
+        if (on_disk := self._on_disk) is not None:
+            self._on_disk = None
+            cached = await self.cache.remember(on_disk, fits=self._fits)
+        if cached is None and (failure is None or type(failure) is etcd.Unavailable or not await self._is_on_record()):
+            return False
+        await self._follow_etcd(nursery)
+        await self.registration.look()
         if cached is not None:
             snapshot = cached.snapshot
             self.log.warning(
-                "etcd is not trusted: the cached snapshot is in force"
-                if follows is False
-                else "etcd is out of reach: the cached snapshot is in force",
+                f"{_kind(failure)}: the cached snapshot is in force",
                 revision=snapshot.revision, age=self.cache.age(cached), nodes=len(snapshot.nodes),
             )  # fmt: skip
             self._take_subnets(snapshot.subnets)
             self.cached = cached
-            await self.registration.look()
             self.snapshot = snapshot
-            self._keep_programmed(nursery)
             self._nudge()
-        await self.mirror.wait_newer(None)
-        return None
+        self._keep_programmed(nursery)
+        return True
+
+    async def _settings_of_a_followed_etcd(self) -> MeshSettings:
+        """The mesh's settings, once etcd is known to be the one that is followed. EtcdError."""
+        if self._follows_etcd:
+            await self.mirror.wait_newer(None)
+            self.mirror.check()
+        elif not await self.mirror.verify_cluster():
+            self.mirror.check()
+        return await self._settings()
 
     async def _settings(self) -> MeshSettings:
         config = self.config
@@ -504,16 +532,26 @@ class Daemon:
             return settings
         return settings._replace(subnets=await self.session.subnets_in_force(settings.subnets))
 
+    async def _own_record(self) -> NodeRecord | None:
+        """This host's record in etcd; None: there is none with its key. EtcdError."""
+        kv = await self.client.get(self.keys.node(self.name))
+        try:
+            record = None if kv is None else decode_node(kv.value)
+        except RecordError:
+            return None
+        return record if record is not None and record.public_key == self.public_key else None
+
+    async def _is_on_record(self) -> bool:
+        """Whether etcd can be read, and has this host's record."""
+        try:
+            return await self._own_record() is not None
+        except etcd.EtcdError:
+            return False
+
     async def _reported(self) -> StageReport:
         """The stage of the switch to `encrypted` in this host's record in etcd, whose former names are taken in too."""
-        kv = await self.client.get(self.keys.node(self.name))
-        if kv is None:
-            return StageReport()
-        try:
-            record = decode_node(kv.value)
-        except RecordError:
-            return StageReport()
-        if record.public_key != self.public_key:
+        record = await self._own_record()
+        if record is None:
             return StageReport()
         self.namesakes.recall(record.former_names)
         return StageReport(stage=record.encryption, accepts_since=record.accepts_since or 0)
@@ -538,29 +576,46 @@ class Daemon:
             raise Fatal(reason)
         self.subnets = self.registration.subnets = subnets
 
-    async def _insist(self, call: Callable[[], Awaitable[T]]) -> T:
-        """The result of an etcd call that is tried until etcd is there; what can't be cured by waiting is fatal."""
+    async def _insist(
+        self, nursery: trio.Nursery, call: Callable[[], Awaitable[T]], *, patience: float = float("-inf")
+    ) -> T:
+        """The result of an etcd call that is tried until etcd answers it and lets this host do it. If it does neither,
+        the host forwards by what it knows; that etcd does not answer counts from `patience` on, on trio's clock.
+
+        Fatal: there is nothing that it could go by, and waiting does not cure what etcd says; or the name or the mesh
+        address of this host is another's.
+        """
         delay = 0.2
         while True:
+            failure: etcd.EtcdError | RecordError | None = None
             try:
-                result = await call()
-            except ClusterNotTrusted as error:
-                missing = str(error)  # The mirror has logged it.
-            except etcd.Unavailable as error:
-                missing = str(error)
-                self.once.error("etcd", error.kind, error=missing)
-                self._waiting = f"waiting for etcd: {error.kind}: {error}"
-            except (etcd.EtcdError, *REFUSALS) as error:
+                with trio.move_on_at(patience if patience > trio.current_time() else float("inf")):
+                    result = await call()
+                    self.once.clear("etcd", "etcd is back")
+                    self._waiting = self._unjoined = None
+                    return result
+            except (etcd.EtcdError, RecordError) as error:
+                failure = error
+            except REFUSALS as error:
                 raise Fatal(str(error)) from error
-            else:
-                self.once.clear("etcd", "etcd is back")
-                self._waiting = None
-                return result
+            self._unjoined = failure
+            self._note_unjoined(failure)
+            waits = isinstance(failure, etcd.Unavailable | ClusterNotTrusted | None)
+            away = failure is None or type(failure) is etcd.Unavailable
+            forwards = (away and trio.current_time() < patience) or await self._forward_unjoined(nursery, failure)
+            if not forwards and not waits:
+                raise Fatal(str(failure)) from failure
             self.metrics.error("etcd")
-            if self.cached is None:
-                notify(f"STATUS=waiting for etcd: {missing}")
             await trio.sleep(delay * self._rng.uniform(0.5, 1.0))
             delay = min(delay * 1.6, 3.0)
+
+    def _note_unjoined(self, failure: etcd.EtcdError | RecordError | None) -> None:
+        if failure is None or isinstance(failure, ClusterNotTrusted):
+            return  # The mirror logs it.
+        self.once.error("etcd", _kind(failure), error=str(failure))
+        self._waiting = f"waiting for etcd: {_kind(failure)}: {failure}"
+        if not self._reconciling:
+            notify(f"STATUS=waiting for etcd: {failure}")
 
     async def _leave(self) -> None:
         """Take away what is only a live agent's; with `--clean-up` everything."""
@@ -636,6 +691,12 @@ class Daemon:
         snapshot: Snapshot | None = None
         while True:
             snapshot = await self.mirror.wait_newer(snapshot)
+            if not self._joined:
+                own = snapshot.nodes.get(self.name)
+                if own is None or own.public_key != self.public_key:
+                    continue  # What is in force stays until this host is a member again.
+                if not self.subnets:
+                    self._take_subnets(snapshot.subnets)
             self.snapshot = snapshot
             self._nudge()
 
@@ -660,7 +721,7 @@ class Daemon:
 
     async def _look_again(self) -> None:
         """Find the host's addresses again, and register what has changed."""
-        await self.registration.look_again(register=self.cached is None)
+        await self.registration.look_again(register=self._joined)
 
     async def _serve_diagnostics(self) -> None:
         """Answer, and begin anew in another etcd: there a watch would wait for a revision that is far away."""
@@ -689,7 +750,7 @@ class Daemon:
 
     async def _apply(self, snapshot: Snapshot, fresh: bool) -> None:
         self._report_snapshot(snapshot)
-        if self.cached is None:
+        if self._joined:
             self._restorer.follow(snapshot)
         self.topology = build_topology(snapshot, self.topology)
         if self._peer_query is not None:
@@ -800,7 +861,7 @@ class Daemon:
         self._encrypting.withdraw()
         if not self._encrypting.concerns(topology):
             return None
-        await self._encrypting.prepare(topology, etcd_away=self.cached is not None)
+        await self._encrypting.prepare(topology, etcd_away=not self._joined)
         self.resolver.networks(self._encrypting.etcd_urls)
         leader, facts = topology.segment_of(self.name).leader.name, self.registration.facts
         return self._encrypting.inputs(
@@ -1057,12 +1118,17 @@ class Daemon:
         return self._restorer.trouble or next(iter(self.obstructed), None)
 
     def _bridged(self) -> str | None:
-        if self.cached is None:
+        """Why this host forwards without having joined, and by what, as a sentence; None: it has joined."""
+        if self._joined or not self._reconciling:
             return None
-        age = self.cache.age(self.cached)
-        failure = self.mirror.failure
-        symptom, why = ("etcd is out of reach", "") if failure is None else (failure.kind, f": {failure}")
-        return f"{symptom}; the cached snapshot is in force (age {age}){why}"
+        failure = self.mirror.failure or self._unjoined
+        why = "" if failure is None else f": {failure}"
+        if self.cached is None or not self._goes_by_cache():
+            return f"{_kind(failure)}, so this host has not joined again; forwarding follows etcd{why}"
+        return f"{_kind(failure)}; the cached snapshot is in force (age {self.cache.age(self.cached)}){why}"
+
+    def _goes_by_cache(self) -> bool:
+        return self.cached is not None and self.snapshot is self.cached.snapshot
 
     # -- candidacy ------------------------------------------------------------------------------------------
 

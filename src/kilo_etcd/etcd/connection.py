@@ -416,6 +416,8 @@ def explain_tls(error: ssl.SSLError) -> str:
         text = error.verify_message or str(error)
         if error.verify_code in (62, 63, 64):
             return f"its certificate is for another name ({text}); use a name that the certificate has"
+        if error.verify_code in (9, 10):  # X509_V_ERR_CERT_NOT_YET_VALID, _HAS_EXPIRED
+            return f"its certificate is not valid now ({text}); renew etcd's certificate, or set the clock"
         return f"its certificate is not trusted ({text}); check --cacert"
     text = f"{error.reason or ''} {error}".upper().replace(" ", "_")
     if "CERTIFICATE_REQUIRED" in text or "BAD_CERTIFICATE" in text:

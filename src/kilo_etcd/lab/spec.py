@@ -89,6 +89,8 @@ class Spec:
     and drop it: then a packet that must not leave its host gets nowhere, whether it has left or not."""
     agent_args: tuple[str, ...] = ()
     """Further arguments for every agent."""
+    etcd_args: tuple[str, ...] = ()
+    """Further arguments for every etcd member."""
     next_steps: tuple[str, ...] = ()
     """Commands to try once the lab runs, with what they show: printed then."""
     agent_command: tuple[str, ...] = field(default=())
@@ -202,6 +204,7 @@ def parse_spec(data: Mapping[str, Any], source: str) -> Spec:
         "agents": top.boolean("agents", True),
         "open": top.boolean("open", False),
         "agent_args": top.texts("agent_args"),
+        "etcd_args": top.texts("etcd_args"),
         "agent_command": top.texts("agent_command"),
         "next_steps": top.texts("next_steps"),
     }

@@ -222,6 +222,7 @@ class World:
             "--advertise-client-urls", clients,
             "--listen-peer-urls", peers, "--initial-advertise-peer-urls", f"{urls[name][0]}:{ETCD_PEER_PORT}",
             "--initial-cluster", cluster, "--initial-cluster-state", "new", "--initial-cluster-token", "kilo-lab",
+            *self.layout.spec.etcd_args,
         ]  # fmt: skip
         env: dict[str, str | None] = {"ETCDCTL_ENDPOINTS": None, "ETCDCTL_API": None}
         if platform.machine() == "aarch64":

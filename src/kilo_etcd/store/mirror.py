@@ -50,6 +50,8 @@ RETRY_MOST = 5.0
 class ClusterNotTrusted(EtcdError):
     """etcd answers, and is not to be followed or told anything; the message says why."""
 
+    kind = "etcd is not trusted"
+
 
 @frozen(kw_only=True)
 class LastSeen:

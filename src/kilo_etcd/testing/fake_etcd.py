@@ -8,9 +8,10 @@ included, and two runs of one test are the same run.
 
 Faults: `down`/`up` (a cluster without a quorum: leases stand still and are refreshed at the next election), `delay`,
 `drop_watches`, `compact`, `replace_cluster`, `backup`/`restore`. Of one host: `FakeClient.cut`/`mend` (away),
-`cut(answers=False)` and `cut(requests=False)` (one direction only), `lag` (seconds on the way, which may differ from
-packet to packet), `lose_answer` (the write is done, the answer is lost), `stall` (its watches stand still for a while),
-`lose_batches` and `repeat_batches` (what a watch promises is broken). It does not know authentication, TLS or members.
+`cut(answers=False)` and `cut(requests=False)` (one direction only), `refuse` (etcd answers with an error), `lag`
+(seconds on the way, which may differ from packet to packet), `lose_answer` (the write is done, the answer is lost),
+`stall` (its watches stand still for a while), `lose_batches` and `repeat_batches` (what a watch promises is broken).
+It does not know authentication, TLS or members.
 """
 
 from __future__ import annotations
@@ -53,7 +54,7 @@ from kilo_etcd.etcd.api import (
     WatchBatch,
     prefix_end,
 )
-from kilo_etcd.etcd.values import Member
+from kilo_etcd.etcd.values import Member, only_reads
 
 _T = TypeVar("_T")
 MAX_OPERATIONS = 128
@@ -405,6 +406,8 @@ class FakeClient:
         """Seconds that a request, an answer or a watch's batch takes besides the server's `delay`; asked for each."""
         self._speaks = True
         self._hears = True
+        self._refusal: EtcdError | None = None
+        self._refuses_reads = False
         self._lose = 0
         self._lose_batches = 0
         self._repeat_batches = 0
@@ -421,9 +424,15 @@ class FakeClient:
         self._speaks, self._hears = not requests, not answers
         self.server._wake()
 
+    def refuse(self, error: EtcdError, *, reads: bool = True) -> None:
+        """etcd answers this client's calls with `error`; without `reads` those alone that write or grant a lease.
+        Watches that are open go on, as connections do that stand when a certificate expires."""
+        self._refusal, self._refuses_reads = error, reads
+
     def mend(self) -> None:
-        """End what `cut` began: requests and answers arrive again."""
+        """End what `cut` and `refuse` began: requests and answers arrive again."""
         self._speaks = self._hears = True
+        self._refusal = None
         self.server._wake()
 
     def mend_all(self) -> None:
@@ -458,11 +467,13 @@ class FakeClient:
     def _reachable(self) -> bool:
         return self.connected and self.server.available
 
-    async def _call(self, name: str, act: Callable[[], _T]) -> _T:
+    async def _call(self, name: str, act: Callable[[], _T], *, writes: bool = False) -> _T:
         self.calls.append(name)
         await trio.sleep(self.server.delay + (self.lag() if self.lag else 0.0))
         if not (self._speaks and self.server.available):
             raise Unavailable("no endpoint of etcd answered")
+        if self._refusal is not None and (writes or self._refuses_reads):
+            raise self._refusal
         self.server._expire()
         result = act()
         if self.lag:
@@ -522,7 +533,7 @@ class FakeClient:
             self.server._commit([Put(key, value, lease)])
             return PutResult(header=self.server.header(), prev_kv=old if prev_kv else None)
 
-        return await self._call("put", act)
+        return await self._call("put", act, writes=True)
 
     async def delete(self, key: Text, range_end: Text | None = None) -> DeleteResult:
         """Implements `etcd.api.Client.delete`."""
@@ -551,7 +562,7 @@ class FakeClient:
             responses = self.server._commit(success if succeeded else failure)
             return TxnResult(succeeded=succeeded, responses=tuple(responses), header=self.server.header())
 
-        return await self._call("txn", act)
+        return await self._call("txn", act, writes=not only_reads(success, failure))
 
     async def grant_lease(self, ttl: int, lease_id: int = 0) -> Lease:
         """Implements `etcd.api.Client.grant_lease`."""
@@ -566,7 +577,7 @@ class FakeClient:
             server._leases[lease.id] = lease
             return Lease(id=lease.id, ttl=lease.ttl)
 
-        return await self._call("grant_lease", act)
+        return await self._call("grant_lease", act, writes=True)
 
     async def revoke_lease(self, lease_id: int) -> None:
         """Implements `etcd.api.Client.revoke_lease`."""
