@@ -170,7 +170,8 @@ class Crowd:
         """Until all have applied the newest record and nothing more is written."""
 
         def followed() -> bool:
-            newest = max(kv.mod_revision for key, kv in self.etcd.data.items() if key.startswith(b"/kilo/"))
+            written = (kv.mod_revision for key, kv in self.etcd.data.items() if key.startswith(b"/kilo/"))
+            newest = max(written, default=0)
             return all(
                 host.settled and host.agent is not None and host.agent.applied_revision >= newest
                 for host in self.hosts.values()

@@ -294,7 +294,7 @@ READERS: dict[type, dict[str, Callable[[object], Any]]] = {
         "clear": items(string),
     },
     StageRecord: {"revision": whole},
-    DiagnosticsRequest: {"nodes": items(string), "tries": whole, "targets": items(string)},
+    DiagnosticsRequest: {"nodes": items(string), "tries": whole, "targets": items(string), "trustOnly": truth},
     DiagnosticsResponse: {
         "time": whole,
         "revision": whole,
@@ -320,6 +320,7 @@ READERS: dict[type, dict[str, Callable[[object], Any]]] = {
         "unsentPeers": items(string),
         "undecided": items(string),
         "clear": items(string),
+        "untrusted": string,
     },
     ObservedEndpointRecord: {"publicKey": key, "endpoint": address_endpoint},
     ProbeReportRecord: {

@@ -216,6 +216,54 @@ async def test_a_restored_backup_of_the_same_cluster_is_not_followed() -> None:
         assert mirror.current is first
 
 
+async def test_an_etcd_that_went_back_is_not_followed_when_it_has_grown() -> None:
+    etcd = seeded()
+    for i in range(50):
+        etcd.put(KEYS.location("a"), f"l{i}")
+    right = etcd.backup()
+    async with mirrored(etcd) as mirror:
+        first = await newer(mirror, None)
+        etcd.replace_cluster(etcd.cluster_id, keep_data=True)
+        await eventually(lambda: mirror.untrusted_reason, 20)
+        for i in range(100):
+            etcd.put("/elsewhere", str(i))
+        await trio.sleep(100)
+        assert mirror.current is first
+        assert "its revision is 6, it was 55" in str(mirror.untrusted_reason)
+        # Nor if its history cannot be read any more.
+        etcd.compact()
+        await trio.sleep(100)
+        assert mirror.untrusted_reason is not None
+        # The right one is.
+        etcd.restore(right)
+        for i in range(60):
+            etcd.put("/elsewhere", str(i))
+        await eventually(lambda: mirror.untrusted_reason is None, 20)
+        assert mirror.generation == 1
+        etcd.put(KEYS.location("a"), "gcp")
+        assert (await newer(mirror, first)).nodes["a"].location == "gcp"
+
+
+@pytest.mark.parametrize("compacted", [True, False])
+async def test_what_the_disk_remembers_guards_against_one_that_has_grown_since(compacted: bool) -> None:
+    etcd = seeded()
+    header = Header(revision=1, cluster_id=etcd.cluster_id, raft_term=1)
+    kv = next(kv for kv in etcd.data.values() if kv.mod_revision == etcd.revision)
+    etcd.put(kv.key, kv.value)
+    if compacted:
+        etcd.compact()
+    # The right one is followed, even if the key has been written since and nothing tells what was before.
+    for known in ((kv.key, kv.mod_revision), (kv.key, kv.mod_revision + 1)):
+        async with mirrored(etcd, last_seen=LastSeen(header=header, newest=known)) as mirror:
+            await newer(mirror, None)
+    etcd.put(kv.key, kv.value)
+    async with mirrored(etcd, last_seen=LastSeen(header=header, newest=(b"/kilo/other", etcd.revision))) as mirror:
+        await eventually(lambda: mirror.untrusted_reason, 20)
+        assert "etcd went back in time: its history is another one than before" in str(mirror.untrusted_reason)
+        etcd.put(KEYS.adopted, encode_adoption(etcd.cluster_id, "2026-11-24T01:00:00Z"))
+        await newer(mirror, None)
+
+
 async def test_an_adoption_counts_once() -> None:
     etcd = seeded()
     said = encode_adoption(etcd.cluster_id, "2026-11-24T00:00:00Z")

@@ -38,7 +38,7 @@ from kilo_etcd.runtime.parsing import shown_duration
 from kilo_etcd.store.keys import Keys
 from kilo_etcd.store.mirror import LastSeen
 from kilo_etcd.store.records import MAX_VALUE
-from kilo_etcd.store.view import Holdings
+from kilo_etcd.store.view import Holdings, newest
 
 FILE = "mesh.jsonl.gz"
 FORMAT = 1
@@ -128,6 +128,7 @@ class CachedMesh:
     subnets: tuple[IPNetwork, ...]
     internal_ips: InternalIPs | None
     adopted: bytes | None
+    newest: tuple[bytes, int] | None
     lines: tuple[bytes, ...]
 
     def last_seen(self) -> LastSeen:
@@ -138,6 +139,7 @@ class CachedMesh:
             subnets=self.subnets,
             internal_ips=self.internal_ips,
             adopted=self.adopted,
+            newest=self.newest,
         )
 
     def decoded(self) -> CachedSnapshot:
@@ -210,7 +212,7 @@ def remove(state_dir: Path) -> bool:
 
 
 def _lines(identity: Identity, holdings: Holdings, now: float) -> Iterator[bytes]:
-    header = holdings.header
+    header, last = holdings.header, newest(holdings.kvs)
     yield _line(
         {
             "format": FORMAT,
@@ -225,6 +227,7 @@ def _lines(identity: Identity, holdings: Holdings, now: float) -> Iterator[bytes
             "granularity": holdings.granularity,
             "subnets": [str(subnet) for subnet in holdings.subnets],
             "internalIPs": holdings.internal_ips,
+            "newest": None if last is None else [_text(last[0]), last[1]],
         }
     )
     if len(holdings.kvs) > MAX_RECORDS:
@@ -300,6 +303,7 @@ def _cached(path: Path, identity: Identity, lines: list[bytes]) -> CachedMesh:
         subnets=_subnets(head.get("subnets")),
         internal_ips=_setting(InternalIPs, head.get("internalIPs"), "internal-ips"),
         adopted=next((_kv(line).value for line in lines[1:] if line.startswith(start)), None),
+        newest=_newest(head.get("newest")),
         lines=tuple(lines[1:]),
     )
 
@@ -341,6 +345,15 @@ def _subnets(value: object) -> tuple[IPNetwork, ...]:
     if len({subnet.version for subnet in subnets}) != len(subnets):
         raise _Wrong("it has two subnets of one family")
     return subnets
+
+
+def _newest(value: object) -> tuple[bytes, int] | None:
+    """The key that was written last; None: the file does not say, as those of earlier versions."""
+    if value is None:
+        return None
+    if not isinstance(value, list) or len(value) != 2 or not isinstance(value[0], str):
+        raise _Wrong("its newest key is none")
+    return _bytes(value[0]), _whole_number(value[1])
 
 
 def _kv(line: bytes) -> KeyValue:

@@ -21,6 +21,7 @@ import trio
 from attrs import evolve
 
 from kilo_etcd import kernel
+from kilo_etcd.agent.adoption import LONGEST_SECONDS, Adoption
 from kilo_etcd.agent.apply import PlanApplier
 from kilo_etcd.agent.cachefile import CachedMesh, CachedSnapshot, Identity
 from kilo_etcd.agent.config import AgentConfig, too_small_for
@@ -89,6 +90,11 @@ TRANSPORT_RETRY_SECONDS = 60.0
 OBSTACLES_PAUSE, OBSTACLES_PERIOD = 2.0, 10.0
 """Seconds between two looks at what drops forwarded packets: at least after a change of the plan, and at most."""
 
+WAITS_FOR_OTHERS = (
+    f"etcd is followed again; the last plan stays until the other hosts are back there, for {LONGEST_SECONDS:g} s at "
+    "most"
+)
+
 FLUSH_SECONDS = 5.0
 """Between two looks at what of the log was left out."""
 
@@ -135,6 +141,13 @@ class _MirrorGuard:
     @property
     def generation(self) -> int:
         return self._daemon.mirror.generation
+
+    @property
+    def trust(self) -> tuple[int, bool]:
+        return self._daemon.mirror.trust
+
+    async def wait_trust_change(self, than: tuple[int, bool]) -> tuple[int, bool]:
+        return await self._daemon.mirror.wait_trust_change(than)
 
     def observe(self, header: etcd.Header) -> None:
         self._daemon.mirror.observe(header)
@@ -238,6 +251,7 @@ class Daemon:
         self._follows_etcd = False
         """Whether the tasks run that follow etcd."""
         self._joined = False
+        self._adoption = Adoption(0)
         self._rng = random.Random()
         self._applied = trio.Event()
         self._stopping = trio.Event()
@@ -272,7 +286,10 @@ class Daemon:
             on_news=self._publish_again,
         )
         self._candidacy = CandidacyTask(self.session, self.name)
-        self._answerer = DiagnosticsServer(client, self.keys, self.name, device, self._in_force, self.once)
+        self._answerer = DiagnosticsServer(
+            client, self.keys, self.name, device, self._in_force, self.once,
+            untrusted=lambda: self.mirror.untrusted_reason,
+        )  # fmt: skip
         self._post = transport
         self._peer_query = (
             None
@@ -420,15 +437,15 @@ class Daemon:
             self._keep_programmed(nursery)
         else:
             self.log.info("etcd is back: this host has joined again, and follows the mesh")
-            # One that lacks this host was passed over until now.
-            self.snapshot, self.cached = self.mirror.current or self.snapshot, None
             self._nudge()
+            if self.mirror.current is not None:
+                # One that lacks this host was passed over until now.
+                self._take(self.mirror.current)
         self._on_disk = None
         for task in (
             self._restorer.run,
             self._follow_candidacy,
             self._reporter.run,
-            self._serve_diagnostics,
             self._wireguard_monitor.run,
             self._follow_obstacles,
             self._encrypting.run,
@@ -438,7 +455,8 @@ class Daemon:
             nursery.start_soon(self._prober.run)
 
     def _keep_programmed(self, nursery: trio.Nursery) -> None:
-        """Start what brings snapshots to the kernel and keeps them there; nothing of it writes to etcd."""
+        """Start what brings snapshots to the kernel and keeps them there; nothing of it writes to etcd, but for answers
+        to `kgctl`."""
         self._reconciling = True
         for task in (
             self._follow_snapshots,
@@ -446,6 +464,7 @@ class Daemon:
             self._follow_suspicion,
             self._exit_node_monitor.run,
             self._reconciler.run,
+            self._serve_diagnostics,
             self.cache.run,
         ):
             nursery.start_soon(task)
@@ -690,15 +709,29 @@ class Daemon:
     async def _follow_snapshots(self) -> None:
         snapshot: Snapshot | None = None
         while True:
-            snapshot = await self.mirror.wait_newer(snapshot)
-            if not self._joined:
-                own = snapshot.nodes.get(self.name)
-                if own is None or own.public_key != self.public_key:
-                    continue  # What is in force stays until this host is a member again.
-                if not self.subnets:
-                    self._take_subnets(snapshot.subnets)
-            self.snapshot = snapshot
-            self._nudge()
+            with trio.move_on_at(self._adoption.until):
+                snapshot = await self.mirror.wait_newer(snapshot)
+            if snapshot is not None:
+                self._take(snapshot)
+
+    def _take(self, snapshot: Snapshot) -> None:
+        """Put etcd's newest snapshot in force, unless what is in force is better for now."""
+        missing = self._adoption.missing(self.mirror.generation, self.topology, snapshot, trio.current_time())
+        self.once.errors("adoption", (WAITS_FOR_OTHERS,) if missing else (), level="info")
+        if missing:
+            if self._joined:
+                self._restorer.follow(snapshot)
+            return
+        if not self._joined:
+            own = snapshot.nodes.get(self.name)
+            if own is None or own.public_key != self.public_key:
+                return  # Until this host is a member again.
+            if not self.subnets:
+                self._take_subnets(snapshot.subnets)
+        self.snapshot = snapshot
+        if self._joined:
+            self.cached = None
+        self._nudge()
 
     async def _follow_suspicion(self) -> None:
         """Have the status say when etcd is not trusted or cannot be read, and when it is followed again: the plan stays
@@ -725,11 +758,11 @@ class Daemon:
 
     async def _serve_diagnostics(self) -> None:
         """Answer, and begin anew in another etcd: there a watch would wait for a revision that is far away."""
-        generation = self.mirror.generation
+        trust = self.mirror.trust
         while True:
             async with trio.open_nursery() as nursery:
                 nursery.start_soon(self._answerer.run)
-                generation = await self.mirror.wait_generation(generation)
+                trust = await self.mirror.wait_trust_change(trust)
                 nursery.cancel_scope.cancel()
 
     async def _watchdog(self) -> None:
@@ -1169,8 +1202,10 @@ class Daemon:
             if self.snapshot is not None and self.topology is not None and not self._leaving:
                 ready = self._ready and self.applied_revision >= self.snapshot.revision
                 leads = self.role is not None and self.role.kind is Role.LEADER
-                due = await self._candidacy.update(
-                    self.snapshot, self.topology, leads=leads, ready=ready, refused=self._refused_families
-                )
+                # Leaders are to be first in an etcd that was adopted.
+                if leads or not self._adoption.waits:
+                    due = await self._candidacy.update(
+                        self.snapshot, self.topology, leads=leads, ready=ready, refused=self._refused_families
+                    )
             with trio.move_on_at(due if due is not None else float("inf")):
                 await applied.wait()

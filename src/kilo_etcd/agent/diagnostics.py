@@ -93,7 +93,8 @@ class AppliedPlan:
 
 
 class DiagnosticsServer:
-    """Answers for one agent. `run` is its task; `programmed` says what is in force when it is asked."""
+    """Answers for one agent. `run` is its task; `programmed` says what is in force when it is asked, `untrusted` why
+    etcd is not followed; None: it is."""
 
     def __init__(
         self,
@@ -103,12 +104,15 @@ class DiagnosticsServer:
         device: kernel.Kernel,
         programmed: Callable[[], AppliedPlan],
         once: Once,
+        *,
+        untrusted: Callable[[], str | None] = lambda: None,
     ) -> None:
         self._client = client
         self._keys = keys
         self._name = name
         self._kernel = device
         self._programmed = programmed
+        self._untrusted = untrusted
         self._once = once
         self._rng = random.Random()
         self._quiet_at = 0.0
@@ -123,7 +127,7 @@ class DiagnosticsServer:
         """Answer until cancelled."""
         while True:
             try:
-                await serve(self._client, self._keys, self._name, self.answer)
+                await serve(self._client, self._keys, self._name, self._respond)
             except etcd.Unavailable:
                 # The rest of the agent says so, louder; who comes back to etcd with us wants an answer soon.
                 await trio.sleep(AWAY_SECONDS * self._rng.uniform(0.5, 1.5))
@@ -131,6 +135,16 @@ class DiagnosticsServer:
             except etcd.EtcdError as error:
                 self._once.warning("diagnostics", "diagnostics requests of kgctl cannot be served", error=str(error))
             await trio.sleep(RETRY_SECONDS * self._rng.uniform(0.5, 1.5))
+
+    async def _respond(self, request: DiagnosticsRequest) -> DiagnosticsResponse | None:
+        """Nothing where only agents are asked that do not follow this etcd; such a one says that alone."""
+        reason = self._untrusted()
+        if reason is not None:
+            await trio.lowlevel.checkpoint()
+            return DiagnosticsResponse(
+                time=int(time.time() * 1000), revision=self._programmed().revision, untrusted=reason
+            )
+        return None if request.trust_only else await self.answer(request)
 
     async def answer(self, request: DiagnosticsRequest) -> DiagnosticsResponse:
         """What is on the host now, and whether packets arrive, if that is asked."""

@@ -10,12 +10,14 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Mapping
 from enum import Enum
+from functools import partial
 from typing import Any, TypeVar
 
 import click
 from attrs import field, frozen
 
 from kilo_etcd.ctl.context import Failure, Mesh
+from kilo_etcd.ctl.trust import distrust_by_look
 from kilo_etcd.etcd.api import (
     Client,
     Compare,
@@ -81,11 +83,18 @@ def change_options(command: F) -> F:
 
 
 def carry_out(
-    mesh: Mesh, decide: Callable[[Snapshot, View, Keys], Edit], *, dry_run: bool, yes: bool = False, aside: bool = False
+    mesh: Mesh,
+    decide: Callable[[Snapshot, View, Keys], Edit],
+    *,
+    dry_run: bool,
+    yes: bool = False,
+    aside: bool = False,
+    adopts: bool = False,
 ) -> Outcome:
     """Do what `decide` says to what it is shown. Failure, in one sentence: nothing was written.
 
-    What it says goes to standard output; with `aside` to standard error, where the output is for a program.
+    What it says goes to standard output; with `aside` to standard error, where the output is for a program. That agents
+    do not follow this etcd goes to standard error, unless the change `adopts` it.
     """
 
     prepared = prepare(mesh, decide)
@@ -96,6 +105,8 @@ def carry_out(
     if dry_run:
         click.echo("Nothing was written (--dry-run).", err=aside)
         return Outcome.DRY_RUN
+    if not adopts and (sentence := mesh.ask(partial(distrust_by_look, registered=prepared.registered))) is not None:
+        click.echo(f"kgctl: {sentence}", err=True)
     if prepared.question and not yes:
         confirm(prepared.question)
     prepared.write()
@@ -114,6 +125,8 @@ class Prepared:
     conditions: tuple[Compare, ...]
     operations: tuple[Op, ...]
     backwards: tuple[Op, ...]
+    registered: frozenset[str] = frozenset()
+    """The nodes that have a record, before it."""
 
     def write(self) -> None:
         """Make it, or nothing of it. Failure."""
@@ -141,12 +154,14 @@ def prepare(mesh: Mesh, decide: Callable[[Snapshot, View, Keys], Edit]) -> Prepa
     """Look, and compute what `decide` wants and what it does; None where all is so already. Failure: it is refused."""
 
     from kilo_etcd.ctl.impact import disruption, impact, new_trouble
+    from kilo_etcd.ctl.reports.report import registered_names
 
     async def look(client: Client, keys: Keys) -> tuple[Snapshot, View, Keys]:
         return *await operator.snapshot(client, keys), keys
 
     before, view, keys = mesh.ask(look)
     edit = decide(before, view, keys)
+    registered = registered_names(view, keys)
     conditions = [*(_as_it_was(view, key) for key in (*edit.puts, *edit.deletes)), *map(absent, edit.refused_by)]
     puts = {key: value for key, value in edit.puts.items() if _value(view, key) != value}
     deletes = [key for key in edit.deletes if view.kv(key) is not None]
@@ -175,6 +190,7 @@ def prepare(mesh: Mesh, decide: Callable[[Snapshot, View, Keys], Edit]) -> Prepa
             *map(Delete, deletes),
             *(Delete(prefix, prefix_end(prefix)) for prefix in edit.deletes_below),
         ),
+        registered=registered,
         backwards=tuple(Delete(key) if kv is None else Put(key, kv.value, kv.lease) for key, kv in held.items()),
     )
 

@@ -35,6 +35,10 @@ PATIENCE_SECONDS = 6.0
 """How long answers are waited for by default. Most come within a tenth of a second, or within two if echo requests are
 sent."""
 
+TRUST_SECONDS, MORE_SECONDS = 1.5, 0.3
+"""How long agents have to say that they do not follow an etcd, and after the first answer: nobody knows how many they
+are."""
+
 
 async def request_diagnostics(
     client: Client,
@@ -52,15 +56,37 @@ async def request_diagnostics(
 
     The agents should be known to live. EtcdError: the request could not be written.
     """
+    if not names:
+        return {}
+    request = DiagnosticsRequest(nodes=tuple(sorted(names)), tries=tries, targets=tuple(targets))
+    return await _responses(client, keys, request, patience=patience, enough=set(names).issubset)
+
+
+async def ask_why_untrusted(client: Client, keys: Keys, *, patience: float = TRUST_SECONDS) -> Mapping[str, str]:
+    """The nodes whose agents do not follow this etcd, as far as they answer, and each one's reason, a sentence.
+    EtcdError: the request could not be written."""
+    request = DiagnosticsRequest(trust_only=True)
+    responses = await _responses(client, keys, request, patience=patience, more=MORE_SECONDS)
+    return {name: response.untrusted for name, response in responses.items() if response.untrusted}
+
+
+async def _responses(
+    client: Client,
+    keys: Keys,
+    request: DiagnosticsRequest,
+    *,
+    patience: float,
+    more: float = float("inf"),
+    enough: Callable[[Collection[str]], bool] = lambda _names: False,
+) -> Mapping[str, DiagnosticsResponse]:
+    """The answers to `request`, by node, once `enough` says so of the nodes that have answered, `more` seconds after
+    the first answer, or after `patience` seconds."""
     responses: dict[str, DiagnosticsResponse] = {}
-    missing = set(names)
-    if not missing:
-        return responses
+    answered: set[str] = set()
     lease = (await client.grant_lease(LEASE_SECONDS)).id
     try:
-        request = DiagnosticsRequest(nodes=tuple(sorted(names)), tries=tries, targets=tuple(targets))
         put = await client.put(keys.request(lease), encode(request), lease=lease)
-        with trio.move_on_after(patience):
+        with trio.move_on_after(patience) as waiting:
             async with client.watch_prefix(keys.status_by_root, start_revision=put.header.revision + 1) as watch:
                 async for batch in watch:
                     for event in batch.events:
@@ -69,12 +95,14 @@ async def request_diagnostics(
                             continue
                         if parsed.lease != lease:
                             continue
-                        missing.discard(parsed.node)
+                        if not answered:
+                            waiting.deadline = min(waiting.deadline, trio.current_time() + more)
+                        answered.add(parsed.node)
                         try:
                             responses[parsed.node] = decode_diagnostics_response(event.kv.value)
                         except RecordError:
                             continue
-                    if not missing:
+                    if enough(answered):
                         break
     finally:
         with trio.move_on_after(1, shield=True):
@@ -89,9 +117,13 @@ async def request_diagnostics(
 
 
 async def serve(
-    client: Client, keys: Keys, name: str, respond: Callable[[DiagnosticsRequest], Awaitable[DiagnosticsResponse]]
+    client: Client,
+    keys: Keys,
+    name: str,
+    respond: Callable[[DiagnosticsRequest], Awaitable[DiagnosticsResponse | None]],
 ) -> None:
-    """Respond to requests to node `name` that are written from now on, one at a time, until cancelled.
+    """Respond to requests to node `name` that are written from now on, one at a time, until cancelled. With None
+    nothing is written.
 
     EtcdError; it is for the caller to begin again.
     """
@@ -110,7 +142,7 @@ async def _serve(
     keys: Keys,
     name: str,
     event: Event,
-    respond: Callable[[DiagnosticsRequest], Awaitable[DiagnosticsResponse]],
+    respond: Callable[[DiagnosticsRequest], Awaitable[DiagnosticsResponse | None]],
 ) -> None:
     if event.type is not EventType.PUT or not event.kv.lease:
         return
@@ -123,8 +155,10 @@ async def _serve(
     try:
         if await client.get(event.kv.key) is None:
             return  # Its lease has ended while others were answered, of which there may be very many.
-        response = encode(await respond(request))
+        response = await respond(request)
+        if response is None:
+            return
         own = (await client.grant_lease(LEASE_SECONDS)).id
-        await client.put(keys.response(event.kv.lease, name), response, lease=own)
+        await client.put(keys.response(event.kv.lease, name), encode(response), lease=own)
     except (LeaseNotFound, Unavailable):
         return  # The requester waits no longer, or cannot be reached; the next may be.

@@ -1,6 +1,7 @@
 """One lease of this host over its life: adopted or granted, kept, unconfirmed, lost.
 
-A lease that could not be kept is not lost yet: etcd refreshes all leases when it elects a new leader, so after an
+An unconfirmed lease is not kept: it may stand in an etcd that is not to be told anything. One that could not be kept is
+not lost yet: etcd refreshes all leases when it elects a new leader, so after an
 outage of etcd a lease is most likely still there. So it is unconfirmed first, and only etcd's own answer ends it.
 """
 
@@ -48,12 +49,17 @@ class KeptLease:
 
     def _set(self, lease: Lease | None) -> None:
         self._lease, self.unconfirmed = lease, False
-        changed, self._changed = self._changed, trio.Event()
-        changed.set()
+        self._notify()
 
     def mark_unconfirmed(self) -> None:
-        """Ask etcd before the lease is used again."""
-        self.unconfirmed = self._lease is not None
+        """Ask etcd before the lease is used again, and do not keep it until then."""
+        if self._lease is not None and not self.unconfirmed:
+            self.unconfirmed = True
+            self._notify()
+
+    def _notify(self) -> None:
+        changed, self._changed = self._changed, trio.Event()
+        changed.set()
 
     def forget(self) -> None:
         """Have none, whatever has become of it."""
@@ -93,7 +99,7 @@ class KeptLease:
 
     async def renew(self) -> None:
         """Let the lease last its whole length from now on. EtcdError; if so, it lasts what is left of it."""
-        if self._lease is not None:
+        if self._lease is not None and not self.unconfirmed:
             await self._client.refresh_lease(self._lease.id)
 
     async def end(self) -> bool:

@@ -9,9 +9,10 @@ snapshot every `hold` seconds. A reader that waits gets the newest, never one af
 
 etcd going back in time is not followed. When a listing or a probe comes from another cluster, or its revision or raft
 term is lower than one seen before, `untrusted_reason` says so in a sentence, nothing is given out, and the mirror waits
-until that passes or until the operator says in this very etcd that it is the mesh's (`kgctl mesh adopt`). Only answers
-to linearizable reads are verified: a watch may rightly be served by a member that lags behind. A writer calls `verify`
-first: nothing is written to an etcd that is not followed.
+until that passes or until the operator says in this very etcd that it is the mesh's (`kgctl mesh adopt`). The revision
+of an etcd that went back grows with each write, so it passes only if the newest key that was known is in its history.
+Only answers to linearizable reads are verified: a watch may rightly be served by a member that lags behind. A writer
+calls `verify` first: nothing is written to an etcd that is not followed.
 """
 
 from __future__ import annotations
@@ -63,6 +64,8 @@ class LastSeen:
     internal_ips: InternalIPs | None = None
     adopted: bytes | None = None
     """The operator's adoption that was known already; None: there was none."""
+    newest: tuple[bytes, int] | None = None
+    """The key that was written last, and the revision of that; None: it is not known."""
 
 
 class _ListAgain(Exception):
@@ -98,6 +101,10 @@ class Mirror:
         )
         self._floor = last_seen.header if last_seen else None
         self._adopted = last_seen.adopted if last_seen else None
+        self._newest = last_seen.newest if last_seen else None
+        """What is to be in etcd's history before it is followed (see `LastSeen.newest`); None: nothing."""
+        self._went_back = False
+        """Whether etcd is untrusted in spite of its cluster id: then a history that cannot be read is none."""
         self.current: Snapshot | None = None
         """The newest snapshot; None before the first listing."""
         self.connected = False
@@ -191,11 +198,17 @@ class Mirror:
             await self._verified.wait()
         return self.outage
 
-    async def wait_generation(self, than: int) -> int:
-        """`generation`, as soon as it is higher than `than`."""
-        while self.generation == than:
+    @property
+    def trust(self) -> tuple[int, bool]:
+        """`generation`, and whether etcd may be followed. If it differs from before, what is known of the leases and
+        watches in etcd holds no longer."""
+        return self.generation, self.untrusted_reason is None
+
+    async def wait_trust_change(self, than: tuple[int, bool]) -> tuple[int, bool]:
+        """`trust`, as soon as it differs from `than`."""
+        while self.trust == than:
             await self._verified.wait()
-        return self.generation
+        return self.trust
 
     def observe(self, header: Header) -> None:
         """This etcd took what was written, and may be another one than the last time that it was looked at."""
@@ -203,22 +216,44 @@ class Mirror:
         if self.untrusted_reason is None and floor is not None and header.cluster_id not in (0, floor.cluster_id):
             reason = _why_not(header, floor)
             if reason is not None:
-                self._distrust(reason)
+                self._distrust(reason, header)
 
     async def verify_cluster(self) -> bool:
         """Look at etcd once, before `run`: whether it may be followed, and written to. EtcdError."""
         floor = self._floor
         result = await self._look()
+        in_doubt = self._newest is not None or self._went_back
+        if in_doubt and _why_not(result.header, floor) is None and not self._adopts(result):
+            known = await self._has_known_history()
+            if known is False or (known is None and self._went_back):
+                if self.untrusted_reason is None:
+                    self._distrust("etcd went back in time: its history is another one than before", result.header)
+                return False
         return self._follows(result, floor)
+
+    async def _has_known_history(self) -> bool | None:
+        """Whether the newest key that is known was written in this etcd too, at the same revision; None: that cannot be
+        told. EtcdError."""
+        if self._newest is None:
+            return None
+        key, revision = self._newest
+        try:
+            kvs = (await self._client.range(key, revision=revision)).kvs
+        except Compacted:
+            kvs = (await self._client.range(key)).kvs
+            if not kvs or kvs[0].mod_revision > revision:
+                return None
+        return bool(kvs) and kvs[0].mod_revision == revision
 
     async def verify(self) -> None:
         """Raise ClusterNotTrusted if this etcd is not the one that is followed; to be asked before something is written
         to it that a replaced one must not be told. EtcdError."""
         if self.untrusted_reason is None and (floor := self._floor) is not None:
-            reason = _why_not((await self._look()).header, floor)
+            header = (await self._look()).header
+            reason = _why_not(header, floor)
             if reason is not None:
                 # The task will find out whether it has been adopted.
-                self._distrust(reason)
+                self._distrust(reason, header)
         self.check()
 
     def check(self) -> None:
@@ -248,7 +283,8 @@ class Mirror:
 
     async def _follow(self) -> None:
         """List, watch, until it is time to list again. Raises EtcdError."""
-        if self.untrusted_reason is not None and not await self.verify_cluster():
+        in_doubt = self.untrusted_reason is not None or self._newest is not None
+        if in_doubt and not await self.verify_cluster():
             await trio.sleep(self._probe_period * self._rng.uniform(0.8, 1.2))
             return
         floor = self._floor
@@ -349,7 +385,7 @@ class Mirror:
         reason = _why_not(result.header, floor)
         if reason is not None:
             if not self._adopts(result):
-                self._distrust(reason)
+                self._distrust(reason, result.header)
                 return False
             self._log.warning("this etcd is adopted; following it", cluster=f"{result.header.cluster_id:x}",
                               revision=result.header.revision)  # fmt: skip
@@ -358,6 +394,7 @@ class Mirror:
             self.generation += 1
             self._log.info("etcd is as it was; following it again")
         self._floor = result.header
+        self._went_back, self._newest = False, None
         self._set_untrusted(None)
         return True
 
@@ -370,7 +407,10 @@ class Mirror:
             self._adopted = adopted.value if adopted else None
         return adopts(adoption, self._adopted, result.header.cluster_id)
 
-    def _distrust(self, reason: str) -> None:
+    def _distrust(self, reason: str, header: Header) -> None:
+        if self._floor is not None and header.cluster_id == self._floor.cluster_id:
+            self._went_back = True
+            self._newest = self._view.newest() or self._newest
         sentence = f"{reason}; the last plan stays in force. If this is intended: kgctl mesh adopt"
         if self.untrusted_reason is None:
             self._log.error(sentence)

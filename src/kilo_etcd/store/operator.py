@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping
 
 from attrs import evolve
 
-from kilo_etcd.etcd.api import Client, KeyValue
+from kilo_etcd.etcd.api import Client, KeyValue, prefix_end
 from kilo_etcd.model import RejectedRecord, Snapshot
 from kilo_etcd.store.history import last_good
 from kilo_etcd.store.keys import Keys, LocationKey, StatusKey
@@ -60,6 +60,14 @@ async def statuses(client: Client, keys: Keys) -> Mapping[str, StatusRecord]:
             except RecordError:
                 continue
     return result
+
+
+async def living(client: Client, keys: Keys) -> frozenset[str]:
+    """The nodes whose agents report a status, whether it can be read or not."""
+    root = keys.status_by_root
+    listing = await client.range(root, prefix_end(root), keys_only=True)
+    parsed = (keys.parse(kv.key) for kv in listing.kvs if kv.lease)
+    return frozenset(key.node for key in parsed if isinstance(key, StatusKey))
 
 
 async def set_location(client: Client, keys: Keys, node: str, label: str) -> int:

@@ -208,6 +208,8 @@ class DiagnosticsRequest:
     """How many nodes each is to send packets to, of its own choice; 0: to none."""
     targets: tuple[str, ...] = ()
     """Mesh addresses, internal IPs and endpoints that all are to send packets to besides."""
+    trust_only: bool = False
+    """Whether only agents are asked that do not follow this etcd, and only why."""
 
 
 @frozen(kw_only=True)
@@ -264,6 +266,8 @@ class DiagnosticsResponse:
     """Members of its location that have not answered it yet, and that its status does not name for it so far."""
     clear: tuple[str, ...] = ()
     """What its operator leaves in clear under `encrypted` (`--clear`), if that is in its plan."""
+    untrusted: str = ""
+    """Why it does not follow this etcd, as a sentence; then it says nothing else. Empty: it follows it."""
 
 
 @frozen(kw_only=True)

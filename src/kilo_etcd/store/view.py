@@ -110,6 +110,12 @@ class Holdings:
         return view.snapshot()
 
 
+def newest(kvs: Iterable[KeyValue]) -> tuple[bytes, int] | None:
+    """The key among `kvs` that was written last, and its mod revision; None: there is none."""
+    kv = max(kvs, key=lambda kv: kv.mod_revision, default=None)
+    return None if kv is None else (kv.key, kv.mod_revision)
+
+
 class View:
     """What etcd holds under the prefix of `keys`, joined. `granularity`, `subnets` and `internal_ips` are what is in
     force for as long as etcd's own values cannot be read."""
@@ -258,6 +264,10 @@ class View:
         """The raw key-values under a prefix, sorted by key."""
         raw = prefix.encode()
         return tuple(self._kvs[key] for key in sorted(key for key in self._kvs if key.startswith(raw)))
+
+    def newest(self) -> tuple[bytes, int] | None:
+        """The key that was written last of those that are there, and its mod revision; None: there is none."""
+        return newest(self._kvs.values())
 
     def holdings(self) -> Holdings:
         """What the view holds now."""

@@ -63,6 +63,7 @@ from kilo_etcd.ctl.reports.report import (
     unrouted_sentence,
 )
 from kilo_etcd.ctl.reports.trace import Plans
+from kilo_etcd.ctl.trust import distrust
 from kilo_etcd.etcd.api import Client, EtcdError
 from kilo_etcd.model import InternalIPs, IPNetwork
 from kilo_etcd.store import operator
@@ -733,7 +734,14 @@ async def examine(client: Client, keys: Keys, endpoints: tuple[str, ...]) -> Exa
     newest, registered = newest_revision(view, keys), registered_names(view, keys)
     return Examined(
         members=members,
-        report=report(snapshot, statuses, newest=newest, registered=registered, topology=topology),
+        report=report(
+            snapshot,
+            statuses,
+            newest=newest,
+            registered=registered,
+            topology=topology,
+            distrust=await distrust(client, keys, registered, statuses.keys()),
+        ),
         topology=topology,
         statuses=statuses,
         live=live,

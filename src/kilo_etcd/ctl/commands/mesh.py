@@ -154,5 +154,5 @@ def adopt_command(mesh: Mesh, dry_run: bool, yes: bool) -> None:
             puts={keys.adopted: encode_adoption(snapshot.cluster_id, moment)}, asks="Have all agents follow this etcd?"
         )
 
-    if carry_out(mesh, decide, dry_run=dry_run, yes=yes) is Outcome.WRITTEN:
+    if carry_out(mesh, decide, dry_run=dry_run, yes=yes, adopts=True) is Outcome.WRITTEN:
         click.echo("Adopted.")

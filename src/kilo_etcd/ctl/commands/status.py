@@ -16,6 +16,7 @@ from kilo_etcd.ctl.context import Mesh
 from kilo_etcd.ctl.output import output_option, show
 from kilo_etcd.ctl.reports.render import status_heading, status_json, status_tables
 from kilo_etcd.ctl.reports.report import Report, newest_revision, registered_names, report
+from kilo_etcd.ctl.trust import distrust
 from kilo_etcd.etcd.api import Client, Unavailable
 from kilo_etcd.store import operator
 from kilo_etcd.store.keys import Keys, ResponseKey
@@ -40,6 +41,8 @@ class Looked:
     statuses: Mapping[str, StatusRecord]
     newest: int
     registered: frozenset[str]
+    distrust: str | None = None
+    """A sentence on agents that do not follow this etcd."""
 
     def report(self, *, about: Collection[str] | None = None, live: Live | None = None) -> Report:
         """The report on it; see `ctl.reports.report`."""
@@ -51,6 +54,7 @@ class Looked:
             live=live,
             topology=self.topology,
             about=about,
+            distrust=self.distrust,
         )
 
 
@@ -59,11 +63,13 @@ async def look(client: Client, keys: Keys) -> Looked:
     # Statuses first: an agent can only have got further since, so nobody is called behind for our slowness.
     statuses = await operator.statuses(client, keys)
     snapshot, view = await operator.snapshot(client, keys)
+    registered = registered_names(view, keys)
     return Looked(
         topology=build_topology(snapshot),
         statuses=statuses,
         newest=newest_revision(view, keys),
-        registered=registered_names(view, keys),
+        registered=registered,
+        distrust=await distrust(client, keys, registered, statuses.keys()),
     )
 
 

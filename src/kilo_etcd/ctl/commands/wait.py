@@ -10,6 +10,7 @@ from kilo_etcd.base.quoting import first_of, sentence
 from kilo_etcd.ctl.context import Failure, Mesh
 from kilo_etcd.ctl.reports.render import clean
 from kilo_etcd.ctl.reports.report import newest_revision
+from kilo_etcd.ctl.trust import distrust
 from kilo_etcd.etcd.api import Client, Compacted, EventType
 from kilo_etcd.store import operator
 from kilo_etcd.store.keys import Keys, StatusKey
@@ -38,6 +39,8 @@ def wait_command(mesh: Mesh, timeout: float) -> None:
     """
 
     target, living, behind = mesh.ask(partial(applied, timeout=timeout))
+    if not living and (reason := mesh.ask(partial(distrust, registered=(), living=()))) is not None:
+        raise Failure(reason)
     if behind:
         named = first_of((f"{clean(name)} (at {revision})" for name, revision in sorted(behind.items())), SHOWN)
         raise Failure(f"{len(behind)} of {living} agents have not applied revision {target} in time: {named}")

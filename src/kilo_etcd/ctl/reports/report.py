@@ -208,8 +208,10 @@ def report(
     live: Live | None = None,
     topology: Topology | None = None,
     about: Collection[str] | None = None,
+    distrust: str | None = None,
 ) -> Report:
-    """The report on `snapshot`; `newest` is what `newest_revision` says, `registered` what `registered_names` says.
+    """The report on `snapshot`; `newest` is what `newest_revision` says, `registered` what `registered_names` says,
+    `distrust` a sentence on agents that do not follow this etcd.
 
     `topology` is that of the snapshot, where the caller has it already. With `about` it has no rows for other nodes,
     and no status of their own.
@@ -228,6 +230,7 @@ def report(
         unaware=tuple(sorted(topology.unaware)),
         switch=switch(topology, statuses),
         urgent=(
+            *(() if distrust is None else (Remark(subject="etcd", text=distrust),)),
             *(Remark(subject=problem.subject, text=problem.text, about=problem.about) for problem in urgent),
             *(_cut_off(topology, live) if live is not None else ()),
         ),

@@ -16,6 +16,13 @@ class ClusterGuard(Protocol):
     def generation(self) -> int:
         """How often it was followed again after it had not been."""
 
+    @property
+    def trust(self) -> tuple[int, bool]:
+        """`generation`, and whether it may be followed."""
+
+    async def wait_trust_change(self, than: tuple[int, bool]) -> tuple[int, bool]:
+        """`trust`, as soon as it differs from `than`."""
+
     def observe(self, header: Header) -> None:
         """This one has taken a write."""
 
@@ -30,6 +37,11 @@ class NoGuard:
     """Trusts every etcd."""
 
     generation = 0
+    trust = (0, True)
+
+    async def wait_trust_change(self, than: tuple[int, bool]) -> tuple[int, bool]:
+        """Implements `ClusterGuard.wait_trust_change`; it never changes."""
+        await trio.sleep_forever()
 
     def observe(self, header: Header) -> None:
         """Implements `ClusterGuard.observe`; nothing is compared."""

@@ -27,7 +27,7 @@ published of others.
 
 An etcd that was restored or replaced would take all of this for news. So before this host registers, claims, or takes
 a lease there, the `guard` verifies that it is the etcd that is followed; one that is known not to be receives
-nothing.
+nothing, and no lease is kept there.
 """
 
 from __future__ import annotations
@@ -635,6 +635,8 @@ class Session:
         self._long.forget()
         self._short.forget()
         self._leased.clear()
+        # As with a lease that is lost, or whoever comes first would lead.
+        self._lost_short()
 
     async def _sync_short(self) -> None:
         if self._wanted() or self._published.of_others or self._leased.values:
@@ -681,6 +683,7 @@ class Session:
         async with self._lock:
             self._candidacy.leave()
             self._published.clear()
+            self._guard.check()
             changed, foreign = self._leased.changed, self._leased.foreign_revisions
             own = tuple(self._leased.values)
             self._leased.clear()
@@ -719,7 +722,19 @@ class Session:
             nursery.start_soon(self._registration.watch)
             nursery.start_soon(self._leased.watch)
             nursery.start_soon(self._repair)
+            nursery.start_soon(self._follow_trust)
             task_status.started()
+
+    async def _follow_trust(self) -> None:
+        """Keep no lease in an etcd that is not followed, and write anew to one that is followed again."""
+        trust = self._guard.trust
+        while True:
+            trust = await self._guard.wait_trust_change(trust)
+            _, trusted = trust
+            if trusted:
+                self._wake.set()
+            else:
+                self._unconfirm_leases()
 
     async def _repair(self) -> None:
         while True:
