@@ -45,6 +45,7 @@ from kilo_etcd.agent.registration import HostRegistration
 from kilo_etcd.agent.restore import REFUSALS, Restorer
 from kilo_etcd.agent.snapshot_cache import Disk, SnapshotCache
 from kilo_etcd.agent.status import State, StatusReporter
+from kilo_etcd.agent.trial import try_installed
 from kilo_etcd.etcd import api as etcd
 from kilo_etcd.kernel.firewall.cleartext import refused_sources
 from kilo_etcd.kernel.state import Observed
@@ -252,6 +253,10 @@ class Daemon:
         """Whether the tasks run that follow etcd."""
         self._joined = False
         self._adoption = Adoption(0)
+        self._reloads = False
+        """Whether the installed code is being tried."""
+        self.not_reloaded: str | None = None
+        """A sentence on installed code that does not run."""
         self._rng = random.Random()
         self._applied = trio.Event()
         self._stopping = trio.Event()
@@ -372,20 +377,41 @@ class Daemon:
             write_rest()
 
     async def _handle_signals(self) -> None:
-        with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT, signal.SIGHUP) as signals:
-            async for number in signals:
-                # At a terminal it means that the terminal was closed.
-                if number == signal.SIGHUP and not (sys.stdin and sys.stdin.isatty()):
-                    if self._stopping.is_set():
+        received = trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+        with received as signals:
+            async with trio.open_nursery() as nursery:
+                async for number in signals:
+                    # At a terminal it means that the terminal was closed.
+                    if number == signal.SIGHUP and not (sys.stdin and sys.stdin.isatty()):
+                        if not self._stopping.is_set() and not self._reloads:
+                            self._reloads = True
+                            nursery.start_soon(self._try_reload)
                         continue
-                    self.log.info("reloading")
-                    notify_reloading()
-                    await self.session.renew()
-                    raise Reload
-                if self._stopping.is_set():
-                    raise StoppedAtOnce(f"stopped at once: {signal.Signals(number).name} was received a second time")
-                self.log.info("stopping", signal=signal.Signals(number).name)
-                self._stopping.set()
+                    if self._stopping.is_set():
+                        raise StoppedAtOnce(
+                            f"stopped at once: {signal.Signals(number).name} was received a second time"
+                        )
+                    self.log.info("stopping", signal=signal.Signals(number).name)
+                    self._stopping.set()
+
+    async def _try_reload(self) -> None:
+        """Raise Reload if the code that is installed now runs, and go on with the present code if it does not."""
+        self.log.info("reloading")
+        notify_reloading()
+        reason = await try_installed(etcd_answers=self.mirror.connected and self.mirror.untrusted_reason is None)
+        self._reloads = False
+        if self._stopping.is_set():
+            return
+        if reason is None:
+            await self.session.renew()
+            raise Reload
+        self.not_reloaded = (
+            "the code that is installed now does not run, so the agent goes on with the old one: "
+            f"{reason}; once that is mended: systemctl reload kilo-etcd"
+        )
+        self.log.error(self.not_reloaded)
+        self._publish_again()
+        notify("READY=1", f"STATUS={self.not_reloaded}")
 
     async def _until_stopped(self, work: Callable[[trio.Nursery], Awaitable[None]], nursery: trio.Nursery) -> bool:
         """Whether `work` came to its end before the agent was asked to stop."""
@@ -1117,6 +1143,7 @@ class Daemon:
             behind,
             self._candidacy.not_standing,
             self.metrics.listen_trouble,
+            self.not_reloaded,
             self._dns_hosts and self._dns_hosts.trouble,
         )
         errors = (

@@ -15,12 +15,15 @@ from __future__ import annotations
 
 import ctypes
 import gc
+import os
 import signal
 import sys
+import time
+import traceback
 from collections.abc import Iterator
 from contextlib import suppress
 from types import ModuleType
-from typing import cast
+from typing import NoReturn, cast
 
 M_ARENA_MAX, M_MMAP_THRESHOLD = -8, -3
 """<malloc.h>"""
@@ -28,6 +31,8 @@ LARGE = 128 * 1024
 """Bytes; glibc's own at first, which grows to 32 MiB by itself."""
 OBJECTS_BETWEEN_LOOKS, NEVER = 5_000, 1_000_000
 """Thresholds of the collector: of objects, and of its looks at the new ones until it looks at older ones."""
+PAUSE_SECONDS = 10.0
+"""As `agent.main.PAUSE_SECONDS`, which may be what cannot be loaded."""
 _EMPTY = {
     "asyncio": (),
     "http.server": ("BaseHTTPRequestHandler",),
@@ -56,14 +61,36 @@ def main() -> None:
             if not hasattr(module, attribute):
                 setattr(module, attribute, type(attribute, (), {}))
     gc.set_threshold(OBJECTS_BETWEEN_LOOKS, NEVER)
-    from kilo_etcd.base.output import output_must_arrive
-    from kilo_etcd.base.sharedrepr import share_repr
+    try:
+        from kilo_etcd.base.output import output_must_arrive
+        from kilo_etcd.base.sharedrepr import share_repr
 
-    share_repr()
-    from kilo_etcd.agent.main import main as kg
+        share_repr()
+        from kilo_etcd.agent.main import main as kg
+    except Exception as error:  # Of which kind it is only the broken installation knows.
+        _cannot_be_loaded(error)
 
     with output_must_arrive("kg"):
         kg()
+
+
+def _cannot_be_loaded(error: Exception) -> NoReturn:
+    """Say so in one line. As a service, let some time pass: systemd starts it again at once."""
+    place = traceback.extract_tb(error.__traceback__)[-1]
+    where = (error.filename, error.lineno) if isinstance(error, SyntaxError) else (place.filename, place.lineno)
+    message = error.msg if isinstance(error, SyntaxError) else str(error)
+    sentence = (
+        f"the installed code cannot be loaded: {type(error).__name__}: {message} ({where[0]}, line {where[1]}); "
+        "install it anew"
+    )
+    print(f"kg: {sentence}", file=sys.stderr, flush=True)
+    if "NOTIFY_SOCKET" in os.environ:
+        with suppress(Exception):
+            from kilo_etcd.agent.notify import notify
+
+            notify(f"STATUS=cannot run, will try again: {sentence}")
+        time.sleep(PAUSE_SECONDS)
+    sys.exit(1)
 
 
 def _unused() -> Iterator[tuple[str, tuple[str, ...]]]:

@@ -12,13 +12,15 @@ import os
 import shlex
 import sys
 import time
+import traceback
 from collections.abc import Awaitable, Callable
+from functools import partial
 
 import click
 import trio
 
 from kilo_etcd import __version__, kernel
-from kilo_etcd.agent import cachefile, snapshot_cache
+from kilo_etcd.agent import cachefile, snapshot_cache, trial
 from kilo_etcd.agent.config import AgentConfig
 from kilo_etcd.agent.daemon import Daemon, Fatal, Reload, StoppedAtOnce
 from kilo_etcd.agent.dnshosts import writer
@@ -56,8 +58,10 @@ PAUSE_SECONDS = 10.0
 """How long an agent that could not go on stays before it ends, where systemd starts it again.
 
 The unit's own RestartSec has to be short, since an agent that crashed is to be back within its lease; but what an
-operator has to mend may stay as it is for days, and each start costs a second of CPU and six lines in the journal.
+operator has to mend may stay as it is for days, and each start costs a second of CPU and six lines in the journal. The
+same holds for an agent that crashes within `SOON_SECONDS`: it is no healthy one that something has befallen.
 """
+SOON_SECONDS = 10.0
 
 
 @click.group(invoke_without_command=True, context_settings={"help_option_names": ["-h", "--help"]})
@@ -83,7 +87,16 @@ def cleanup(config: AgentConfig) -> None:
     _run(_cleanup, config)
 
 
+@main.command(trial.COMMAND, hidden=True)
+@click.option("--etcd-answers", is_flag=True)
+@click.pass_obj
+def trial_command(config: AgentConfig, etcd_answers: bool) -> None:
+    """Try whether this code runs, and change nothing: what a reload does first."""
+    _run(partial(trial.trial, setup=_setup, etcd_answers=etcd_answers), config)
+
+
 def _run(work: Callable[[AgentConfig], Awaitable[None]], config: AgentConfig) -> None:
+    began = time.monotonic()
     try:
         trio.run(work, config)
     except* EXPECTED as group:
@@ -100,6 +113,13 @@ def _run(work: Callable[[AgentConfig], Awaitable[None]], config: AgentConfig) ->
         _run_anew()
     except* KeyboardInterrupt:
         sys.exit(130)
+    except* Exception as group:
+        if work is not _agent or time.monotonic() - began >= SOON_SECONDS:
+            raise
+        # Started again at once it would most likely crash again.
+        traceback.print_exception(group)
+        _pause("it crashed as soon as it had started, see the journal")
+        sys.exit(1)
 
 
 def _run_anew() -> None:
