@@ -295,6 +295,35 @@ def test_a_reload_runs_the_code_anew_in_the_same_process() -> None:
     assert etcdctl("get", "--prefix", "/kilo/by/node-1/elections/") == key
 
 
+@contextmanager
+def broken() -> Iterator[None]:
+    """The installed code is no Python while in the block."""
+    (daemon,) = Path("/opt/kilo-etcd/lib").glob("python3.*/site-packages/kilo_etcd/agent/daemon.py")
+    sound = daemon.read_text()
+    daemon.write_text(f"this is no python\n{sound}")
+    try:
+        yield
+    finally:
+        daemon.write_text(sound)
+
+
+def test_a_reload_of_code_that_does_not_run_leaves_the_agent_as_it_is() -> None:
+    before, pid = interface(), main_pid()
+    seen = journal().count("starting")
+    with broken():
+        run("systemctl reload kilo-etcd")
+        refused = "the agent goes on with the old one: the installed code cannot be loaded: SyntaxError"
+        wait(lambda: refused in journal(), 60, "the outcome of the trial")
+    assert (main_pid(), interface()) == (pid, before)
+    assert active()
+    assert shown("NRestarts")["NRestarts"] == "0"
+    assert journal().count("starting") == seen
+    run("systemctl reload kilo-etcd")
+    wait(lambda: active() and journal().count("starting") > seen, 60, "the agent's second beginning")
+    wait(joined, 60, "an agent that has joined again")
+    assert (main_pid(), interface()) == (pid, before)
+
+
 def test_a_crashed_agent_is_started_again_and_adopts_what_it_finds() -> None:
     before, pid = interface(), main_pid()
     key = etcdctl("get", "--keys-only", "--prefix", "/kilo/by/node-1/elections/")
@@ -362,6 +391,17 @@ def test_what_the_operator_has_to_mend_is_in_the_status_line_and_tried_again_now
     run("ip link del kilo0")
     wait(joined, 60, "the service, which comes by itself when the name is free")
     assert {**interface(), "index": before["index"]} == before
+    run("systemctl stop kilo-etcd")
+
+
+def test_code_that_cannot_be_loaded_is_tried_again_now_and_then() -> None:
+    with broken():
+        run("systemctl start --no-block kilo-etcd")
+        wait(lambda: "cannot be loaded" in shown("StatusText")["StatusText"], 60, "a status line about the code")
+        first = started()
+        wait(lambda: started() > first, 60, "the second attempt")
+        assert started() - first >= 10
+    wait(joined, 60, "the service, which comes by itself when the code is sound")
     run("systemctl stop kilo-etcd")
 
 
