@@ -95,6 +95,7 @@ WAITS_FOR_OTHERS = (
     f"etcd is followed again; the last plan stays until the other hosts are back there, for {LONGEST_SECONDS:g} s at "
     "most"
 )
+"""The line that says why an etcd that was adopted is not followed yet."""
 
 FLUSH_SECONDS = 5.0
 """Between two looks at what of the log was left out."""
