@@ -467,12 +467,15 @@ class FakeClient:
     def _reachable(self) -> bool:
         return self.connected and self.server.available
 
+    def _refuses(self, *, writes: bool) -> bool:
+        return self._refusal is not None and (writes or self._refuses_reads)
+
     async def _call(self, name: str, act: Callable[[], _T], *, writes: bool = False) -> _T:
         self.calls.append(name)
         await trio.sleep(self.server.delay + (self.lag() if self.lag else 0.0))
         if not (self._speaks and self.server.available):
             raise Unavailable("no endpoint of etcd answered")
-        if self._refusal is not None and (writes or self._refuses_reads):
+        if self._refusal is not None and self._refuses(writes=writes):
             raise self._refusal
         self.server._expire()
         result = act()
@@ -680,7 +683,7 @@ class _FakeKeepAlive:
                 await trio.sleep(wait)
             else:
                 await trio.sleep_until(self.expires_at)
-                if not client._reachable:
+                if not client._reachable or client._refuses(writes=False):
                     break
         self.lost.set()
 

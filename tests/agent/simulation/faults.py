@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 
 from attrs import evolve, frozen
 
+from kilo_etcd.etcd.api import ConnectionRefusedByTls
 from kilo_etcd.kernel.state import (
     AddRoute,
     Change,
@@ -195,6 +196,15 @@ def dumb(world: World, host: SimulatedHost) -> str:
     host.client.cut(answers=False)
     world.later(seconds, host.client.mend)
     return f"for {seconds} s"
+
+
+@_fault("path")
+def refused(world: World, host: SimulatedHost) -> str:
+    """etcd answers it with an error: all that it asks, or what it writes alone."""
+    seconds, reads = world.brief(), world.random.random() < 0.5
+    host.client.refuse(ConnectionRefusedByTls("it refuses the client certificate"), reads=reads)
+    world.later(seconds, host.client.mend)
+    return f"{'all' if reads else 'writes'} for {seconds} s"
 
 
 @_fault("path", 2)

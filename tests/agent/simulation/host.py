@@ -25,9 +25,10 @@ from kilo_etcd import kernel
 from kilo_etcd.agent import apply, discover, snapshot_cache
 from kilo_etcd.agent import status as agent_report
 from kilo_etcd.agent.config import AgentConfig
-from kilo_etcd.agent.daemon import Daemon, Reload
+from kilo_etcd.agent.daemon import Daemon, Fatal, Reload
 from kilo_etcd.agent.metrics import Metrics
 from kilo_etcd.agent.snapshot_cache import Disk
+from kilo_etcd.etcd.api import EtcdError
 from kilo_etcd.kernel.diff import Difference
 from kilo_etcd.kernel.state import ApplyReport, Change, HostAddress, Observed
 from kilo_etcd.model import IPAddress, Snapshot
@@ -57,6 +58,11 @@ def _keys(name: str, seed: int) -> tuple[str, str]:
 
 
 _agreed = cache(agreed)
+
+
+def _is_refused(error: BaseException) -> bool:
+    """Whether an agent ended since etcd does not let its host join."""
+    return isinstance(error, Fatal) and isinstance(error.__cause__, EtcdError)
 
 
 class SimulatedAgent(Daemon):
@@ -210,6 +216,8 @@ class SimulatedHost:
                 return 0.0
             if reloads is not None and others is not None:
                 raise others from None  # It was killed in that very moment.
+            if group.split(_is_refused)[1] is None:
+                return SYSTEMD_SECONDS  # It had no cached snapshot.
             out_of_order = self.machine.broken or self.machine.unreadable
             if out_of_order is not None and group.split(kernel.KernelError)[1] is None:
                 return SYSTEMD_SECONDS
