@@ -64,7 +64,7 @@ async def test_agents_say_that_they_do_not_follow_it_and_adopting_it_interrupts_
             for number in range(5):
                 await lab.etcdctl("put", "/kilo/locations/elsewhere", str(number))
             # So that every agent has looked at it since.
-            await trio.sleep(7)
+            await trio.sleep(15)
             await restart_etcd(lab, ("rm", "-rf", DATA), ("cp", "-a", f"{DATA}.old", DATA))
         said = "kgctl mesh adopt, if it is to be the mesh's"
 
