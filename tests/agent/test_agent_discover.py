@@ -250,6 +250,57 @@ CASES = [
         "on eth0",
     ),
     Case(
+        "two default routes: the lower metric, although only the other one has a preferred source (DHCP)",
+        facts(
+            address("wlan0", "192.168.2.7/24"),
+            address("eth0", "192.168.1.7/24"),
+            ways=(default("wlan0", "192.168.2.1", 600, "192.168.2.7"), default("eth0", "192.168.1.1", 100)),
+        ),
+        ["192.168.1.7/24"],
+        "192.168.1.7:51820",
+        "on eth0",
+    ),
+    Case(
+        "two default routes with preferred sources: the lower metric",
+        facts(
+            address("wlan0", "192.168.2.7/24"),
+            address("eth0", "192.168.1.7/24"),
+            ways=(
+                default("wlan0", "192.168.2.1", 600, "192.168.2.7"),
+                default("eth0", "192.168.1.1", 100, "192.168.1.7"),
+            ),
+        ),
+        ["192.168.1.7/24"],
+        "192.168.1.7:51820",
+        "on eth0",
+    ),
+    *(
+        Case(
+            f"a second uplink behind the location's network{words}",
+            facts(
+                address("eth0", "203.0.113.5/24"),
+                address("eth1", "10.1.0.5/24"),
+                address("wwan0", "192.168.8.100/24"),
+                ways=(default("eth0", "203.0.113.1", 100), default("wwan0", "192.168.8.1", 700, source)),
+            ),
+            ["10.1.0.5/24"],
+            "203.0.113.5:51820",
+            "on eth1",
+        )
+        for words, source in (("", ""), (", with a preferred source", "192.168.8.100"))
+    ),
+    Case(
+        "a second uplink for management, beside links to routers that have no numbers",
+        facts(
+            address("lo", "10.0.0.9/32"),
+            address("eth2", "192.168.9.5/24"),
+            ways=(default("swp1", "169.254.0.1"), default("eth2", "192.168.9.1", 900)),
+        ),
+        ["10.0.0.9/32"],
+        "10.0.0.9:51820",
+        "what the default route sends from, on lo",
+    ),
+    Case(
         "--internal-cidr chooses among private networks",
         facts(
             address("eth0", "192.168.1.7/24"), address("eth1", "10.1.0.5/16"), ways=(default("eth0", "192.168.1.1"),)

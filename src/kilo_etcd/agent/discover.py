@@ -196,7 +196,9 @@ def _candidates(facts: HostFacts, subnets: tuple[IPNetwork, ...]) -> list[_Candi
     """All addresses that can be meant, best first."""
     items = [item for item in facts.addresses if usable(item, facts.own_interface, subnets)]
     first_ways = {family: facts.ways_out(family, first=True) for family in (4, 6)}
-    sent_from = facts.sent_from(4) | facts.sent_from(6)
+    first_sources = facts.sent_from(4, first=True) | facts.sent_from(6, first=True)
+    sources = facts.sent_from(4) | facts.sent_from(6)
+    interfaces = list(dict.fromkeys(item.interface for item in items))
     # A single answer is somebody's decision (/etc/hosts, DNS); several are nss-myhostname listing every interface.
     resolved_items = {
         family: [item for item in items if item.address.version == family and item.address.ip in facts.resolved]
@@ -208,25 +210,27 @@ def _candidates(facts: HostFacts, subnets: tuple[IPNetwork, ...]) -> list[_Candi
         on_way = item.interface in first_ways[family]
         named = item in resolved_items[family]
         decided = named and len(resolved_items[family]) == 1
-        virtual = not (on_way or decided or ip in sent_from) and (item.kind in _VIRTUAL or is_container(item))
+        virtual = not (on_way or decided or ip in first_sources) and (item.kind in _VIRTUAL or is_container(item))
         if named:
             tier, why = 0, f"what {facts.hostname or 'the host name'} resolves to"
         elif on_way:
             tier, why = 1, "on the default route's interface"
-        elif ip in sent_from:
+        elif ip in first_sources:
             tier, why = 1, "what the default route sends from"
         else:
             tier, why = 2, "on another interface"
         resolved_position = facts.resolved.index(ip) if named else 0
-        source = 0 if ip in sent_from else 1 if facts.holds_gateway(item) else 2
-        order = (virtual, item.deprecated, item.temporary, tier, family == 6, resolved_position, source, position)
+        rank = (virtual, item.deprecated, item.temporary, tier, family == 6, resolved_position, ip not in first_sources)
+        # Between addresses of one interface only: another uplink may have a gateway and a source of its own.
+        source = 0 if ip in sources else 1 if facts.holds_gateway(item) else 2
+        order = (*rank, interfaces.index(item.interface), source, position)
         result.append(
             _Candidate(
                 address=item.address,
                 interface=item.interface,
                 why=why,
                 order=tuple(map(int, order)),
-                left_aside=_left_aside(facts, item, decided=decided, sent_from=sent_from),
+                left_aside=_left_aside(facts, item, decided=decided, sent_from=sources),
             )
         )
     return sorted(result, key=lambda candidate: candidate.order)

@@ -132,23 +132,27 @@ class HostFacts:
     def ways_out(self, version: int, *, first: bool = False) -> frozenset[str]:
         """The interfaces that the next hops of the default routes of family 4 or 6 are on; `first`: only of those with
         the lowest metric."""
-        routes = [route for route in self.default_routes if route.family == version]
-        lowest = min((route.metric for route in routes), default=0)
-        return frozenset(route.interface for route in routes if not first or route.metric == lowest)
+        return frozenset(route.interface for route in self._defaults(version, first=first))
 
-    def sent_from(self, version: int) -> frozenset[IPAddress]:
+    def sent_from(self, version: int, *, first: bool = False) -> frozenset[IPAddress]:
         """The addresses of family 4 or 6 that the kernel takes as the source of what leaves by the default route, if it
-        does not take one of the device's: the route's preferred source; or one of a device for services, if the
-        route's own devices have none, as where the link to the router has no numbers."""
-        routes = [route for route in self.default_routes if route.family == version]
-        preferred = frozenset(route.source for route in routes if route.source is not None)
-        if preferred or not routes:
+        does not take one of the device's: a route's preferred source; or one of a device for services, if the devices
+        of the routes with the lowest metric have none, as where the link to the router has no numbers. `first`: only of
+        the routes with the lowest metric, since the others are for the day when those are gone."""
+        preferred = frozenset(route.source for route in self._defaults(version, first=first) if route.source)
+        in_use = self._defaults(version, first=True)
+        if not in_use or any(route.source for route in in_use):
             return preferred
-        ways = self.ways_out(version)
+        ways = self.ways_out(version, first=True)
         items = [item for item in self.addresses if item.address.version == version and usable(item, "", ())]
         if any(item.interface in ways for item in items):
             return preferred
-        return frozenset(item.address.ip for item in items if is_for_services(item) and not is_container(item))
+        return preferred.union(item.address.ip for item in items if is_for_services(item) and not is_container(item))
+
+    def _defaults(self, version: int, *, first: bool) -> list[DefaultRoute]:
+        routes = [route for route in self.default_routes if route.family == version]
+        lowest = min((route.metric for route in routes), default=0)
+        return [route for route in routes if not first or route.metric == lowest]
 
     def holds_gateway(self, item: HostAddress) -> bool:
         """Whether the gateway of a default route is on the network of an address, by that address's interface."""
