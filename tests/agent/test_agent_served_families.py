@@ -16,12 +16,14 @@ from kilo_etcd.agent.leadership.candidacy_policy import SETTLE_SECONDS
 from kilo_etcd.agent.leadership.served_families import gives_way, refused_families
 from kilo_etcd.kernel.errors import failure
 from kilo_etcd.kernel.state import AddAddress, AddRoute, Change, Route, SetForwarding, SetMtu
-from kilo_etcd.model import Candidate, CandidateClass, Encapsulate, Endpoint, Node, Snapshot
+from kilo_etcd.model import Candidate, CandidateClass, Encapsulate, Endpoint, Granularity, Node, Snapshot
 from kilo_etcd.store.session.candidacy import Candidacy
 from kilo_etcd.topology.segments import build_topology
 
 PUBLIC, DEMOTED = CandidateClass.PUBLIC, CandidateClass.DEMOTED
 PUBLIC_ENDPOINT = Endpoint.parse("198.51.100.7:51820")
+PUBLIC_ENDPOINT_6 = Endpoint.parse("[2001:db8::7]:51820")
+NAMED_ENDPOINT = Endpoint.parse("gcp.example.com:51820")
 SUBNETS = (ip_network("10.4.0.0/16"), ip_network("fd00:4::/64"))
 
 
@@ -53,6 +55,7 @@ def world(*nodes: Node, ranks: dict[str, CandidateClass] | None = None, **values
 
 A, B = node("a", 1), node("b", 2)
 A4, B6 = node("a", 1, "4"), node("b", 2, "6")
+TUNNELED4 = evolve(A4, encapsulate=Encapsulate.WIREGUARD)
 
 
 @pytest.mark.parametrize(
@@ -66,7 +69,10 @@ A4, B6 = node("a", 1, "4"), node("b", 2, "6")
         (world(A4, node("b", 2, "4")), (), None),
         (world(A4, B, ranks={"a": PUBLIC}), (), None),
         (world(A4, B, ranks={"a": PUBLIC, "b": DEMOTED}), (), None),
-        (world(A4, B, ranks={"b": PUBLIC}), (), "b"),
+        # It enters behind one that serves more, and is in line if that one stops.
+        (world(A4, B, ranks={"b": PUBLIC}), (), None),
+        (world(A4, B, ranks={"b": PUBLIC, "a": PUBLIC}), (), None),
+        (world(evolve(A4, leader_wanted=True), B, ranks={"b": PUBLIC}), (), "b"),
         (world(A4, evolve(B, location="aws"), ranks={"a": PUBLIC}), (), None),
         # Each serves a family that the other does not: neither gives way.
         (world(A4, B6, node("c", 3, "46"), ranks={"a": PUBLIC, "b": PUBLIC}), (), None),
@@ -74,22 +80,38 @@ A4, B6 = node("a", 1, "4"), node("b", 2, "6")
         (world(evolve(A4, endpoint=PUBLIC_ENDPOINT), B), (), None),
         (world(evolve(A4, endpoint=PUBLIC_ENDPOINT), evolve(B, endpoint=PUBLIC_ENDPOINT)), (), "b"),
         (world(A4, evolve(B, endpoint=PUBLIC_ENDPOINT)), (), "b"),
+        (world(evolve(A4, endpoint=PUBLIC_ENDPOINT), evolve(B, endpoint=PUBLIC_ENDPOINT_6)), (), None),
+        (world(evolve(A4, endpoint=NAMED_ENDPOINT), evolve(B, endpoint=PUBLIC_ENDPOINT)), (), "b"),
+        (world(evolve(A4, endpoint=NAMED_ENDPOINT), B), (), None),
         # What the mesh does not have is nobody's to serve.
         (world(A4, B, subnets=SUBNETS[:1]), (), None),
         # Through the tunnel a member is reached in both.
         (world(A4, evolve(B, encapsulate=Encapsulate.WIREGUARD)), (), None),
         (world(A, B), (4, 6), "b"),
         (world(B), (6,), None),
+        # Nor does a candidate of the location's other segment lead this one, or serve its members.
+        (world(TUNNELED4, evolve(B6, encapsulate=Encapsulate.WIREGUARD)), (6,), None),
+        (world(A4, evolve(TUNNELED4, name="d"), evolve(B6, name="c"), ranks={"a": PUBLIC, "d": PUBLIC}), (), None),
+        (world(A4, B, granularity=Granularity.FULL), (), "b"),
     ],
 )
 def test_a_node_gives_way_to_a_candidate_that_serves_more(
     snapshot: Snapshot, refused: tuple[int, ...], to: str | None
 ) -> None:
-    found = gives_way(snapshot, "a", frozenset(refused))
+    found = gives_way(snapshot, "a", frozenset(refused), snapshot.nodes.get("a", A).candidate_class)
     assert (None if found is None else found.to) == to
     if found is not None and refused in ((), (6,)):
         assert str(found) == "b serves IPv6 in this location, and this host does not"
-        assert gives_way(snapshot, "b", frozenset()) is None
+        assert gives_way(snapshot, "b", frozenset(), PUBLIC) is None
+
+
+@pytest.mark.parametrize("families", ["4", "46"])
+def test_of_candidates_whose_kernels_all_refuse_a_family_the_last_one_stays(families: str) -> None:
+    nodes = [node(name, number, families) for number, name in enumerate("abc", 1)]
+    snapshot = world(*nodes)
+    standing = snapshot.candidates["gcp"]
+    given = [gives_way(snapshot, candidate.node, frozenset({6}), PUBLIC) is not None for candidate in standing]
+    assert given == [True, True, False]
 
 
 @pytest.mark.parametrize(
@@ -113,6 +135,11 @@ class Standing(Session):
     def __init__(self) -> None:
         super().__init__()
         self.candidacy = Candidacy("gcp", A.candidate_class)
+        self.entered: list[str] = []
+
+    async def enter(self, location: str, rank: Any, **rest: Any) -> bool:
+        self.entered.append(location)
+        return await super().enter(location, rank, **rest)
 
     async def leave(self, **rest: Any) -> bool:
         self.candidacy = None
@@ -138,6 +165,36 @@ async def test_a_leader_that_loses_ipv6_leaves_if_it_does_not_come_back_at_once_
     await trio.sleep(SETTLE_SECONDS)
     assert await update(lost) is None
     assert session.candidacy is None
+
+
+@pytest.mark.autojump
+async def test_one_that_has_given_way_waits_before_it_stands_again_but_not_if_nobody_stands() -> None:
+    session = Standing()
+    task = CandidacyTask(session, "a")  # type: ignore[arg-type]
+
+    async def update(snapshot: Snapshot) -> float | None:
+        return await task.update(snapshot, build_topology(snapshot), leads=False, ready=True)
+
+    await update(world(A4, B))
+    await trio.sleep(SETTLE_SECONDS)
+    await update(world(A4, B))
+    assert session.candidacy is None
+    session.entered.clear()
+    assert await update(world(A4, B, ranks={"b": PUBLIC})) == trio.current_time() + SETTLE_SECONDS
+    assert session.entered == []
+    await trio.sleep(SETTLE_SECONDS)
+    await update(world(A4, B, ranks={"b": PUBLIC}))
+    assert session.entered == ["gcp"]
+
+    chosen = evolve(A4, leader_wanted=True)
+    session = Standing()
+    session.candidacy = None
+    task = CandidacyTask(session, "a")  # type: ignore[arg-type]
+    await update(world(chosen, B, ranks={"b": PUBLIC}))
+    await trio.sleep(SETTLE_SECONDS)
+    assert session.entered == []
+    await update(world(chosen, B, ranks={}))
+    assert session.entered == ["gcp"]
 
 
 def test_an_operators_choice_that_does_not_stand_is_told() -> None:

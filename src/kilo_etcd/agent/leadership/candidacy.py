@@ -63,8 +63,9 @@ class CandidacyTask:
         """Take note of whether this host, by the topology that is in force now, would lead but for the probe reports;
         and of whether it would stand, but for a family of the mesh. What its kernel refuses is said as such."""
         desired = candidacy_policy.eligible(topology.snapshot, self._name)
-        chosen = desired is not None and desired.rank in _CHOSEN
-        rival = gives_way(topology.snapshot, self._name, frozenset()) if chosen else None
+        rival = None
+        if desired is not None and desired.rank in _CHOSEN:
+            rival = gives_way(topology.snapshot, self._name, frozenset(), desired.rank)
         self.not_standing = None
         if rival is not None:
             self.not_standing = (
@@ -122,8 +123,12 @@ class CandidacyTask:
             # A host that has lost its place with its lease waits like one that has just come: if all did, the present
             # leader is first.
             self._eligible, self._stable_since = desired, now
-        rival = None if desired is None else gives_way(snapshot, self._name, refused)
+        rival = None if desired is None else gives_way(snapshot, self._name, refused, desired.rank)
         if rival is None:
+            waited = self._gives_way_since is not None and held is None
+            if waited and desired is not None and snapshot.candidates.get(desired.location):
+                # A family that comes and goes must not move leadership each time. Without a candidate nobody may wait.
+                self._stable_since = now
             self._gives_way_since = None
         elif self._gives_way_since is None:
             self._gives_way_since = now

@@ -139,7 +139,8 @@ class CandidacyInputs:
     current: DesiredCandidacy | None
     """The candidacy that this host holds."""
     gives_way_since: float | None = None
-    """Since when another candidate serves a family that this host does not (`served_families`)."""
+    """Since when there is a candidate to give way to, which serves a family that this host does not
+    (`served_families`)."""
 
 
 def decide_candidacy(
@@ -149,8 +150,8 @@ def decide_candidacy(
 
     A host that wants to stand elsewhere gives the old candidacy up and queues anew; a host that has just come waits
     until its class has been stable, unless it leads already for want of any candidate: then it says so at once. One
-    that does not serve a family that another candidate serves gives its candidacy up, and enters none. One whose class
-    changes goes on standing as before until it stands anew: its place in the queue is not empty meanwhile.
+    that is ahead of a candidate that serves a family more gives its candidacy up, and enters none ahead of it. One
+    whose class changes goes on standing as before until it stands anew: its place in the queue is not empty meanwhile.
     """
     current = inputs.current
     if desired is None:

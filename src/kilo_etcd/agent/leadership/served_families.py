@@ -6,10 +6,15 @@ have an internal IP of it (`topology.next_hop`), and if its own kernel takes the
 family. One that loses IPv6 (`disable_ipv6`, an address that is gone) goes on answering in IPv4: nobody suspects it, and
 its location is cut off in IPv6.
 
-A node gives way to a candidate that serves all that it serves itself, and a family more: never two to each other. One
-that serves less than others because of how it was set up is no better a leader for having been first. Without such a
-candidate nothing is won by giving way, nor if other locations may not reach that candidate: one with a public endpoint
-does not give way to one without.
+A node gives way to a candidate of its segment that serves all that it serves itself, and a family more, and that it is
+ahead of in the queue. It leaves the queue and stands anew at its end: one that serves less than others is no better a
+leader for having been first, but better than none if the others stop or do not forward. It does not enter ahead of such
+a candidate either, which only one that the operator has chosen could. What another host's kernel refuses is not known
+here. So two may each take the other for the better one; since it is only ever the one ahead that leaves, the last one
+stays.
+
+Without such a candidate nothing is won by giving way, nor if other locations may not reach that candidate: one with a
+public endpoint does not give way to one that has none of that family.
 
 Pure: a snapshot comes in, and the families in which this host's own kernel refuses what the mesh needs.
 """
@@ -17,12 +22,14 @@ Pure: a snapshot comes in, and the families in which this host's own kernel refu
 from __future__ import annotations
 
 from collections.abc import Iterable
+from math import inf
 
-from attrs import frozen
+from attrs import evolve, frozen
 
 from kilo_etcd.kernel.state import FailedChange
-from kilo_etcd.model import CandidateClass, IPNetwork, Node, Snapshot
+from kilo_etcd.model import Candidate, CandidateClass, Granularity, IPNetwork, Node, Snapshot
 from kilo_etcd.topology.next_hop import next_hop
+from kilo_etcd.topology.segments import segment_key
 
 
 def refused_families(failures: Iterable[FailedChange], subnets: Iterable[IPNetwork]) -> frozenset[int]:
@@ -46,8 +53,9 @@ class GivesWay:
         return f"{self.to} serves {families} in this location, and this host does not"
 
 
-def gives_way(snapshot: Snapshot, name: str, refused: frozenset[int]) -> GivesWay | None:
-    """The candidate of its location that node `name` is to give way to; None: there is none."""
+def gives_way(snapshot: Snapshot, name: str, refused: frozenset[int], rank: CandidateClass) -> GivesWay | None:
+    """The candidate of its segment that node `name` is to give way to; None: there is none. `rank` is the class in
+    which it would stand anew."""
     own = snapshot.nodes.get(name)
     if own is None:
         return None
@@ -56,22 +64,35 @@ def gives_way(snapshot: Snapshot, name: str, refused: frozenset[int]) -> GivesWa
     doubtful = {family for family in families if family in refused or own.internal_ip(family) is None}
     if not doubtful:
         return None
-    members = [node for node in snapshot.nodes.values() if node.location == own.location and node.internal_ips]
-    lacking = {family for family in doubtful if family in refused or _leaves_out(own, members, family)}
-    for candidate in snapshot.candidates.get(own.location, ()):
-        other = snapshot.nodes.get(candidate.node)
-        if other is None or other is own or candidate.rank is CandidateClass.DEMOTED:
+    # As with all that candidacies depend on, whatever granularity is in force.
+    grouped = evolve(snapshot, granularity=Granularity.LOCATION)
+    key = segment_key(own, grouped)
+    in_location = (node for node in snapshot.nodes.values() if node.location == own.location)
+    members = {node.name: node for node in in_location if segment_key(node, grouped) == key}
+    lacking = {family for family in doubtful if family in refused or _leaves_out(own, members.values(), family)}
+    candidates = snapshot.candidates.get(own.location, ())
+    place = min([(rank, inf), *(_place(candidate) for candidate in candidates if candidate.node == name)])
+    for candidate in candidates:
+        other = members.get(candidate.node)
+        if other is None or other is own or candidate.rank is CandidateClass.DEMOTED or _place(candidate) < place:
             continue
-        if _public(own) and not _public(other):
+        if not _reached_as_well(other, own):
             continue
-        less = {family for family in families if _leaves_out(other, members, family)}
+        less = {family for family in families if _leaves_out(other, members.values(), family)}
         if less < lacking:
             return GivesWay(other.name, tuple(sorted(lacking - less)))
     return None
 
 
-def _public(node: Node) -> bool:
-    return node.endpoint is not None and node.endpoint.public
+def _place(candidate: Candidate) -> tuple[CandidateClass, float]:
+    """The queue's order."""
+    return candidate.rank, candidate.create_revision
+
+
+def _reached_as_well(other: Node, own: Node) -> bool:
+    """Whether `other` has public endpoints of the families that `own` has them in. A DNS name stands for any."""
+    public = [endpoint.address for endpoint in own.endpoints if endpoint.public]
+    return all(any(map(other.public_in, (4, 6) if address is None else (address.version,))) for address in public)
 
 
 def _leaves_out(leader: Node, members: Iterable[Node], family: int) -> bool:
