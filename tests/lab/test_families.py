@@ -288,3 +288,28 @@ async def test_a_leader_that_loses_ipv6_gives_way_to_one_that_has_it_and_is_last
         await reached(lab)
         await eventually(both_stand, 30, what="both candidacies again")
         assert list(await candidacies(lab, "home")) == [other, lost]
+
+
+async def test_hosts_without_ipv6_are_in_line_behind_a_leader_that_has_it_and_lead_if_it_does_not_forward() -> None:
+    """The lease is so long that only probers can have noticed."""
+    gcp = (host("gcp-1", "ipv4"), host("gcp-2"), host("gcp-3", "ipv4"))
+    async with running_lab(
+        Spec(
+            sites=(site("gcp", *gcp), site("home", host("home-1"))),
+            families=("ipv4", "ipv6"),
+            agent_args=BOTH,
+            lease_ttl=90,
+        )
+    ) as lab:
+
+        async def in_line() -> bool:
+            line = list(await candidacies(lab, "gcp"))
+            return len(line) == 3 and line[0] == "gcp-2"
+
+        await eventually(in_line, 30, every=0.1, what="gcp-2 leads, and the others are in line")
+
+        async with lab.probe("gcp-1", "home-1") as probe:
+            await probe.flowing_again(30, after=0)
+            await lab.cut("gcp-2", "port")
+            await probe.flowing_again(60, after=(await probe.peek()).duration)
+        assert await leads(lab, "gcp-1", "gcp-3") != "gcp-2"
