@@ -11,6 +11,7 @@ import trio
 from attrs import evolve
 from test_agent_candidacy import Session
 
+from kilo_etcd.agent.leadership import served_families
 from kilo_etcd.agent.leadership.candidacy import CandidacyTask
 from kilo_etcd.agent.leadership.candidacy_policy import SETTLE_SECONDS
 from kilo_etcd.agent.leadership.served_families import gives_way, refused_families
@@ -18,6 +19,7 @@ from kilo_etcd.kernel.errors import failure
 from kilo_etcd.kernel.state import AddAddress, AddRoute, Change, Route, SetForwarding, SetMtu
 from kilo_etcd.model import Candidate, CandidateClass, Encapsulate, Endpoint, Granularity, Node, Snapshot
 from kilo_etcd.store.session.candidacy import Candidacy
+from kilo_etcd.topology.next_hop import NextHop, next_hop
 from kilo_etcd.topology.segments import build_topology
 
 PUBLIC, DEMOTED = CandidateClass.PUBLIC, CandidateClass.DEMOTED
@@ -112,6 +114,21 @@ def test_of_candidates_whose_kernels_all_refuse_a_family_the_last_one_stays(fami
     standing = snapshot.candidates["gcp"]
     given = [gives_way(snapshot, candidate.node, frozenset({6}), PUBLIC) is not None for candidate in standing]
     assert given == [True, True, False]
+
+
+@pytest.mark.parametrize("more", [(), (node("z", 200),)], ids=["IPv4 alone", "and one that has both"])
+def test_a_large_location_takes_no_comparison_of_all_pairs(monkeypatch: pytest.MonkeyPatch, more: tuple[Node]) -> None:
+    asked = []
+
+    def counted(*args: Any) -> NextHop | None:
+        asked.append(args)
+        return next_hop(*args)
+
+    monkeypatch.setattr(served_families, "next_hop", counted)
+    nodes = [node(f"n{number}", number, "4") for number in range(1, 101)]
+    snapshot = world(*nodes, *more, ranks={one.name: PUBLIC for one in nodes})
+    assert gives_way(snapshot, "n1", frozenset(), PUBLIC) is None
+    assert len(asked) < 20
 
 
 @pytest.mark.parametrize(

@@ -64,24 +64,37 @@ def gives_way(snapshot: Snapshot, name: str, refused: frozenset[int], rank: Cand
     doubtful = {family for family in families if family in refused or own.internal_ip(family) is None}
     if not doubtful:
         return None
+    in_location = {_kind(node): node for node in snapshot.nodes.values() if node.location == own.location}
     # As with all that candidacies depend on, whatever granularity is in force.
     grouped = evolve(snapshot, granularity=Granularity.LOCATION)
     key = segment_key(own, grouped)
-    in_location = (node for node in snapshot.nodes.values() if node.location == own.location)
-    members = {node.name: node for node in in_location if segment_key(node, grouped) == key}
-    lacking = {family for family in doubtful if family in refused or _leaves_out(own, members.values(), family)}
+    kinds = {kind: node for kind, node in in_location.items() if segment_key(node, grouped) == key}
+    lacking = {family for family in doubtful if family in refused or _leaves_out(own, kinds.values(), family)}
+    if not lacking:
+        return None
+    less = {
+        kind: {family for family in families if _leaves_out(node, kinds.values(), family)}
+        for kind, node in kinds.items()
+    }
     candidates = snapshot.candidates.get(own.location, ())
     place = min([(rank, inf), *(_place(candidate) for candidate in candidates if candidate.node == name)])
     for candidate in candidates:
-        other = members.get(candidate.node)
-        if other is None or other is own or candidate.rank is CandidateClass.DEMOTED or _place(candidate) < place:
+        other = snapshot.nodes.get(candidate.node)
+        if other is None or other is own or other.location != own.location:
             continue
-        if not _reached_as_well(other, own):
+        if candidate.rank is CandidateClass.DEMOTED or _place(candidate) < place:
             continue
-        less = {family for family in families if _leaves_out(other, members.values(), family)}
-        if less < lacking:
-            return GivesWay(other.name, tuple(sorted(lacking - less)))
+        # Of the location's other segment there is no kind here.
+        missing = less.get(_kind(other), lacking)
+        if missing < lacking and _reached_as_well(other, own):
+            return GivesWay(other.name, tuple(sorted(lacking - missing)))
     return None
+
+
+def _kind(node: Node) -> tuple[object, ...]:
+    """All of a node that its segment, and the families in which it and others of its location reach each other, depend
+    on. Of each kind one stands for all: two of one kind reach each other as one reaches itself."""
+    return node.encapsulate, *(node.internal_ip(family) is None for family in (4, 6))
 
 
 def _place(candidate: Candidate) -> tuple[CandidateClass, float]:
@@ -98,7 +111,5 @@ def _reached_as_well(other: Node, own: Node) -> bool:
 def _leaves_out(leader: Node, members: Iterable[Node], family: int) -> bool:
     """Whether a member has an internal IP of a family in which it does not reach `leader`."""
     return any(
-        member.internal_ip(family) is not None and next_hop(member, leader, family) is None
-        for member in members
-        if member.name != leader.name
+        member.internal_ip(family) is not None and next_hop(member, leader, family) is None for member in members
     )
