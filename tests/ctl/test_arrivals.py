@@ -390,6 +390,29 @@ def sized(topology: Topology, mtus: Mapping[str, int], carried: Mapping[str, int
     })  # fmt: skip
 
 
+@pytest.mark.parametrize("host", ["a2", "c1"])
+def test_a_device_that_is_too_small_for_ipv6_is_named(host: str) -> None:
+    """Its tunnel keeps the 1280 bytes that IPv6 demands, and these do not pass."""
+    topology = mesh()
+    live = sized(topology, {host: 1200})
+    sent = evolve(live.answers[host], mtu=1280, small_only=live.answers[host].reached)
+    (loss,) = narrow(topology, Live(answers={**live.answers, host: sent}))
+    assert host in loss.subject
+    assert loss.remedy == (
+        f"the MTU of eth0 on {host} is 1200 bytes, and that of other hosts' devices 1500: if its network carries more, "
+        "ip link set dev eth0 mtu 1500 there, and in the configuration of its interfaces; if not, it carries no mesh "
+        "with IPv6 addresses, which needs 1340 bytes or more"
+    )
+
+
+def test_where_nothing_comes_back_while_requests_are_counted_nothing_is_said_of_large_ones() -> None:
+    topology = mesh()
+    live = asked(topology, lambda one, other: False)
+    six = str(topology.snapshot.nodes["c1"].mesh_addresses[0])
+    answer = evolve(live.answers["b1"], mtu=1420, echoes=(EchoCount(six, 20, 0),), small_only=(six,))
+    assert list(narrow(topology, Live(answers={**live.answers, "b1": answer}))) == []
+
+
 def test_a_network_that_carries_less_than_the_device_is_measured() -> None:
     topology = mesh()
     # A host with PPPoE, whose packets are lost although they are smaller than others'.

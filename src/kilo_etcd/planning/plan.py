@@ -295,6 +295,11 @@ class _Local:
                 text = (
                     f"node {node.name} cannot be reached in IPv{version} inside the location: the two have no "
                     "internal IP in common that carries it; give both one, or use encapsulate wireguard"
+                    + (
+                        " (is IPv6 switched off on a network device of one? sysctl net.ipv6.conf)"
+                        if version == 6
+                        else ""
+                    )
                 )
                 self.problems.append(Problem(subject=node.name, text=text))
             elif way.trouble:

@@ -29,6 +29,7 @@ from kilo_etcd.ctl.reports.arrivals import (
     by_host,
     end_of,
     limited,
+    limiting_hosts,
     losses,
     lossy,
     lost_across,
@@ -278,9 +279,9 @@ def _agents(
                      else "its agent does not report" + (
                          f", and the host answers no echo request (tried by {first_of(tried, SHOWN)})" if tried else ""
                      ) + "; its place in the mesh is kept",
-                remedy="is the host up? has it a default route and a way to etcd (ip route)? does its firewall drop "
-                       "what comes in (nft list ruleset)? systemctl status kilo-etcd there; gone for good: kgctl node "
-                       f"forget {row.name}",
+                remedy="is the host up? has it a default route and a way to etcd (ip route, ip neigh)? does its "
+                       "firewall drop what comes in (nft list ruleset)? systemctl status kilo-etcd there; gone for "
+                       f"good: kgctl node forget {row.name}",
             )  # fmt: skip
     if idle > MOST_NAMED:
         yield Finding(
@@ -293,6 +294,8 @@ def _agents(
         yield Finding(severity=Severity.WARNING, subject=remark.subject, text=remark.text)
     # What `silence` covers `_packets` tells, once for all of them.
     errors = [error for error in report.errors if silence is None or not silence.covers(error.subject, error.text)]
+    if places is not None:
+        errors = [error for error in errors if not places.explains_error(error.subject, error.text)]
     errors += (Remark(subject=name, text=text) for name, texts in sorted((troubles or {}).items()) for text in texts)
     for remark in grouped(_distinct(errors)):
         yield Finding(severity=Severity.ERROR, subject=remark.subject, text=remark.text)
@@ -560,7 +563,7 @@ def _packets(examined: Examined, silence: Silence, places: Evidence, in_part: Lo
             remedy=loss.next_steps,
         )  # fmt: skip
     for loss in internal_losses(
-        topology, live, places, apart, missing=missing,
+        topology, live, places, apart, missing=missing, limiting=limiting_hosts(live),
         explained=lambda one, other: (
             led_anew(one, other) or refused(one, other) or across(topology, one, other, in_part.heavy)
         ),

@@ -153,11 +153,11 @@ def losses(
 
 def _without_limited(tried: _Tried, live: Live) -> _Tried:
     """Without the lost requests to hosts that answer others', and take a limited number."""
-    limited = _limiting(live) & {target for _, target in tried.good}
+    limited = limiting_hosts(live) & {target for _, target in tried.good}
     return evolve(tried, bad={pair: versions for pair, versions in tried.bad.items() if pair[1] not in limited})
 
 
-def _limiting(live: Live) -> frozenset[str]:
+def limiting_hosts(live: Live) -> frozenset[str]:
     """The hosts whose firewalls are known to take a limited number of echo requests."""
     return frozenset(name for name, answer in live.answers.items() if answer.limits_echoes)
 
@@ -173,8 +173,8 @@ def reached_by(topology: Topology, live: Live) -> dict[str, tuple[str, ...]]:
 def narrow(topology: Topology, live: Live) -> Iterator[Loss]:
     """Ways on which small packets arrive and none as large as the tunnel's MTU, one for all ways of a host. Where
     ping works and nothing else does, this is why. Large packets that get lost where small ones do say nothing."""
-    lossy = {(way.sender, way.target) for way in _ways(topology, live) if way.missing >= _SOME}
-    limiting = _limiting(live)
+    lossy = {(way.sender, way.target) for way in _counted(topology, live) if way.missing >= _SOME}
+    limiting = limiting_hosts(live)
     lossy |= {pair for pair in _to_nodes(topology, live, attrgetter("reached")) if pair[1] in limiting}
     lost = _to_nodes(topology, live, attrgetter("small_only")) - lossy
     passed = _to_nodes(topology, live, attrgetter("reached")) - lossy - lost
@@ -235,7 +235,7 @@ def lossy(topology: Topology, live: Live) -> Lossy:
     ways = _ways(topology, live)
     if not any(way.missing for way in ways):
         return Lossy()
-    limited = _limited(ways, _limiting(live))
+    limited = _limited(ways, limiting_hosts(live))
     ways = [way for way in ways if way.target not in limited]
     across: dict[frozenset[str], list[_Counted]] = {}
     for way in ways:
@@ -304,6 +304,11 @@ def _limited(ways: Iterable[_Counted], known: Collection[str]) -> dict[str, tupl
 
 
 def _ways(topology: Topology, live: Live) -> list[_Counted]:
+    """Those on which some requests were answered while they were counted."""
+    return [way for way in _counted(topology, live) if way.missing < way.sent]
+
+
+def _counted(topology: Topology, live: Live) -> list[_Counted]:
     nodes = topology.snapshot.nodes
     by_address = {str(address): node.name for node in nodes.values() for address in node.mesh_addresses}
     return [
@@ -311,7 +316,7 @@ def _ways(topology: Topology, live: Live) -> list[_Counted]:
         for name, answer in live.answers.items()
         if name in nodes
         for echo in answer.echoes
-        if (target := by_address.get(echo.address)) is not None and target != name and echo.sent >= echo.answered > 0
+        if (target := by_address.get(echo.address)) is not None and target != name and echo.sent >= echo.answered
     ]
 
 
@@ -415,7 +420,10 @@ def _other_mtu(live: Live, hosts: Collection[str], senders: Collection[str]) -> 
         for name in hosts
         if name in live.answers
         and (mtu := live.answers[name].uplink_mtu) not in (0, usual)
-        and (name not in senders if mtu < usual else {*senders} == {name})
+        and (
+            # Its own packets do not pass either if they are as large as IPv6 needs and the device takes less.
+            name not in senders or mtu - _OVERHEAD[4] < live.answers[name].mtu if mtu < usual else {*senders} == {name}
+        )
     ]
     if len(unusual) != 1:
         return ""

@@ -66,6 +66,8 @@ class Evidence:
     """Those of them whose agents name the routes of other programs themselves."""
     endpoints: Mapping[str, Mapping[str, str]] = field(factory=dict)
     """Host -> nodes whose endpoints its kernel has no route to, each with the endpoint and what the kernel answers."""
+    without_ipv6: frozenset[str] = frozenset()
+    """Hosts on whose devices IPv6 is switched off."""
     stopped: frozenset[str] = frozenset()
     """Hosts whose WireGuard does not answer their agents."""
     unresponsive: Mapping[str, tuple[str, ...]] = field(factory=dict)
@@ -80,6 +82,11 @@ class Evidence:
     def gone(self) -> frozenset[str]:
         """Hosts that show no sign of life."""
         return frozenset(self.unresponsive.keys() - self.passing)
+
+    def explains_error(self, name: str, error: str) -> bool:
+        """Whether a host's error follows from IPv6 that is switched off on it or on the member that it names."""
+        match = _NO_WAY_IN_IPV6.match(error)
+        return match is not None and not self.without_ipv6.isdisjoint((name, match[1]))
 
     @cached_property
     def hops(self) -> frozenset[_Hop]:
@@ -197,6 +204,7 @@ def evidence(
             if name in statuses and all(_names_route(statuses[name].errors, route) for route in foreign.values())
         ),
         endpoints=endpoints,
+        without_ipv6=_hosts_that_say(NO_IPV6, statuses, live) & nodes.keys(),
         stopped=_hosts_that_say(NO_WIREGUARD, statuses, live) & nodes.keys(),
         unresponsive=_unresponsive(topology, statuses, live, {*live.silent, *dead} & nodes.keys(), reached, paths),
         passing=frozenset(chain.from_iterable(paths)),

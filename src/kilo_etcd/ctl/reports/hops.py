@@ -14,7 +14,7 @@ from ipaddress import ip_address, ip_network
 
 from attrs import evolve, frozen
 
-from kilo_etcd.ctl.reports.arrivals import Loss, across, losses, lossy, narrow, unsteady
+from kilo_etcd.ctl.reports.arrivals import Loss, across, limiting_hosts, losses, lossy, narrow, unsteady
 from kilo_etcd.ctl.reports.causes import Cause, causes, silence
 from kilo_etcd.ctl.reports.evidence import evidence, shown, without_ipv6
 from kilo_etcd.ctl.reports.internal_arrivals import internal_losses
@@ -215,7 +215,9 @@ def suspicions(
         if answer.undone:
             yield name, f"its kernel is {differs(answer)}"
         untested = answer.untested_obstacles if name in forwarders else ()
-        own = (*answer.own_losses, *answer.refused) if name in far_ends else ()
+        # What a limit on echo requests drops is nothing that is wrong.
+        meant = () if answer.limits_echoes else answer.refused
+        own = (*answer.own_losses, *meant) if name in far_ends else ()
         yield from ((name, text) for text in (*answer.trouble, *untested, *own))
     used = {
         frozenset((step.source, step.target))
@@ -251,7 +253,7 @@ def suspicions(
         lost += about(all_losses)
     lost += about((*unsteady(topology, in_part), *narrow(topology, whole)))
     lost += internal_losses(
-        topology, live, places, unsettled,
+        topology, live, places, unsettled, limiting=limiting_hosts(whole),
         explained=lambda one, other: refused(one, other) or across(topology, one, other, in_part.heavy),
     )  # fmt: skip
     for loss in lost:
