@@ -244,6 +244,66 @@ async def test_an_etcd_that_went_back_is_not_followed_when_it_has_grown() -> Non
         assert (await newer(mirror, first)).nodes["a"].location == "gcp"
 
 
+@pytest.mark.parametrize("silent", [True, False])
+async def test_a_restored_backup_that_has_grown_before_it_was_looked_at_is_not_followed(silent: bool) -> None:
+    etcd = seeded()
+    saved = etcd.backup()
+    for i in range(50):
+        etcd.put(KEYS.location("a"), f"l{i}")
+    right = etcd.backup()
+    async with mirrored(etcd) as mirror:
+        first = await newer(mirror, None)
+        etcd.down()
+        etcd.restore(saved)
+        for i in range(100):
+            etcd.put("/elsewhere" if silent else KEYS.location("b"), str(i))
+        etcd.up()
+        await eventually(lambda: mirror.untrusted_reason, 20)
+        assert "etcd went back in time: its history is another one than before" in str(mirror.untrusted_reason)
+        with pytest.raises(ClusterNotTrusted):
+            await mirror.verify()
+        await trio.sleep(100)
+        assert mirror.current is first
+        etcd.restore(right)
+        await eventually(lambda: mirror.untrusted_reason is None, 20)
+        assert mirror.generation == 1
+
+
+async def test_nothing_is_written_to_a_restored_backup_that_has_grown_before_it_was_looked_at() -> None:
+    etcd = seeded()
+    saved = etcd.backup()
+    etcd.put(KEYS.location("a"), "gcp")
+    async with mirrored(etcd) as mirror:
+        await newer(mirror, None)
+        etcd.restore(saved)
+        for i in range(100):
+            etcd.put("/elsewhere", str(i))
+        with pytest.raises(ClusterNotTrusted, match="its history is another one"):
+            await mirror.verify()
+
+
+@pytest.mark.parametrize("compacted", [True, False])
+async def test_a_newest_key_that_is_deleted_or_written_again_is_no_other_history(compacted: bool) -> None:
+    etcd = seeded()
+    etcd.put(KEYS.location("a"), "gcp")
+    async with mirrored(etcd) as mirror:
+        first = await newer(mirror, None)
+        for again in (False, True):
+            etcd.down()
+            etcd.delete(KEYS.location("a"))
+            if again:
+                etcd.put(KEYS.location("a"), "home")
+            if compacted:
+                etcd.compact()
+            etcd.up()
+            await mirror.verify()
+            first = await newer(mirror, first)
+            await trio.sleep(30)
+            assert mirror.untrusted_reason is None
+            assert first.nodes["a"].location == ("home" if again else "")
+        assert mirror.generation == 0
+
+
 @pytest.mark.parametrize("compacted", [True, False])
 async def test_what_the_disk_remembers_guards_against_one_that_has_grown_since(compacted: bool) -> None:
     etcd = seeded()

@@ -279,6 +279,11 @@ class Watch(Protocol):
     """Iterate for batches. Reconnects by itself and resumes at the next revision, nothing lost or doubled;
     raises `Compacted` when it cannot."""
 
+    @property
+    def reconnects(self) -> int:
+        """How often it has connected anew: etcd may have been replaced meanwhile."""
+        ...
+
     def __aiter__(self) -> Watch: ...
     async def __anext__(self) -> WatchBatch: ...
     async def request_progress(self) -> None:

@@ -10,7 +10,9 @@ snapshot every `hold` seconds. A reader that waits gets the newest, never one af
 etcd going back in time is not followed. When a listing or a probe comes from another cluster, or its revision or raft
 term is lower than one seen before, `untrusted_reason` says so in a sentence, nothing is given out, and the mirror waits
 until that passes or until the operator says in this very etcd that it is the mesh's (`kgctl mesh adopt`). The revision
-of an etcd that went back grows with each write, so it passes only if the newest key that was known is in its history.
+of an etcd that went back grows with each write, perhaps beyond the one that was seen before it is looked at. So the
+newest key that is known has to be in its history too; that is looked at with each listing and probe, and before a watch
+that connected again gives anything.
 Only answers to linearizable reads are verified: a watch may rightly be served by a member that lags behind. A writer
 calls `verify` first: nothing is written to an etcd that is not followed.
 """
@@ -44,6 +46,7 @@ HOLD = 0.025
 """Seconds between two snapshots of one burst: enough to gather what belongs together, short compared with a lease."""
 PROBE_PERIOD = 5.0
 """Seconds between reads that confirm that etcd can still be reached: a watch is silent by itself."""
+OTHER_HISTORY = "etcd went back in time: its history is another one than before"
 RETRY_FIRST = 0.2
 RETRY_MOST = 5.0
 
@@ -121,6 +124,8 @@ class Mirror:
         self._published = trio.Event()
         self._changed = trio.Event()
         self._applied = 0
+        self._loaded_in = -1
+        """The generation of the last listing: of an etcd that was adopted since, the view says nothing."""
 
     def __repr__(self) -> str:
         state = "suspect" if self.untrusted_reason else "connected" if self.connected else "disconnected"
@@ -224,34 +229,52 @@ class Mirror:
         result = await self._look()
         in_doubt = self._newest is not None or self._went_back
         if in_doubt and _why_not(result.header, floor) is None and not self._adopts(result):
-            known = await self._has_known_history()
+            known = None if self._newest is None else (await self._look_back(self._newest))[1]
             if known is False or (known is None and self._went_back):
                 if self.untrusted_reason is None:
-                    self._distrust("etcd went back in time: its history is another one than before", result.header)
+                    self._distrust(OTHER_HISTORY, result.header)
                 return False
         return self._follows(result, floor)
 
-    async def _has_known_history(self) -> bool | None:
-        """Whether the newest key that is known was written in this etcd too, at the same revision; None: that cannot be
-        told. EtcdError."""
-        if self._newest is None:
-            return None
-        key, revision = self._newest
+    def _newest_known(self) -> tuple[bytes, int] | None:
+        """The key that was written last, and its revision, as far as it is known of the etcd that is followed."""
+        return self._view.newest() if self._loaded_in == self.generation else self._newest
+
+    async def _look_back(self, newest: tuple[bytes, int]) -> tuple[Header, bool | None]:
+        """The header of a linearizable read, and whether the newest key that is known was written in this etcd too, at
+        the same revision; None: that cannot be told. EtcdError."""
+        key, revision = newest
+        result = await self._client.range(key)
+        self._answered()
+        written = result.kvs[0].mod_revision if result.kvs else 0
+        if 0 < written <= revision:
+            return result.header, written == revision
+        if result.header.revision < revision:
+            return result.header, False
+        # It was written again since, or deleted.
         try:
             kvs = (await self._client.range(key, revision=revision)).kvs
         except Compacted:
-            kvs = (await self._client.range(key)).kvs
-            if not kvs or kvs[0].mod_revision > revision:
-                return None
-        return bool(kvs) and kvs[0].mod_revision == revision
+            return result.header, None
+        return result.header, bool(kvs) and kvs[0].mod_revision == revision
+
+    async def _reason_to_doubt(self) -> tuple[Header, str | None]:
+        """The header of a linearizable read, and why this is not the etcd that was followed until now, as a clause;
+        None: it is, as far as can be told. EtcdError."""
+        floor, newest = self._floor, self._newest_known()
+        if newest is None:
+            header, known = (await self._look()).header, None
+        else:
+            header, known = await self._look_back(newest)
+        return header, _why_not(header, floor) or (OTHER_HISTORY if known is False else None)
 
     async def verify(self) -> None:
         """Raise ClusterNotTrusted if this etcd is not the one that is followed; to be asked before something is written
         to it that a replaced one must not be told. EtcdError."""
-        if self.untrusted_reason is None and (floor := self._floor) is not None:
-            header = (await self._look()).header
-            reason = _why_not(header, floor)
-            if reason is not None:
+        if self.untrusted_reason is None and self._floor is not None:
+            generation = self.generation
+            header, reason = await self._reason_to_doubt()
+            if reason is not None and generation == self.generation:
                 # The task will find out whether it has been adopted.
                 self._distrust(reason, header)
         self.check()
@@ -283,6 +306,8 @@ class Mirror:
 
     async def _follow(self) -> None:
         """List, watch, until it is time to list again. Raises EtcdError."""
+        if self.untrusted_reason is None:
+            self._newest = self._newest_known()
         in_doubt = self.untrusted_reason is not None or self._newest is not None
         if in_doubt and not await self.verify_cluster():
             await trio.sleep(self._probe_period * self._rng.uniform(0.8, 1.2))
@@ -293,6 +318,7 @@ class Mirror:
         if not self._follows(listing, floor):
             return
         await self._recall(listing)
+        self._loaded_in = self.generation
         if self._view.load(listing.kvs, listing.header) or self.current is None:
             self._changed.set()
         failure: EtcdError | None = None
@@ -302,7 +328,12 @@ class Mirror:
                 trio.open_nursery() as nursery,
             ):
                 nursery.start_soon(self._probe)
+                connection = watch.reconnects
                 async for batch in watch:
+                    if connection != watch.reconnects:
+                        connection = watch.reconnects
+                        if (await self._reason_to_doubt())[1] is not None:
+                            raise _ListAgain
                     self._apply_batch(batch)
                 nursery.cancel_scope.cancel()
         except* _ListAgain:
@@ -325,18 +356,13 @@ class Mirror:
         relist_at = trio.current_time() + self._relist_period * self._rng.uniform(0.8, 1.2)
         while True:
             await trio.sleep(self._probe_period * self._rng.uniform(0.8, 1.2))
-            floor = self._floor
             try:
-                header = (await self._look()).header
+                header, reason = await self._reason_to_doubt()
             except EtcdError as error:
                 # The watch comes back by itself where it left off, so there is no need to give it up.
                 self._failed(error)
                 continue
-            if (
-                trio.current_time() >= relist_at
-                or self.untrusted_reason is not None
-                or _why_not(header, floor) is not None
-            ):
+            if trio.current_time() >= relist_at or self.untrusted_reason is not None or reason is not None:
                 raise _ListAgain
             self._floor = header
 
@@ -410,7 +436,7 @@ class Mirror:
     def _distrust(self, reason: str, header: Header) -> None:
         if self._floor is not None and header.cluster_id == self._floor.cluster_id:
             self._went_back = True
-            self._newest = self._view.newest() or self._newest
+            self._newest = self._newest_known() or self._newest
         sentence = f"{reason}; the last plan stays in force. If this is intended: kgctl mesh adopt"
         if self.untrusted_reason is None:
             self._log.error(sentence)

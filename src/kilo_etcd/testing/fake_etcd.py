@@ -105,10 +105,13 @@ class FakeEtcd:
         # No two clusters give one lease the same number: etcd makes it of the member's id and the time.
         self._next_lease = 0x1000
         self._generation = 0
+        self.reconnects = 0
+        """How often the watches have connected anew."""
         self._fresh()
 
     def _fresh(self) -> None:
         self._generation += 1
+        self.reconnects += 1
         self.revision = 1
         self.compacted = 0
         self.data: dict[bytes, KeyValue] = {}
@@ -139,6 +142,7 @@ class FakeEtcd:
     def up(self) -> None:
         """There is a leader again: a higher raft term, and every lease has its full time."""
         self.available = True
+        self.reconnects += 1
         self.raft_term += 1
         for lease in self._leases.values():
             lease.expires_at = trio.current_time() + lease.ttl
@@ -701,6 +705,11 @@ class _FakeWatch:
         self._drops = client.server._drops
         self._progress = False
         self._again: WatchBatch | None = None
+
+    @property
+    def reconnects(self) -> int:
+        """Implements `api.Watch.reconnects`."""
+        return self._client.server.reconnects
 
     def __aiter__(self) -> _FakeWatch:
         return self
