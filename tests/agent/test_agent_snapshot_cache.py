@@ -24,7 +24,7 @@ from kilo_etcd import kernel
 from kilo_etcd.agent import cachefile, discover, snapshot_cache
 from kilo_etcd.agent.cachefile import FILE, Identity, Unusable, load, save
 from kilo_etcd.agent.config import AgentConfig
-from kilo_etcd.agent.daemon import Daemon, Fatal
+from kilo_etcd.agent.daemon import Daemon, Fatal, Reload
 from kilo_etcd.agent.metrics import Metrics
 from kilo_etcd.agent.snapshot_cache import Disk
 from kilo_etcd.etcd import api as etcd
@@ -580,3 +580,23 @@ async def test_a_host_with_no_cache_that_etcd_refuses_ends_with_the_reason(world
     with pytest.RaisesGroup(pytest.RaisesExc(Fatal, match="has it expired"), flatten_subgroups=True):
         async with running(world):
             await trio.sleep(60)
+
+
+@pytest.mark.autojump
+async def test_code_that_runs_is_reloaded_although_etcd_goes_away_while_it_is_tried(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tried: list[bool] = []
+
+    async def try_installed(*, etcd_answers: bool) -> str | None:
+        tried.append(etcd_answers)
+        world.etcd.down()
+        await trio.sleep(1)
+        return "no endpoint of etcd answered" if etcd_answers else None
+
+    monkeypatch.setattr("kilo_etcd.agent.daemon.try_installed", try_installed)
+    async with running(world) as daemon:
+        await eventually(world.programmed, 30, every=0.1)
+        with pytest.raises(Reload):
+            await daemon._try_reload()
+        assert tried == [True, False]

@@ -144,6 +144,14 @@ def test_code_that_cannot_be_loaded_is_said_in_one_line_and_not_started_again_at
     assert done.returncode == 1
     assert done.stderr.startswith("kg: the installed code cannot be loaded: SyntaxError: invalid syntax (")
     assert done.stderr.count("\n") == 1
+    # A package that it needs is not installed as it should be.
+    install(tmp_path)
+    (tmp_path / "google").mkdir()
+    (tmp_path / "google" / "__init__.py").touch()
+    done = subprocess.run(command(tmp_path), capture_output=True, text=True, check=False, timeout=60)
+    assert done.returncode == 1
+    assert done.stderr.startswith("kg: the installed code cannot be loaded: ModuleNotFoundError: No module named ")
+    assert done.stderr.count("\n") == 1
     with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as systemd:
         systemd.bind(str(tmp_path / "notify"))
         systemd.settimeout(60)
@@ -153,7 +161,7 @@ def test_code_that_cannot_be_loaded_is_said_in_one_line_and_not_started_again_at
         try:
             said = systemd.recv(4096).decode()
             assert said.startswith(
-                "STATUS=cannot run, will try again: the installed code cannot be loaded: SyntaxError"
+                "STATUS=cannot run, will try again: the installed code cannot be loaded: ModuleNotFoundError"
             )
             with pytest.raises(subprocess.TimeoutExpired):
                 process.wait(1)

@@ -399,7 +399,10 @@ class Daemon:
         """Raise Reload if the code that is installed now runs, and go on with the present code if it does not."""
         self.log.info("reloading")
         notify_reloading()
-        reason = await try_installed(etcd_answers=self.mirror.connected and self.mirror.untrusted_reason is None)
+        reason = await try_installed(etcd_answers=(answers := await self._etcd_answers()))
+        if reason is not None and answers and not await self._etcd_answers():
+            # It went away meanwhile, which says nothing of the code.
+            reason = await try_installed(etcd_answers=False)
         self._reloads = False
         if self._stopping.is_set():
             return
@@ -413,6 +416,15 @@ class Daemon:
         self.log.error(self.not_reloaded)
         self._publish_again()
         notify("READY=1", f"STATUS={self.not_reloaded}")
+
+    async def _etcd_answers(self) -> bool:
+        """Whether etcd can be read now, and is followed."""
+        if not self.mirror.connected or self.mirror.untrusted_reason is not None:
+            return False
+        with suppress(etcd.EtcdError):
+            await self.client.get(self.keys.adopted)
+            return True
+        return False
 
     async def _until_stopped(self, work: Callable[[trio.Nursery], Awaitable[None]], nursery: trio.Nursery) -> bool:
         """Whether `work` came to its end before the agent was asked to stop."""

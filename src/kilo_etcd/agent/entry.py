@@ -55,13 +55,13 @@ def main() -> None:
         signal.signal(signal.SIGHUP, signal.SIG_IGN)
     # None makes an import fail as that of a package that is not installed.
     sys.modules.setdefault("rich", cast(ModuleType, None))
-    for name, contents in _unused():
-        module = sys.modules.setdefault(name, ModuleType(name))
-        for attribute in contents:
-            if not hasattr(module, attribute):
-                setattr(module, attribute, type(attribute, (), {}))
     gc.set_threshold(OBJECTS_BETWEEN_LOOKS, NEVER)
     try:
+        for name, contents in _unused():
+            module = sys.modules.setdefault(name, ModuleType(name))
+            for attribute in contents:
+                if not hasattr(module, attribute):
+                    setattr(module, attribute, type(attribute, (), {}))
         from kilo_etcd.base.output import output_must_arrive
         from kilo_etcd.base.sharedrepr import share_repr
 
