@@ -72,7 +72,12 @@ async def test_agents_say_that_they_do_not_follow_it_and_adopting_it_interrupts_
             return said in (await lab.kgctl("status")).stdout
 
         await eventually(known, 30, every=1)
-        assert await statuses(lab) == {}
+
+        async def silent() -> bool:
+            return await statuses(lab) == {}
+
+        # kgctl asks as soon as most are gone. The last lease may yet have to end; that of an agent that follows stays.
+        await eventually(silent, 20, every=0.5)
         status = (await lab.kgctl("status")).stdout
         # The empty one has the same cluster id, since it was made in the same way; what is asked makes it grow.
         assert re.search(
