@@ -557,7 +557,8 @@ class Daemon:
         if cached is None and (failure is None or type(failure) is etcd.Unavailable or not await self._is_on_record()):
             return False
         await self._follow_etcd(nursery)
-        await self.registration.look()
+        # What cannot be read of the host now keeps no cached snapshot from being in force.
+        await self.registration.look_again(register=False)
         if cached is not None:
             snapshot = cached.snapshot
             self.log.warning(
