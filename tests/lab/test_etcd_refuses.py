@@ -23,7 +23,9 @@ SITES = ("gcp", "home")
 
 async def cached(lab: Lab, host: str) -> tuple[int, int]:
     """How many records of nodes and how many candidacies a host has cached."""
-    text = (await lab.exec(host, "zcat", f"{STATE_DIR}/mesh.jsonl.gz")).stdout
+    text = (await lab.exec(host, "zcat", f"{STATE_DIR}/mesh.jsonl.gz")).stdout.partition("\n")[
+        2
+    ]  # The head names keys.
     return text.count('/node",'), text.count("/elections/")
 
 
