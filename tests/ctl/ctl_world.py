@@ -7,7 +7,9 @@ from contextlib import asynccontextmanager
 
 import pytest
 
+from kilo_etcd.ctl.reports.live import gather
 from kilo_etcd.etcd.api import Client, Config
+from kilo_etcd.store.diagnostics import ask_why_untrusted
 from kilo_etcd.testing.fake_etcd import FakeEtcd
 
 
@@ -21,4 +23,7 @@ def fake(monkeypatch: pytest.MonkeyPatch) -> FakeEtcd:
         yield fake.client()
 
     monkeypatch.setattr("kilo_etcd.etcd.client.open_client", opened)
+    # Agents that are not there are not waited for as long as real ones.
+    monkeypatch.setitem(ask_why_untrusted.__kwdefaults__ or {}, "patience", 0.2)
+    monkeypatch.setitem(gather.__kwdefaults__ or {}, "patience", 2.0)
     return fake
