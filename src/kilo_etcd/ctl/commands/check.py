@@ -24,14 +24,10 @@ from kilo_etcd.ctl.reports.arrivals import (
     PAIRS,
     SHOWN,
     TRIES,
-    Lossy,
-    across,
     by_host,
     end_of,
     limited,
-    limiting_hosts,
     losses,
-    lossy,
     lost_across,
     lost_pairs,
     narrow,
@@ -40,7 +36,7 @@ from kilo_etcd.ctl.reports.arrivals import (
     unsteady,
 )
 from kilo_etcd.ctl.reports.causes import Silence, causes, silence
-from kilo_etcd.ctl.reports.evidence import Evidence, evidence, shown, without_ipv6
+from kilo_etcd.ctl.reports.evidence import Evidence, evidence, shown
 from kilo_etcd.ctl.reports.exemptions import exemptions
 from kilo_etcd.ctl.reports.internal_arrivals import internal_losses
 from kilo_etcd.ctl.reports.live import Live, Pair, differs, gather, pairs, tunnels
@@ -93,7 +89,7 @@ _LOSSY = (
     "some packets between it and others get lost (see there), perhaps also those between its agent and etcd: mend that "
     "first, then look at systemctl status kilo-etcd there"
 )
-"""What to do about an agent that is late or silent, on a host to or from which some packets get lost."""
+"""The remedy for an agent that answers late or not at all, if some packets to or from its host get lost."""
 
 
 class Severity(StrEnum):
@@ -150,16 +146,15 @@ class Examined:
 def findings(examined: Examined) -> tuple[Finding, ...]:
     """The findings, the worst first."""
     order = list(Severity)
-    asked = examined
-    live = without_ipv6(examined.topology, examined.statuses, examined.live)
-    examined = evolve(examined, live=live)
-    in_part = lossy(examined.topology, live)
-    silences = silence(examined.topology, examined.statuses, examined.live)
+    untried = tuple(_untried(examined))
     dead = {row.name for row in examined.report.nodes if not row.alive}
     places = evidence(examined.topology, examined.statuses, examined.live, dead)
+    live = places.live
+    examined = evolve(examined, live=live)
+    silences = silence(examined.topology, examined.statuses, live)
     # Each place has one finding.
     silences = evolve(silences, rerouted=frozenset(pair for pair in silences.rerouted if not places.astray(*pair)))
-    packets = (*_packets(examined, silences, places, in_part), *_untried(asked))
+    packets = (*_packets(examined, silences, places), *untried)
     wrong = [finding for finding in packets if finding.severity is Severity.ERROR]
     # If an error names a leader already, the probers' report of that leader would only repeat it.
     reported = unreached_through(examined.topology)
@@ -172,14 +167,13 @@ def findings(examined: Examined) -> tuple[Finding, ...]:
             reached_by(examined.topology, live),
             places,
             {name: answer.trouble for name, answer in live.answers.items()},
-            in_part.hosts,
         ),
         *_mode(examined.report),
         *_records(examined.report, frozenset(repeated)),
         *_unrouted(examined),
         *_claims(examined.claims),
         *_settings(examined.settings),
-        *_hosts(examined, places, wrong, in_part.hosts),
+        *_hosts(examined, places, wrong),
         *packets,
     )
     return tuple(sorted(dict.fromkeys(unsorted), key=lambda f: (order.index(f.severity), f.subject, f.text)))
@@ -228,10 +222,9 @@ def _agents(
     reached: Mapping[str, Sequence[str]] | None = None,
     places: Evidence | None = None,
     troubles: Mapping[str, Sequence[str]] | None = None,
-    lossy: Collection[str] = (),
 ) -> Iterator[Finding]:
     """`reached`: node -> the hosts whose echo requests it answers; `troubles`: node -> what its agent has answered
-    that is wrong; `lossy`: nodes to or from which some packets get lost."""
+    that is wrong."""
     if not report.nodes:
         yield Finding(
             severity=Severity.WARNING, subject="mesh", text="no node has registered under this prefix",
@@ -264,7 +257,7 @@ def _agents(
                          f"none of {first_of(lost, SHOWN)}" if lost
                          else f"its agent does not report, although the host answers echo requests of "
                               f"{first_of(askers, SHOWN)}; its place in the mesh is kept",
-                    remedy=_LOSSY if row.name in lossy else
+                    remedy=_LOSSY if places is not None and row.name in places.in_part.hosts else
                            "systemctl status kilo-etcd there: it is stopped, does not reach etcd (look at ip route get "
                            "ADDRESS-OF-ETCD, a firewall, name lookup), or has another name now (then: kgctl node "
                            f"forget {row.name})",
@@ -437,11 +430,8 @@ def _covers(network: IPNetwork, other: IPNetwork) -> bool:
     return network.version == other.version and other.subnet_of(network)  # type: ignore[arg-type]
 
 
-def _hosts(
-    examined: Examined, places: Evidence, wrong: Collection[Finding], lossy: Collection[str]
-) -> Iterator[Finding]:
-    """`wrong`: errors about packets, which name what drops them already; `lossy`: nodes to or from which some packets
-    get lost."""
+def _hosts(examined: Examined, places: Evidence, wrong: Collection[Finding]) -> Iterator[Finding]:
+    """`wrong`: errors about packets, which name what drops them already."""
     live, topology = examined.live, examined.topology
     if live.refused:
         yield Finding(
@@ -451,8 +441,9 @@ def _hosts(
         )  # fmt: skip
     alive = {row.name for row in examined.report.nodes if row.alive}
     for name in live.silent:
-        # Where packets get lost in part some hosts have no answer, and it is not the host that gives none.
-        tried = None if name in lossy else places.unresponsive.get(name)
+        # If only some packets get lost, others may have no answer although the host answers.
+        lossy = name in places.in_part.hosts
+        tried = None if lossy else places.unresponsive.get(name)
         if name in places.stopped or (tried and name not in alive):
             continue  # `_agents` says that.
         yield Finding(
@@ -461,7 +452,7 @@ def _hosts(
                  f"{first_of(tried, SHOWN)}" if tried else "its agent lives, but has not answered in time",
             remedy="is the host up, with its default route (ip route), and its WireGuard running? systemctl status "
                    "kilo-etcd there" if tried
-                   else _LOSSY if name in lossy
+                   else _LOSSY if lossy
                    else "systemctl status kilo-etcd there; an agent of an older version does not answer diagnostics "
                         "requests",
         )  # fmt: skip
@@ -508,9 +499,8 @@ def _hosts(
         )  # fmt: skip
 
 
-def _packets(examined: Examined, silence: Silence, places: Evidence, in_part: Lossy) -> Iterator[Finding]:
-    """Tunnels and packets, and members that do not answer each other: each cause once. `in_part`: where some packets
-    get lost."""
+def _packets(examined: Examined, silence: Silence, places: Evidence) -> Iterator[Finding]:
+    """Tunnels and packets, and members that do not answer each other: each cause once."""
     live, topology = examined.live, examined.topology
     missing = missing_in(error for status in examined.statuses.values() for error in status.errors)
     for cause in causes(topology, evolve(silence, apart=places.unexplained(silence.apart)), missing):
@@ -554,24 +544,20 @@ def _packets(examined: Examined, silence: Silence, places: Evidence, in_part: Lo
 
     for loss in losses(
         topology, live, ends, apart=apart, queries_answered=silence.queries_answered,
-        explained=lambda one, other: (
-            led_anew(one, other) or places.explains(one, other) or across(topology, one, other, in_part.heavy)
-        ),
+        explained=lambda one, other: led_anew(one, other) or places.explains(one, other),
     ):  # fmt: skip
         yield Finding(
             severity=Severity.WARNING if loss.filtered else Severity.ERROR, subject=loss.subject, text=loss.text,
             remedy=loss.next_steps,
         )  # fmt: skip
     for loss in internal_losses(
-        topology, live, places, apart, missing=missing, limiting=limiting_hosts(live),
-        explained=lambda one, other: (
-            led_anew(one, other) or refused(one, other) or across(topology, one, other, in_part.heavy)
-        ),
+        topology, live, places, apart, missing=missing,
+        explained=lambda one, other: led_anew(one, other) or refused(one, other),
     ):  # fmt: skip
         yield Finding(severity=Severity.ERROR, subject=loss.subject, text=loss.text, remedy=loss.next_steps)
     for severity, found in (
-        (Severity.WARNING, (*unsteady(topology, in_part), *narrow(topology, live))),
-        (Severity.NOTE, limited(in_part)),
+        (Severity.WARNING, (*unsteady(topology, places.in_part), *narrow(topology, live))),
+        (Severity.NOTE, limited(places.in_part)),
     ):
         for loss in found:
             yield Finding(severity=severity, subject=loss.subject, text=loss.text, remedy=loss.remedy)
@@ -595,7 +581,7 @@ def _untried(examined: Examined) -> Iterator[Finding]:
             text=f"{some(sorted(unable))} cannot ping, so it is not known whether packets from there arrive",
             remedy="the error of each host says what to set there",
         )  # fmt: skip
-    # What kept a host from it may be its error.
+    # A host with an error may have sent none because of it.
     if others := {name for name in without - unable if not says[name]}:
         yield Finding(
             severity=Severity.NOTE, subject="packets", text=f"{some(sorted(others))} sent no echo requests",

@@ -173,11 +173,11 @@ def reached_by(topology: Topology, live: Live) -> dict[str, tuple[str, ...]]:
 def narrow(topology: Topology, live: Live) -> Iterator[Loss]:
     """Ways on which small packets arrive and none as large as the tunnel's MTU, one for all ways of a host. Where
     ping works and nothing else does, this is why. Large packets that get lost where small ones do say nothing."""
-    lossy = {(way.sender, way.target) for way in _counted(topology, live) if way.missing >= _SOME}
-    limiting = limiting_hosts(live)
-    lossy |= {pair for pair in _to_nodes(topology, live, attrgetter("reached")) if pair[1] in limiting}
-    lost = _to_nodes(topology, live, attrgetter("small_only")) - lossy
-    passed = _to_nodes(topology, live, attrgetter("reached")) - lossy - lost
+    limiting, reached = limiting_hosts(live), _to_nodes(topology, live, attrgetter("reached"))
+    uncertain = {(way.sender, way.target) for way in _counted(topology, live) if way.missing >= _SOME}
+    uncertain |= {pair for pair in reached if pair[1] in limiting}
+    lost = _to_nodes(topology, live, attrgetter("small_only")) - uncertain
+    passed = reached - uncertain - lost
     blamed = _blamed(topology, lost, passed, lambda sender: live.answers[sender].mtu)
     for host, others in by_host(blamed):
         senders = {sender for other in others for sender in blamed[frozenset((host, other))]}
@@ -232,16 +232,17 @@ class Lossy:
 def lossy(topology: Topology, live: Live) -> Lossy:
     """Each way on which answers are missing counts for the two adjacent hosts on it between whom the largest share is,
     over all ways that they are part of: elsewhere on it fewer are lost."""
-    ways = _ways(topology, live)
+    # Those of whose requests none was answered while they were counted may not be up yet.
+    ways = [way for way in _counted(topology, live) if way.missing < way.sent]
     if not any(way.missing for way in ways):
         return Lossy()
-    limited = _limited(ways, limiting_hosts(live))
-    ways = [way for way in ways if way.target not in limited]
-    across: dict[frozenset[str], list[_Counted]] = {}
+    limiters = _limited(ways, limiting_hosts(live))
+    ways = [way for way in ways if way.target not in limiters]
+    by_hop: dict[frozenset[str], list[_Counted]] = {}
     for way in ways:
         for hop in _hops(topology, way.sender, way.target):
-            across.setdefault(hop, []).append(way)
-    shares = {hop: _share(passing) for hop, passing in across.items()}
+            by_hop.setdefault(hop, []).append(way)
+    shares = {hop: _share(passing) for hop, passing in by_hop.items()}
     blamed: dict[frozenset[str], list[_Counted]] = {}
     for way in ways:
         if way.missing:
@@ -251,10 +252,10 @@ def lossy(topology: Topology, live: Live) -> Lossy:
     named = {
         hop: tuple(passing)
         for hop, passing in blamed.items()
-        if sum(way.missing for way in passing) >= _SOME and _share(across.get(hop, passing)).share >= _SHARE
+        if sum(way.missing for way in passing) >= _SOME and _share(by_hop.get(hop, passing)).share >= _SHARE
     }
-    heavy = {hop for hop in named if hop in across and all(2 * way.missing >= way.sent for way in across[hop])}
-    return Lossy(ways=named, limited=limited, heavy=frozenset(heavy))
+    heavy = {hop for hop in named if hop in by_hop and all(2 * way.missing >= way.sent for way in by_hop[hop])}
+    return Lossy(ways=named, limited=limiters, heavy=frozenset(heavy))
 
 
 @frozen
@@ -303,14 +304,13 @@ def _limited(ways: Iterable[_Counted], known: Collection[str]) -> dict[str, tupl
     }
 
 
-def _ways(topology: Topology, live: Live) -> list[_Counted]:
-    """Those on which some requests were answered while they were counted."""
-    return [way for way in _counted(topology, live) if way.missing < way.sent]
+def by_mesh_address(topology: Topology) -> dict[str, str]:
+    """Mesh address -> the node that has it."""
+    return {str(address): node.name for node in topology.snapshot.nodes.values() for address in node.mesh_addresses}
 
 
 def _counted(topology: Topology, live: Live) -> list[_Counted]:
-    nodes = topology.snapshot.nodes
-    by_address = {str(address): node.name for node in nodes.values() for address in node.mesh_addresses}
+    nodes, by_address = topology.snapshot.nodes, by_mesh_address(topology)
     return [
         _Counted(name, target, 6 if ":" in echo.address else 4, echo.sent, echo.sent - echo.answered)
         for name, answer in live.answers.items()
@@ -320,10 +320,10 @@ def _counted(topology: Topology, live: Live) -> list[_Counted]:
     ]
 
 
-def unsteady(topology: Topology, lossy: Lossy) -> Iterator[Loss]:
+def unsteady(topology: Topology, in_part: Lossy) -> Iterator[Loss]:
     """The ways on which packets get lost in part, one for all of a host."""
-    for host, others in by_host(lossy.ways):
-        ways = [way for other in others for way in lossy.ways[frozenset((host, other))]]
+    for host, others in by_host(in_part.ways):
+        ways = [way for other in others for way in in_part.ways[frozenset((host, other))]]
         sent, missing = sum(way.sent for way in ways), sum(way.missing for way in ways)
         worst = max(ways, key=lambda way: (way.missing / way.sent, -way.version))
         address = topology.snapshot.nodes[others[0]].mesh_address(worst.version)
@@ -337,9 +337,9 @@ def unsteady(topology: Topology, lossy: Lossy) -> Iterator[Loss]:
         )  # fmt: skip
 
 
-def limited(lossy: Lossy) -> Iterator[Loss]:
+def limited(in_part: Lossy) -> Iterator[Loss]:
     """Hosts that limit how many echo requests they answer."""
-    for target, senders in sorted(lossy.limited.items()):
+    for target, senders in sorted(in_part.limited.items()):
         yield Loss(
             subject=target, filtered=True,
             text=f"it leaves echo requests of {some(senders)} unanswered, whose number its firewall limits",
@@ -352,8 +352,7 @@ def _to_nodes(
 ) -> set[tuple[str, str]]:
     """The pairs of hosts that have sent packets to mesh addresses, and the nodes that have these, of some addresses of
     the answers."""
-    nodes = topology.snapshot.nodes
-    by_address = {str(address): node.name for node in nodes.values() for address in node.mesh_addresses}
+    nodes, by_address = topology.snapshot.nodes, by_mesh_address(topology)
     return {
         (name, target)
         for name, answer in live.answers.items()
@@ -367,7 +366,7 @@ def _blamed(
     topology: Topology,
     lost: Collection[tuple[str, str]],
     passed: Collection[tuple[str, str]],
-    size: Callable[[str], int] = lambda sender: 0,
+    size: Callable[[str], int],
 ) -> dict[frozenset[str], set[str]]:
     """Two adjacent hosts for each way on which packets got lost, between whom none that was as large is known to have
     passed, and of those the two who have most such ways in common; with the senders. If there are none: the two ends.
@@ -411,19 +410,13 @@ def by_host(
 
 def _other_mtu(live: Live, hosts: Collection[str], senders: Collection[str]) -> str:
     """What to do if the large packets of `senders` are lost since a device of one of these hosts has another MTU than
-    those of most hosts; else empty. A smaller one lets that host's own packets pass, which are smaller too; a larger
-    one those of the others."""
+    those of most hosts; else empty."""
     mtus = Counter(answer.uplink_mtu for answer in live.answers.values() if answer.uplink)
     usual = max(mtus, key=lambda mtu: (mtus[mtu], mtu), default=0)
     unusual = [
         name
         for name in hosts
-        if name in live.answers
-        and (mtu := live.answers[name].uplink_mtu) not in (0, usual)
-        and (
-            # Its own packets do not pass either if they are as large as IPv6 needs and the device takes less.
-            name not in senders or mtu - _OVERHEAD[4] < live.answers[name].mtu if mtu < usual else {*senders} == {name}
-        )
+        if (answer := live.answers.get(name)) is not None and _loses_large_packets(name, answer, usual, senders)
     ]
     if len(unusual) != 1:
         return ""
@@ -440,6 +433,18 @@ def _other_mtu(live: Live, hosts: Collection[str], senders: Collection[str]) -> 
         f"carries {'more' if mtu < usual else 'less'}, ip link set dev {device} mtu {usual} there, and in the "
         f"configuration of its interfaces; if not, {otherwise}"
     )
+
+
+def _loses_large_packets(name: str, answer: DiagnosticsResponse, usual: int, senders: Collection[str]) -> bool:
+    """Whether the MTU of a host's device is not the usual one, and may be why packets of `senders` are lost."""
+    mtu = answer.uplink_mtu
+    if mtu in (0, usual):
+        return False
+    if mtu > usual:
+        # The packets of the others are small enough.
+        return {*senders} == {name}
+    # Its own are too, unless its tunnel takes what IPv6 needs and its device less.
+    return name not in senders or mtu - _OVERHEAD[4] < answer.mtu
 
 
 def _smaller(topology: Topology, live: Live, one: str, other: str, size: int) -> str:
@@ -504,8 +509,7 @@ def _hops(topology: Topology, one: str, other: str) -> tuple[frozenset[str], ...
 
 
 def _tried(topology: Topology, live: Live) -> _Tried:
-    nodes = topology.snapshot.nodes.values()
-    by_address = {str(address): node.name for node in nodes for address in node.mesh_addresses}
+    by_address = by_mesh_address(topology)
     living = {*live.answers, *live.silent}
     good: set[tuple[str, str]] = set()
     bad: dict[tuple[str, str], frozenset[int]] = {}

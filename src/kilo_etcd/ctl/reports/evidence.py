@@ -21,9 +21,13 @@ from kilo_etcd.ctl.reports.arrivals import (
     PAIRS,
     SHOWN,
     Loss,
+    Lossy,
     by_host,
+    by_mesh_address,
     end_of,
     good_hops,
+    limiting_hosts,
+    lossy,
     lost_hops,
     path,
     reached_by,
@@ -60,6 +64,12 @@ class Evidence:
     """The places at which packets are known to be lost."""
 
     topology: Topology
+    live: Live = field(factory=Live)
+    """The answers, without the IPv6 packets that are known to be lost (`_without_ipv6`)."""
+    in_part: Lossy = field(factory=Lossy)
+    """Where some packets get lost."""
+    limiting: frozenset[str] = frozenset()
+    """Hosts whose firewalls take a limited number of echo requests."""
     routes: Mapping[str, Mapping[str, str]] = field(factory=dict)
     """Host -> addresses to which its kernel takes another route than the plan's, each with that route."""
     named: frozenset[str] = frozenset()
@@ -90,9 +100,10 @@ class Evidence:
 
     @cached_property
     def hops(self) -> frozenset[_Hop]:
-        """Pairs of hosts between which WireGuard's packets are lost."""
+        """Pairs of adjacent hosts between which all packets are lost, or so many that those of some are."""
         losing_hosts = (*self.endpoints.items(), *self.blocked.items())
-        return frozenset(frozenset((one, other)) for one, others in losing_hosts for other in others)
+        lost = frozenset(frozenset((one, other)) for one, others in losing_hosts for other in others)
+        return lost | self.in_part.heavy
 
     def unexplained(self, apart: Mapping[_Hop, Kind]) -> dict[_Hop, Kind]:
         """The pairs of members none of whose kernels takes another route to the other."""
@@ -137,10 +148,9 @@ class Evidence:
         )
 
 
-def without_ipv6(topology: Topology, statuses: Mapping[str, StatusRecord], live: Live) -> Live:
+def _without_ipv6(topology: Topology, statuses: Mapping[str, StatusRecord], live: Live, off: Collection[str]) -> Live:
     """The answers without the IPv6 packets that are lost, or take other routes, because a host on their way has IPv6
-    switched off, or two members have no way in IPv6 between them. These hosts' errors say so."""
-    off = _hosts_that_say(NO_IPV6, statuses, live) & topology.snapshot.nodes.keys()
+    switched `off`, or two members have no way in IPv6 between them. These hosts' errors say so."""
     apart = {
         frozenset((name, match[1]))
         for name, status in statuses.items()
@@ -161,7 +171,7 @@ def without_ipv6(topology: Topology, statuses: Mapping[str, StatusRecord], live:
         if target is None:
             return False
         hosts = path(topology, name, target)
-        return not off.isdisjoint(hosts) or any(frozenset(hop) in apart for hop in pairwise(hosts))
+        return any(host in off for host in hosts) or any(frozenset(hop) in apart for hop in pairwise(hosts))
 
     return evolve(live, answers={
         name: evolve(
@@ -191,12 +201,17 @@ def evidence(
 ) -> Evidence:
     """What the answers and the statuses show. `dead`: nodes whose agents do not live."""
     nodes = topology.snapshot.nodes
+    without_ipv6 = _hosts_that_say(NO_IPV6, statuses, live) & nodes.keys()
+    live = _without_ipv6(topology, statuses, live, without_ipv6)
     lost = lost_hops(topology, live)
     reached = reached_by(topology, live)
     paths = {path(topology, asker, other) for other, askers in reached.items() for asker in askers}
     routes, endpoints = _routes(topology, live, lost)
     return Evidence(
         topology=topology,
+        live=live,
+        in_part=lossy(topology, live),
+        limiting=limiting_hosts(live),
         routes=routes,
         named=frozenset(
             name
@@ -204,7 +219,7 @@ def evidence(
             if name in statuses and all(_names_route(statuses[name].errors, route) for route in foreign.values())
         ),
         endpoints=endpoints,
-        without_ipv6=_hosts_that_say(NO_IPV6, statuses, live) & nodes.keys(),
+        without_ipv6=without_ipv6,
         stopped=_hosts_that_say(NO_WIREGUARD, statuses, live) & nodes.keys(),
         unresponsive=_unresponsive(topology, statuses, live, {*live.silent, *dead} & nodes.keys(), reached, paths),
         passing=frozenset(chain.from_iterable(paths)),
@@ -268,12 +283,12 @@ def _unresponsive(
     reached: Mapping[str, Sequence[str]],
     paths: Collection[tuple[str, ...]],
 ) -> dict[str, tuple[str, ...]]:
-    by_address = {str(address): node for node in topology.snapshot.nodes.values() for address in node.mesh_addresses}
+    by_address = by_mesh_address(topology)
     tried: dict[str, list[str]] = {}
     for name, answer in sorted(live.answers.items()):
         for address in answer.unreached:
-            if (node := by_address.get(address)) is not None and node.name in names and name in topology.snapshot.nodes:
-                tried.setdefault(node.name, []).append(name)
+            if (target := by_address.get(address)) in names and target and name in topology.snapshot.nodes:
+                tried.setdefault(target, []).append(name)
     forwarding = {name for hosts in paths for name in hosts[1:-1]}
 
     def at_fault(name: str) -> bool:

@@ -14,9 +14,9 @@ from ipaddress import ip_address, ip_network
 
 from attrs import evolve, frozen
 
-from kilo_etcd.ctl.reports.arrivals import Loss, across, limiting_hosts, losses, lossy, narrow, unsteady
+from kilo_etcd.ctl.reports.arrivals import Loss, losses, narrow, unsteady
 from kilo_etcd.ctl.reports.causes import Cause, causes, silence
-from kilo_etcd.ctl.reports.evidence import evidence, shown, without_ipv6
+from kilo_etcd.ctl.reports.evidence import evidence, shown
 from kilo_etcd.ctl.reports.internal_arrivals import internal_losses
 from kilo_etcd.ctl.reports.live import Live, LiveTunnel, ago, differs, pairs, tunnels
 from kilo_etcd.ctl.reports.one_sided import echo_refused
@@ -207,7 +207,8 @@ def suspicions(
     }
     far_ends = {trace.there.start for trace in traces}
     far_ends |= {trace.there.steps[-1].target for trace in traces if trace.there.steps}
-    whole = without_ipv6(topology, statuses, live)
+    places = evidence(topology, statuses, live)
+    whole = places.live
     live = whole.only(whole.answers.keys() if names is None else names)
     for name in live.silent:
         yield name, "its agent lives, but has not answered in time"
@@ -231,9 +232,7 @@ def suspicions(
         if pair.up is False and frozenset((pair.one, pair.other)) in used:
             down.add(frozenset((pair.one, pair.other)))
             yield pair.one, f"its tunnel to {pair.other} has no session: {pair.last}"
-    in_part = lossy(topology, whole)
     silences = silence(topology, statuses, whole)
-    places = evidence(topology, statuses, whole)
     unsettled = {*silences.apart, *silences.undecided}
     refused = partial(echo_refused, Plans(topology, statuses))
 
@@ -247,15 +246,12 @@ def suspicions(
             *causes(topology, silences),
             *losses(
                 topology, whole, down, apart=unsettled, queries_answered=silences.queries_answered,
-                explained=lambda one, other: places.explains(one, other) or across(topology, one, other, in_part.heavy),
+                explained=places.explains,
             ),
         )  # fmt: skip
         lost += about(all_losses)
-    lost += about((*unsteady(topology, in_part), *narrow(topology, whole)))
-    lost += internal_losses(
-        topology, live, places, unsettled, limiting=limiting_hosts(whole),
-        explained=lambda one, other: refused(one, other) or across(topology, one, other, in_part.heavy),
-    )  # fmt: skip
+    lost += about((*unsteady(topology, places.in_part), *narrow(topology, whole)))
+    lost += internal_losses(topology, live, places, unsettled, explained=refused)
     for loss in lost:
         yield loss.subject, f"{loss.text}: {loss.remedy}"
 

@@ -13,7 +13,7 @@ from ipaddress import ip_address
 
 from attrs import field, frozen
 
-from kilo_etcd.ctl.reports.arrivals import PAIRS, Loss, across, end_of, some
+from kilo_etcd.ctl.reports.arrivals import PAIRS, Loss, across, by_mesh_address, end_of, some
 from kilo_etcd.ctl.reports.evidence import Evidence
 from kilo_etcd.ctl.reports.exemptions import exemptions
 from kilo_etcd.ctl.reports.live import Live
@@ -40,17 +40,15 @@ def internal_losses(
     *,
     missing: Collection[str] = (),
     explained: Callable[[str, str], bool] = lambda one, other: False,
-    limiting: Collection[str] = (),
 ) -> tuple[Loss, ...]:
     """One for each host that is known to be the place, then the pairs that remain; of each kind the first `PAIRS`.
 
     `places`: the places that other findings name. `apart`: pairs of members of a location that do not reach each other,
     or of which that is not known yet. `missing`: internal IPs that their hosts do not have, which their agents report.
-    `explained`: whether another finding says why echo requests between two hosts are lost. `limiting`: hosts whose
-    firewalls take a limited number of echo requests.
+    `explained`: whether another finding says why echo requests between two hosts are lost.
     """
     losses = []
-    echoes = _echoes(topology, live, places, frozenset(missing), limiting)
+    echoes = _echoes(topology, live, places, frozenset(missing))
     remaining = {pair for pair in echoes.lost if not across(topology, *pair, apart) and not explained(*pair)}
     for _ in range(PAIRS):
         if (place := _place(topology, echoes, remaining)) is None:
@@ -63,11 +61,9 @@ def internal_losses(
     return tuple(losses)
 
 
-def _echoes(
-    topology: Topology, live: Live, places: Evidence, missing: frozenset[str], limiting: Collection[str]
-) -> _Echoes:
+def _echoes(topology: Topology, live: Live, places: Evidence, missing: frozenset[str]) -> _Echoes:
     nodes = topology.snapshot.nodes
-    mesh = {str(address): node.name for node in nodes.values() for address in node.mesh_addresses}
+    mesh = by_mesh_address(topology)
     internal = {
         str(address): holders[0] for address, holders in topology.internals.holders.items() if len(holders) == 1
     }
@@ -83,7 +79,7 @@ def _echoes(
         good |= {(name, internal[address]) for address in answer.reached if address in internal}
         for address in answer.unreached:
             target = internal.get(address)
-            if target is None or target not in reached or target in limiting:
+            if target is None or target not in reached or target in places.limiting:
                 continue
             if (target, ip_address(address).version) in lost_too:
                 continue
