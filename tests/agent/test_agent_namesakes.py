@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
 from ipaddress import ip_address
 
 import pytest
@@ -90,7 +91,9 @@ async def test_a_label_of_a_former_name_that_is_taken_away_counts_no_more(world:
         assert errors(world, "h2") == ()
 
 
-async def test_what_is_set_for_a_former_name_is_another_hosts_once_that_has_the_name(world: World) -> None:
+@asynccontextmanager
+async def another_h1(world: World) -> AsyncIterator[None]:
+    """h1 has a label and is called h2 now, and another host has registered as h1."""
     world.etcd.put(KEYS.location("h1"), "gcp")
     async with running(world):
         await reported(world, "h1")
@@ -98,17 +101,16 @@ async def test_what_is_set_for_a_former_name_is_another_hosts_once_that_has_the_
         await eventually(lambda: errors(world, "h2"), 10, every=0.1)
         world.etcd.put_kept(KEYS.node("h1"), encode(NodeRecord(public_key="B" + "A" * 42 + "=")))
         await eventually(lambda: place(world, "h2") == "", 60, every=0.1)
+        yield
+
+
+async def test_what_is_set_for_a_former_name_is_another_hosts_once_that_has_the_name(world: World) -> None:
+    async with another_h1(world):
         await eventually(lambda: errors(world, "h2") == (), 10, every=0.1)
 
 
 async def test_what_is_set_for_a_former_name_stays_another_hosts_when_that_leaves(world: World) -> None:
-    world.etcd.put(KEYS.location("h1"), "gcp")
-    async with running(world):
-        await reported(world, "h1")
-    async with running(world, hostname="h2"):
-        await eventually(lambda: errors(world, "h2"), 10, every=0.1)
-        world.etcd.put_kept(KEYS.node("h1"), encode(NodeRecord(public_key="B" + "A" * 42 + "=")))
-        await eventually(lambda: place(world, "h2") == "", 60, every=0.1)
+    async with another_h1(world):
         world.etcd.delete(KEYS.node("h1"))
         await trio.sleep(60)
         assert place(world, "h2") == ""

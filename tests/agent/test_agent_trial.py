@@ -131,7 +131,7 @@ async def test_an_agent_goes_on_if_the_code_that_it_is_to_reload_does_not_run(tm
             install(tmp_path)
         assert kg.starts() == 1
         assert "Traceback" not in kg.log()
-        # And the right one is taken up.
+        # And the right one is run.
         kg.process.send_signal(signal.SIGHUP)
         await eventually(lambda: kg.starts() == 2, 60)
         await eventually(partial(reported, ""), 60)

@@ -52,6 +52,18 @@ async def confined() -> AsyncIterator[tuple[Client, dict[str, Config]]]:
             yield operator, {name: evolve(server.config(), user=name, password=name) for name in NAMES}
 
 
+@asynccontextmanager
+async def both_hosts() -> AsyncIterator[tuple[Client, Client, Client]]:
+    """The operator's client, and one for each of the two hosts (`NAMES`)."""
+    one, other = NAMES
+    async with (
+        confined() as (operator, configs),
+        open_client(configs[one]) as first,
+        open_client(configs[other]) as second,
+    ):
+        yield operator, first, second
+
+
 async def _respond(_request: DiagnosticsRequest) -> DiagnosticsResponse:
     await trio.lowlevel.checkpoint()
     return DiagnosticsResponse(revision=7)
@@ -60,9 +72,7 @@ async def _respond(_request: DiagnosticsRequest) -> DiagnosticsResponse:
 async def test_two_prefixes_and_the_right_to_read_suffice_for_the_whole_life_of_a_host() -> None:
     require("etcd", "etcdctl")
     async with (
-        confined() as (operator, configs),
-        open_client(configs["node-1"]) as first,
-        open_client(configs["node-11"]) as second,
+        both_hosts() as (operator, first, second),
         trio.open_nursery() as nursery,
     ):
         clients = {"node-1": first, "node-11": second}
@@ -151,9 +161,7 @@ async def test_a_host_leaves_though_another_has_put_a_key_under_its_leases() -> 
     require("etcd", "etcdctl")
     one, other = NAMES
     async with (
-        confined() as (operator, configs),
-        open_client(configs[one]) as client,
-        open_client(configs[other]) as theirs,
+        both_hosts() as (operator, client, theirs),
         trio.open_nursery() as nursery,
     ):
         it = Session(client, KEYS, one, wg_key(one), lease_ttl=600)
@@ -183,12 +191,8 @@ async def test_a_host_leaves_though_another_has_put_a_key_under_its_leases() -> 
 async def test_a_host_that_reads_anothers_keys_may_keep_its_lease_alive() -> None:
     """etcd does not authorize keepalives, and the keys tell their lease: this is not defended against."""
     require("etcd", "etcdctl")
-    one, other = NAMES
-    async with (
-        confined() as (operator, configs),
-        open_client(configs[one]) as client,
-        open_client(configs[other]) as theirs,
-    ):
+    one = NAMES[0]
+    async with both_hosts() as (operator, client, theirs):
         it = Session(client, KEYS, one, wg_key(one), lease_ttl=600)
         await it.register(record(one, location="gcp"))
         assert await it.enter("gcp", CandidateClass.PUBLIC)
@@ -201,11 +205,7 @@ async def test_a_host_that_reads_anothers_keys_may_keep_its_lease_alive() -> Non
 async def test_a_renamed_host_takes_its_place_over_if_etcd_lets_it_and_else_is_told() -> None:
     require("etcd", "etcdctl")
     old, new = NAMES
-    async with (
-        confined() as (operator, configs),
-        open_client(configs[old]) as before,
-        open_client(configs[new]) as after,
-    ):
+    async with both_hosts() as (operator, before, after):
         first = Session(before, KEYS, old, wg_key(old), lease_ttl=2)
         await first.claim_addresses(SETTINGS.subnets)
         await first.register(record(old, location="gcp"))

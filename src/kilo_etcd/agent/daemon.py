@@ -478,7 +478,7 @@ class Daemon:
             self.log.info("etcd is back: this host has joined again, and follows the mesh")
             self._nudge()
             if self.mirror.current is not None:
-                # One that lacks this host was passed over until now.
+                # A snapshot without this host was not put in force before.
                 self._take(self.mirror.current)
         self._on_disk = None
         for task in (

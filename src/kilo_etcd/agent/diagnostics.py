@@ -148,12 +148,13 @@ class DiagnosticsServer:
 
     async def answer(self, request: DiagnosticsRequest) -> DiagnosticsResponse:
         """What is on the host now, and whether packets arrive, if that is asked."""
-        asks = bool(request.tries or request.targets)
-        self._quiet_at = math.inf if asks else self._quiet_at
+        if not (request.tries or request.targets):
+            return await self._answer(request)
+        self._quiet_at = math.inf
         try:
             return await self._answer(request)
         finally:
-            self._quiet_at = trio.current_time() + QUIET_SECONDS if asks else self._quiet_at
+            self._quiet_at = trio.current_time() + QUIET_SECONDS
 
     async def _answer(self, request: DiagnosticsRequest) -> DiagnosticsResponse:
         programmed = self._programmed()

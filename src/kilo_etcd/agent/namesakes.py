@@ -144,7 +144,7 @@ class Namesakes:
                 )
 
     def _settings(self, former: str) -> tuple[str, ...]:
-        """What the operator has set for a former name."""
+        """The label and the annotations of a former name, and the annotations of others that name it as exit node."""
         keys, mirror = self._keys, self._mirror()
         nodes = {} if mirror.current is None else mirror.current.nodes
         users = sorted(node.name for node in nodes.values() if node.exit_node == former)

@@ -64,7 +64,7 @@ async def trial(config: AgentConfig, setup: Callable[[AgentConfig, str], kernel.
 async def try_installed(*, etcd_answers: bool) -> str | None:
     """Why the installed code does not run with this process's command line, as a clause; None: it does."""
     command = [sys.executable, *sys.orig_argv[1:], COMMAND, *(["--etcd-answers"] if etcd_answers else [])]
-    # What it has to say is for this process, not for systemd.
+    # systemd must not take the trial's messages for the agent's.
     environment = {name: value for name, value in os.environ.items() if name not in ("NOTIFY_SOCKET", "WATCHDOG_USEC")}
     try:
         with trio.move_on_after(TRIAL_SECONDS):

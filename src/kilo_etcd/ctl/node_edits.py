@@ -1,7 +1,7 @@
 """What to write when a node leaves the mesh for good, or goes on under another name. Pure.
 
-What hosts write and what the operator sets for them are apart in etcd. Both go by the node's name, so both have to go,
-or to move.
+What a host writes and what the operator sets for it stand at different keys in etcd, each with the node's name. Both
+have to be deleted, or moved to the new name.
 """
 
 from __future__ import annotations

@@ -40,8 +40,6 @@ answers."""
 _HEADERS = {4: 20, 6: 40}
 """Bytes of an IP header."""
 
-_NOTHING: tuple[IPAddress | None, float] = None, 0.0
-
 _FORM = struct.Struct("!BBHHH4s")
 """Type, code, checksum and identifier (both the kernel's), sequence number, a token by which our request is known."""
 
@@ -104,8 +102,9 @@ async def _exchange(
 
         def read(start: _From) -> None:
             while (number := _reply(sockets[start], start[0], token)) is not None:
-                address, at = sent.pop((start, number), _NOTHING)
-                if address is not None and address in waiting:
+                request = sent.pop((start, number), None)
+                if request is not None and request[0] in waiting:
+                    address, at = request
                     answered.setdefault(address, []).append(trio.current_time() - at)
                     if len(answered[address]) == wanted:
                         del waiting[address]

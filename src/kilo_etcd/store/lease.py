@@ -13,6 +13,7 @@ import structlog
 import trio
 
 from kilo_etcd.etcd.api import Client, EtcdError, Lease, LeaseInfo, LeaseNotFound, PermissionDenied
+from kilo_etcd.store.events import wait_any
 
 LONGEST_INTERVAL = 600.0
 """Seconds at most between two keepalives, however long the lease."""
@@ -128,20 +129,9 @@ class KeptLease:
             interval = keep_interval(lease.ttl)
             try:
                 async with self._client.keep_alive(lease.id, lease.ttl, interval=interval) as kept:
-                    await _either(kept.lost, changed)
+                    await wait_any(kept.lost, changed)
             except EtcdError as error:
                 self._log.warning("a lease cannot be kept alive", error=str(error))
             if lease is self._lease and not changed.is_set():
                 self.mark_unconfirmed()
                 self._on_unconfirmed()
-
-
-async def _either(first: trio.Event, second: trio.Event) -> None:
-    async with trio.open_nursery() as nursery:
-
-        async def wait(event: trio.Event) -> None:
-            await event.wait()
-            nursery.cancel_scope.cancel()
-
-        nursery.start_soon(wait, first)
-        nursery.start_soon(wait, second)

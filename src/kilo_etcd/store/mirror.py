@@ -37,6 +37,7 @@ from kilo_etcd.etcd.api import (
 )
 from kilo_etcd.model import Granularity, InternalIPs, IPAddress, IPNetwork, Snapshot
 from kilo_etcd.store.addresses import Claimant
+from kilo_etcd.store.events import wait_any
 from kilo_etcd.store.history import last_good
 from kilo_etcd.store.keys import Keys
 from kilo_etcd.store.records import adopts, decode_granularity, decode_internal_ips, decode_subnets
@@ -172,20 +173,8 @@ class Mirror:
             self.check()
             if self.failure is not None:
                 raise self.failure
-            await self._wait_news()
+            await wait_any(self._published, self._verified)
         return self.current
-
-    async def _wait_news(self) -> None:
-        """Wait for a snapshot, or for another answer to whether etcd can be read and trusted."""
-        events = self._published, self._verified
-        async with trio.open_nursery() as nursery:
-
-            async def wait(event: trio.Event) -> None:
-                await event.wait()
-                nursery.cancel_scope.cancel()
-
-            for event in events:
-                nursery.start_soon(wait, event)
 
     @property
     def trouble(self) -> str | None:

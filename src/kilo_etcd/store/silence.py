@@ -50,19 +50,21 @@ async def claiming(client: Client, keys: Keys, view: View, living: Collection[st
         if leases[name]:
             infos[name] = await client.lease_time_to_live(leases[name])
     ended = _shortest(infos.values())
+
+    def silent(name: str) -> int:
+        if name in living:
+            return 0
+        if name in leases:
+            return silent_for(infos[name]) if name in infos else 0
+        return ended
+
     return tuple(
         Claiming(
             name=name,
             addresses=tuple(claims.get(name, ())),
             registered=name in leases,
             alive=name in living,
-            silent=0
-            if name in living
-            else silent_for(infos[name])
-            if name in infos
-            else 0
-            if name in leases
-            else ended,
+            silent=silent(name),
         )
         for name in sorted(leases.keys() | claims.keys())
     )

@@ -287,7 +287,8 @@ def _unresponsive(
     tried: dict[str, list[str]] = {}
     for name, answer in sorted(live.answers.items()):
         for address in answer.unreached:
-            if (target := by_address.get(address)) in names and target and name in topology.snapshot.nodes:
+            target = by_address.get(address)
+            if target is not None and target in names and name in topology.snapshot.nodes:
                 tried.setdefault(target, []).append(name)
     forwarding = {name for hosts in paths for name in hosts[1:-1]}
 
