@@ -99,6 +99,7 @@ def test_a_wrong_value_in_the_file_is_one_sentence_that_names_it(path: Path) -> 
 
 
 @pytest.mark.parametrize("line", ["KILO_PREFIX=/", "ETCDCTL_CERT=/x", "ETCDCTL_DIAL_TIMEOUT=soon"])
+@pytest.mark.usefixtures("virtual_time")
 def test_a_mistake_in_the_file_is_a_sentence_and_does_not_show_while_a_word_is_completed(path: Path, line: str) -> None:
     path.write_text(f"ETCDCTL_ENDPOINTS=127.0.0.1:1\n{line}\n")
     result = CliRunner().invoke(main, ["status"])

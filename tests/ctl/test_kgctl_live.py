@@ -20,7 +20,7 @@ from test_kgctl_explain import probed, world
 
 from helpers import put_kept
 from kilo_etcd.ctl.main import main
-from kilo_etcd.ctl.reports import draw, live
+from kilo_etcd.ctl.reports import draw
 from kilo_etcd.ctl.reports.hops import suspicions
 from kilo_etcd.ctl.reports.live import Live, ago, amount
 from kilo_etcd.ctl.reports.report import Report
@@ -115,7 +115,7 @@ class Mesh:
 
 
 @pytest.fixture
-def mesh(monkeypatch: pytest.MonkeyPatch) -> Mesh:
+def mesh(monkeypatch: pytest.MonkeyPatch, virtual_time: None) -> Mesh:
     made = Mesh()
 
     @asynccontextmanager
@@ -138,8 +138,6 @@ def mesh(monkeypatch: pytest.MonkeyPatch) -> Mesh:
         raise PermissionDenied("user eve may not grant a lease in etcd")
 
     monkeypatch.setattr("kilo_etcd.etcd.client.open_client", opened)
-    monkeypatch.setattr(live, "gather", partial(live.gather, patience=0.3))
-    monkeypatch.setattr("kilo_etcd.ctl.commands.graph.PATIENCE_SECONDS", 0.3)
     return made
 
 
