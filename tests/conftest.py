@@ -7,6 +7,7 @@ changes the deadline. Helpers that tests import are in `helpers.py`.
 
 from __future__ import annotations
 
+import gc
 import inspect
 import os
 import signal
@@ -55,6 +56,13 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     items.sort(key=lambda item: stream(item)[0])
     for item in items:
         item.add_marker(pytest.mark.xdist_group(stream(item)[1]))
+
+
+def pytest_collection_finish() -> None:
+    """Exempt from garbage collection what all tests share, which is most of what there is, and collect less often."""
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(20_000, 20, 50)
 
 
 @pytest.hookimpl(tryfirst=True)
