@@ -35,11 +35,11 @@ demo:
 test:
 	@scripts/setup all
 	@scripts/guest ready || { scripts/setup guest && scripts/guest build >/dev/null; }
-	@KILO_SEEDS=$${KILO_SEEDS:-60} KILO_CROWD=$${KILO_CROWD:-10} .venv/bin/python -m pytest -n 3 --dist loadgroup --no-loadscope-reorder $(ARGS)
+	@KILO_SEEDS=$${KILO_SEEDS:-60} KILO_CROWD=$${KILO_CROWD:-10} .venv/bin/python -m pytest -n 4 --dist loadgroup --no-loadscope-reorder $(ARGS)
 
 test-fast:
 	@scripts/setup python
-	@KILO_SEEDS=$${KILO_SEEDS:-10} KILO_EXAMPLES=$${KILO_EXAMPLES:-25} .venv/bin/python -m pytest -n 2 --dist loadgroup -m 'not etcd and not root and not lab and not guest' $(ARGS)
+	@KILO_SEEDS=$${KILO_SEEDS:-5} KILO_EXAMPLES=$${KILO_EXAMPLES:-25} .venv/bin/python -m pytest -n 2 --dist worksteal -m 'not etcd and not root and not lab and not guest' $(ARGS)
 
 simulate:
 	@scripts/setup python

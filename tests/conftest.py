@@ -38,24 +38,36 @@ hypothesis.settings.load_profile("kilo-etcd")
 NEEDS = ("etcd", "root", "lab", "guest")
 
 
+LAST = 5
+"""The rank of tests that need nothing."""
+
+NICE = 5
+"""Their priority (nice(1)), by which they delay no test beside them that looks at times."""
+
+
+def _stream(item: pytest.Item) -> tuple[int, str]:
+    """When a test begins, as a rank, and the name of what runs one after the other with it."""
+    needs = {name for name in NEEDS if item.get_closest_marker(name) is not None}
+    file = str(item.path.relative_to(item.config.rootpath))
+    if not needs:
+        return LAST, item.nodeid.partition("[")[0]
+    if item.get_closest_marker("beside") is not None:
+        return (2, "guest beside") if "guest" in needs else (4, file)
+    if needs == {"etcd"}:
+        return 3, "etcd"
+    return (0, "guest") if "guest" in needs else (1, "here")
+
+
 @pytest.hookimpl(trylast=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Streams for `pytest --dist loadgroup`, the longest first. Where packets and times are looked at, nothing runs
     beside itself: guests, which have one processor each, are one stream, and what uses this machine's namespaces and
-    clock another. The rest runs beside both: guests that are marked `beside`, what else is marked so, file by file, and
-    what needs nothing, test by test, so that no worker has much left when the others have nothing."""
-
-    def stream(item: pytest.Item) -> tuple[int, str]:
-        needs = {name for name in NEEDS if item.get_closest_marker(name) is not None}
-        if not needs:
-            return 4, item.nodeid.partition("[")[0]
-        if item.get_closest_marker("beside") is not None:
-            return 2 if "guest" in needs else 3, str(item.path.relative_to(item.config.rootpath))
-        return (0, "guest") if "guest" in needs else (1, "here")
-
-    items.sort(key=lambda item: stream(item)[0])
+    clock another. Two more run beside them: guests that are marked `beside`, and real etcd servers on loopback, which
+    mostly wait. Both go on with what else is marked `beside`, file by file, and then with what needs nothing, test by
+    test, so that no worker has much left when the others have nothing."""
+    items.sort(key=lambda item: _stream(item)[0])
     for item in items:
-        item.add_marker(pytest.mark.xdist_group(stream(item)[1]))
+        item.add_marker(pytest.mark.xdist_group(_stream(item)[1]))
 
 
 def pytest_collection_finish() -> None:
@@ -66,9 +78,12 @@ def pytest_collection_finish() -> None:
 
 
 @pytest.hookimpl(tryfirst=True)
-def pytest_runtest_setup() -> None:
+def pytest_runtest_setup(item: pytest.Item) -> None:
     """Give each test structlog as it is by itself: an earlier one may have set a level at which nothing is logged."""
     structlog.reset_defaults()
+    if _stream(item)[0] == LAST:
+        # A worker that comes to these has none of the others any more.
+        os.setpriority(os.PRIO_PROCESS, 0, max(NICE, os.getpriority(os.PRIO_PROCESS, 0)))
 
 
 @pytest.hookimpl(tryfirst=True)

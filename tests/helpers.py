@@ -54,10 +54,13 @@ async def eventually(
     """Poll `condition` (sync or async) until it returns something true, and return that.
 
     An AssertionError inside the condition counts as "not yet". After `deadline` seconds (on the real clock `BUSY` times
-    as many) the last one is raised, or an AssertionError that says `what` never came true.
+    as many) the last one is raised, or an AssertionError that says `what` never came true. In virtual time, of which
+    hours pass in a moment, the condition is polled `every` seconds or after a hundredth of the wait so far.
     """
-    if not isinstance(trio.lowlevel.current_clock(), trio.testing.MockClock):
+    virtual = isinstance(trio.lowlevel.current_clock(), trio.testing.MockClock)
+    if not virtual:
         deadline *= BUSY
+    began = trio.current_time()
     last: AssertionError | None = None
     seen: Any = None
     with trio.move_on_after(deadline):
@@ -71,7 +74,7 @@ async def eventually(
                 last = None
             except AssertionError as error:
                 last = error
-            await trio.sleep(every)
+            await trio.sleep(max(every, (trio.current_time() - began) / 100) if virtual else every)
     if last is not None:
         raise last
     raise AssertionError(f"not within {deadline} s: {what or inspect.getsource(condition).strip()} (last: {seen!r})")
