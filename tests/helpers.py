@@ -49,13 +49,13 @@ def examples(count: int) -> int:
 
 
 async def eventually(
-    condition: Callable[[], Any], deadline: float = 30.0, *, every: float = 0.01, what: str = ""
+    condition: Callable[[], Any], deadline: float = 30.0, *, every: float | None = None, what: str = ""
 ) -> Any:
     """Poll `condition` (sync or async) until it returns something true, and return that.
 
     An AssertionError inside the condition counts as "not yet". After `deadline` seconds (on the real clock `BUSY` times
-    as many) the last one is raised, or an AssertionError that says `what` never came true. In virtual time, of which
-    hours pass in a moment, the condition is polled `every` seconds or after a hundredth of the wait so far.
+    as many) the last one is raised, or an AssertionError that says `what` never came true. It is polled `every` seconds;
+    by default a hundred times a second, in virtual time ever less often: after each hundredth of the wait so far.
     """
     virtual = isinstance(trio.lowlevel.current_clock(), trio.testing.MockClock)
     if not virtual:
@@ -74,7 +74,7 @@ async def eventually(
                 last = None
             except AssertionError as error:
                 last = error
-            await trio.sleep(max(every, (trio.current_time() - began) / 100) if virtual else every)
+            await trio.sleep(every or max(0.01, (trio.current_time() - began) / 100 if virtual else 0.0))
     if last is not None:
         raise last
     raise AssertionError(f"not within {deadline} s: {what or inspect.getsource(condition).strip()} (last: {seen!r})")
