@@ -54,8 +54,8 @@ async def eventually(
     """Poll `condition` (sync or async) until it returns something true, and return that.
 
     An AssertionError inside the condition counts as "not yet". After `deadline` seconds (on the real clock `BUSY` times
-    as many) the last one is raised, or an AssertionError that says `what` never came true. It is polled `every` seconds;
-    by default a hundred times a second, in virtual time ever less often: after each hundredth of the wait so far.
+    as many) the last one is raised, or an AssertionError that says `what` never came true. The condition is polled
+    each `every` seconds; by default a hundred times a second, in virtual time after each hundredth of the wait so far.
     """
     virtual = isinstance(trio.lowlevel.current_clock(), trio.testing.MockClock)
     if not virtual:
