@@ -38,7 +38,7 @@ hypothesis.settings.load_profile("kilo-etcd")
 NEEDS = ("etcd", "root", "lab", "guest")
 
 
-LAST = 5
+LAST = 6
 """The rank of tests that need nothing."""
 
 NICE = 5
@@ -48,23 +48,26 @@ NICE = 5
 def _stream(item: pytest.Item) -> tuple[int, str]:
     """When a test begins, as a rank, and the name of what runs one after the other with it."""
     needs = {name for name in NEEDS if item.get_closest_marker(name) is not None}
-    file = str(item.path.relative_to(item.config.rootpath))
+    beside = item.get_closest_marker("beside") is not None
     if not needs:
         return LAST, item.nodeid.partition("[")[0]
-    if item.get_closest_marker("beside") is not None:
-        return (2, "guest beside") if "guest" in needs else (4, file)
-    if needs == {"etcd"}:
-        return 3, "etcd"
-    return (0, "guest") if "guest" in needs else (1, "here")
+    if "guest" in needs:
+        return (2, "guest beside") if beside else (0, "guest")
+    if beside:
+        return 5, str(item.path.relative_to(item.config.rootpath))
+    if "lab" in needs:
+        return 1, "lab"
+    return (3, "here") if "root" in needs else (4, "etcd")
 
 
-@pytest.hookimpl(trylast=True)
+# Before xdist's own hook, which reads the groups.
+@pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Streams for `pytest --dist loadgroup`, the longest first. Where packets and times are looked at, nothing runs
-    beside itself: guests, which have one processor each, are one stream, and what uses this machine's namespaces and
-    clock another. Two more run beside them: guests that are marked `beside`, and real etcd servers on loopback, which
-    mostly wait. Both go on with what else is marked `beside`, file by file, and then with what needs nothing, test by
-    test, so that no worker has much left when the others have nothing."""
+    beside itself: guests, which have one processor each, are a stream, and so are labs, what else uses this machine's
+    namespaces and clock, and real etcd servers on loopback, which mostly wait. The rest runs beside them: guests that
+    are marked `beside`, what else is marked so, file by file, and what needs nothing, test by test, so that no worker
+    has much left when the others have nothing."""
     items.sort(key=lambda item: _stream(item)[0])
     for item in items:
         item.add_marker(pytest.mark.xdist_group(_stream(item)[1]))
