@@ -118,6 +118,15 @@ async def test_a_claim_that_is_taken_away_is_claimed_again(world: World) -> None
         assert world.logged("is not among the mesh's nodes") == 0
 
 
+async def test_a_claim_that_the_mirror_does_not_have_yet_is_not_taken_for_deleted(world: World) -> None:
+    world.client.stall(20)
+    async with running(world, joined=False) as daemon:
+        await eventually(lambda: world.etcd.keys("/kilo/by/h1/addresses/") != [], 10, every=0.1)
+        (claim,) = world.etcd.keys("/kilo/by/h1/addresses/")
+        await eventually(lambda: daemon.mirror.kv(claim) is not None, 60, every=0.1)
+    assert world.logged("deleted") == 0
+
+
 async def test_a_rival_claim_changes_nothing_and_is_reported(world: World) -> None:
     async with running(world):
         (claim,) = world.etcd.keys("/kilo/by/h1/addresses/")

@@ -116,11 +116,13 @@ class Restorer:
             await trio.sleep(backoff.pause(trio.current_time()))
             lost, before = self._lost_claims(), self._session.addresses
             if not lost:
-                self._once.clear("claim", "this host's mesh address is claimed again")
-                self._note_trouble(None)
+                self._claimed()
                 continue
             try:
                 await self._mirror().verify()
+                if not self._older_claims() and await self._session.has_claims():
+                    self._claimed()  # the mirror is behind etcd, and another snapshot follows
+                    continue
                 addresses = await self._session.claim_addresses(self._settings.subnets, doubted=True)
             except (etcd.EtcdError, *REFUSALS) as error:
                 self._once.error("claim", "the claim of this host's mesh address cannot be restored",
@@ -131,8 +133,7 @@ class Restorer:
                 await trio.sleep(RETRY_SECONDS)
                 self._unclaimed.set()
                 continue
-            self._once.clear("claim", "this host's mesh address is claimed again")
-            self._note_trouble(None)
+            self._claimed()
             if addresses == before:
                 log.error("another writer deleted the claim of this host's mesh address; restored",
                           claim="; ".join(lost))  # fmt: skip
@@ -143,6 +144,10 @@ class Restorer:
                 f"{self._keys.by_root}"
             )
             log.error(self.renumbered)
+
+    def _claimed(self) -> None:
+        self._once.clear("claim", "this host's mesh address is claimed again")
+        self._note_trouble(None)
 
     def _note_trouble(self, sentence: str | None) -> None:
         if sentence != self.trouble:
@@ -177,13 +182,15 @@ class Restorer:
         return any(self._mirror().kv(key) is None for key in self._keys.settings)
 
     def _lost_claims(self) -> tuple[str, ...]:
-        """What is wrong with the claims of this host's addresses, as etcd holds them now."""
-        result = []
-        for address in self._session.addresses:
-            key = self._keys.address(self._name, address)
-            holder = self._mirror().holder(address)
-            if holder not in (None, ("node", self._name)):
-                result.append(f"{named(holder)} has the older claim of {address}")
-            elif self._mirror().kv(key) is None:
-                result.append(f"{key} was deleted")
-        return tuple(result)
+        """What is wrong with the claims of this host's addresses, as the mirror has them. It may be behind etcd, and
+        lack a claim that was put a moment ago."""
+        keys = (self._keys.address(self._name, address) for address in self._session.addresses)
+        return self._older_claims() or tuple(f"{key} was deleted" for key in keys if self._mirror().kv(key) is None)
+
+    def _older_claims(self) -> tuple[str, ...]:
+        holders = ((address, self._mirror().holder(address)) for address in self._session.addresses)
+        return tuple(
+            f"{named(holder)} has the older claim of {address}"
+            for address, holder in holders
+            if holder not in (None, ("node", self._name))
+        )

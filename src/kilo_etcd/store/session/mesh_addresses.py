@@ -6,7 +6,7 @@ from ipaddress import ip_interface
 
 import structlog
 
-from kilo_etcd.etcd.api import Client
+from kilo_etcd.etcd.api import Client, Get, RangeResult
 from kilo_etcd.model import IPAddress, IPInterface, IPNetwork
 from kilo_etcd.store import claims
 from kilo_etcd.store.keys import Keys
@@ -49,6 +49,12 @@ class MeshAddresses:
         now, then = (",".join(map(str, addresses)) for addresses in (self.addresses, before))
         self._log.error("mesh address lost to an older claim; another one was claimed", lost=then, address=now)
         return True
+
+    async def stand(self) -> bool:
+        """Whether etcd has each of the claims now, by a linearizable read. EtcdError."""
+        keys = [self._keys.address(self._name, address) for address in self.addresses]
+        answer = await self._client.txn([], [Get(key) for key in keys])
+        return all(isinstance(response, RangeResult) and response.kvs for response in answer.responses)
 
     async def claim_again(self) -> None:
         """Restore the claims, if there are any. NoAddressLeft, EtcdError."""

@@ -244,6 +244,10 @@ class Session:
                 await self._register(trio.current_time() + self._lease_ttl + 1)
         return self.addresses
 
+    async def has_claims(self) -> bool:
+        """Whether the claims of this host's addresses stand in etcd now. EtcdError."""
+        return await self._addresses.stand()
+
     # --- a former name -----------------------------------------------------------------------------------------
 
     async def take_over(self, names: Mapping[str, str | None]) -> Moved:
