@@ -1,4 +1,4 @@
-"""The streams of `make test` are in force: pytest-xdist gives a group of tests to one worker by what a test's id ends in."""
+"""The streams of `make test` are in force: a test's id ends in its stream, by which pytest-xdist groups tests."""
 
 from __future__ import annotations
 
