@@ -39,7 +39,7 @@ test:
 
 test-fast:
 	@scripts/setup python
-	@KILO_SEEDS=$${KILO_SEEDS:-5} KILO_EXAMPLES=$${KILO_EXAMPLES:-25} .venv/bin/python -m pytest -n 2 --dist worksteal -m 'not etcd and not root and not lab and not guest' $(ARGS)
+	@KILO_SEEDS=$${KILO_SEEDS:-5} KILO_EXAMPLES=$${KILO_EXAMPLES:-10} KILO_CROWD=$${KILO_CROWD:-2} .venv/bin/python -m pytest -n 2 --dist worksteal -m 'not etcd and not root and not lab and not guest' $(ARGS)
 
 simulate:
 	@scripts/setup python

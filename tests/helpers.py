@@ -44,7 +44,7 @@ all down. It costs nothing where the condition comes true. In virtual time a dea
 
 
 def examples(count: int) -> int:
-    """How many examples hypothesis makes of `count`: KILO_EXAMPLES per cent of them (all; `make test-fast`: 25)."""
+    """How many examples hypothesis makes of `count`: KILO_EXAMPLES per cent of them (all; `make test-fast`: 10)."""
     return max(1, count * int(os.environ.get("KILO_EXAMPLES", "100")) // 100)
 
 
