@@ -110,6 +110,10 @@ CASES: dict[str, tuple[Lost, list[tuple[str, str]]]] = {
         lambda one, other: "a3" in (one, other) and "a2" not in (one, other),
         [("a1 - a3", "a1 and a3 do not reach each other")],
     ),
+    "a leader that all lost packets to a host pass, and none that arrive there, is named first": (
+        lambda one, other: PLACES[one] == "a" and other == "b2",
+        [("a1 - b2", "a1, a2, a3 do not reach b2, and all that is lost passes a1; what arrives there does not")],
+    ),
     "two locations whose leaders do not meet": (
         lambda one, other: {PLACES[one], PLACES[other]} == {"b", "c"},
         [("c1", "c1 and b1, b2 do not reach each other")],
@@ -269,6 +273,52 @@ def test_where_several_requests_are_not_answered_packets_get_lost() -> None:
     assert told(topology, counted(topology, between("a2", "b2"))) == [
         ("a2 - b2", "between them packets get lost: 16 of 40 echo requests got no answer")
     ]
+
+
+@pytest.mark.parametrize("lost", [8, 10, 14])
+@pytest.mark.parametrize(
+    ("ends", "way"), [(("b2", "c1"), "b1"), (("a3", "c1"), "a1"), (("a3", "b2"), "a1, b1"), (("a1", "b1"), "")]
+)
+def test_hosts_on_whose_hops_no_other_packets_get_lost_are_named_themselves(
+    ends: tuple[str, str], way: str, lost: int
+) -> None:
+    """The printed command sends what does get lost, and the hosts on the way are places to look at."""
+    topology = mesh()
+    live = counted(topology, lambda one, other: lost // 2 if {one, other} == {*ends} else 0)
+    assert told(topology, live) == [
+        (" - ".join(ends), f"between them packets get lost: {lost // 2 * 2} of 40 echo requests got no answer")
+    ]
+    (loss,) = unsteady(topology, lossy(topology, live))
+    address = topology.snapshot.nodes[ends[1]].mesh_addresses[0]
+    assert loss.remedy.startswith(f"`ping -c 100 -i 0.1 {address}` on {ends[0]} shows how many")
+    assert loss.remedy.endswith(f"on {', '.join(ends)}" + (f", or on {way}, on the way" if way else ""))
+
+
+def test_the_place_that_lost_packets_alone_pass_is_the_first_to_look_at() -> None:
+    topology = mesh()
+    (loss,) = losses(topology, asked(topology, lambda one, other: PLACES[one] == "a" and other == "b2"))
+    assert "(snat), or another program's rule (ip rule), on a1 first, then on b2, on b1, or on the way" in loss.remedy
+
+
+def test_of_two_ends_the_one_whose_requests_get_lost_is_told_to_ping() -> None:
+    topology = mesh()
+    live = counted(
+        topology, lambda one, other: 14 if (one, other) == ("c1", "b2") else 2 * ((one, other) == ("b2", "c1"))
+    )
+    (loss,) = unsteady(topology, lossy(topology, live))
+    address = topology.snapshot.nodes["b2"].mesh_addresses[0]
+    assert loss.subject == "b2 - c1"
+    assert loss.remedy.startswith(f"`ping -c 100 -i 0.1 {address}` on c1 shows how many")
+
+
+def test_a_leader_that_loses_some_of_what_it_forwards_is_named() -> None:
+    """Its own packets arrive, so it is no hop to or from it."""
+    topology = mesh()
+    live = counted(topology, lambda one, other: 6 * behind("a1")(one, other))
+    assert told(topology, live) == [
+        ("a1", "packets get lost that it forwards, and none between it and other hosts: 72 of 240 echo requests got no "
+               "answer, of a2 to b1 for instance")
+    ]  # fmt: skip
 
 
 ANYWHERE = [

@@ -210,13 +210,21 @@ _SHARE = 0.05
 """Of the requests between two hosts: from here on missing answers are a loss to look at."""
 
 
+_COINCIDENCE = 0.02
+"""How likely it may be at most that one pair of hosts loses so many more packets than others by chance, for all pairs
+that are compared together."""
+
+
 @frozen(kw_only=True)
 class Lossy:
     """Where packets get lost in part."""
 
     ways: Mapping[frozenset[str], tuple[_Counted, ...]] = field(factory=dict)
-    """Two adjacent hosts between whom packets get lost, or two of whose packets nothing else is lost there -> the
-    requests that this explains."""
+    """Two adjacent hosts between whom packets get lost -> the requests that this explains."""
+    ends: Mapping[frozenset[str], tuple[_Counted, ...]] = field(factory=dict)
+    """Two hosts whose packets get lost, while others' are not on any hop of the way between them -> their requests."""
+    forwarders: Mapping[str, tuple[_Counted, ...]] = field(factory=dict)
+    """Hosts that forward packets of several such pairs, and of no other -> the requests of these pairs."""
     limited: Mapping[str, tuple[str, ...]] = field(factory=dict)
     """Hosts that limit how many echo requests they answer -> the senders."""
     heavy: frozenset[frozenset[str]] = frozenset()
@@ -226,62 +234,144 @@ class Lossy:
     @property
     def hosts(self) -> frozenset[str]:
         """All that are at an end."""
-        return frozenset(name for hop in self.ways for name in hop)
+        return frozenset(name for pair in (*self.ways, *self.ends) for name in pair).union(self.forwarders)
 
 
 def lossy(topology: Topology, live: Live) -> Lossy:
-    """Each way on which answers are missing counts for the two adjacent hosts on it between whom the largest share is,
-    over all ways that they are part of: elsewhere on it fewer are lost."""
+    """Packets that get lost between two hosts are lost on that hop of the way between them on which the largest share
+    is, over all ways that it is part of; unless others' packets pass all these hops and far fewer of them are lost:
+    then something tells packets apart by their addresses."""
     # Those of whose requests none was answered while they were counted may not be up yet.
     ways = [way for way in _counted(topology, live) if way.missing < way.sent]
     if not any(way.missing for way in ways):
         return Lossy()
     limiters = _limited(ways, limiting_hosts(live))
-    ways = [way for way in ways if way.target not in limiters]
+    flows: dict[_Flow, list[_Counted]] = {}
+    for way in ways:
+        if way.target not in limiters:
+            flows.setdefault((frozenset((way.sender, way.target)), way.version), []).append(way)
+    hops = {flow: _hops(topology, *sorted(flow[0])) for flow in flows}
+    shares = {flow: _share(counted) for flow, counted in flows.items()}
+    apart = _apart_from_others(hops, shares)
     by_hop: dict[frozenset[str], list[_Counted]] = {}
-    for way in ways:
-        for hop in _hops(topology, way.sender, way.target):
-            by_hop.setdefault(hop, []).append(way)
-    shares = {hop: _share(passing) for hop, passing in by_hop.items()}
+    for flow, counted in flows.items():
+        for hop in () if flow in apart else hops[flow]:
+            by_hop.setdefault(hop, []).extend(counted)
+    lost = {hop: _share(passing) for hop, passing in by_hop.items()}
     blamed: dict[frozenset[str], list[_Counted]] = {}
-    for way in ways:
-        if way.missing:
-            hop = min(_hops(topology, way.sender, way.target), key=lambda hop: (-shares[hop].least, sorted(hop)))
-            alone = shares[hop].makes_unlikely(way)
-            blamed.setdefault(frozenset((way.sender, way.target)) if alone else hop, []).append(way)
-    named = {
-        hop: tuple(passing)
-        for hop, passing in blamed.items()
-        if sum(way.missing for way in passing) >= _SOME and _share(by_hop.get(hop, passing)).share >= _SHARE
-    }
-    heavy = {hop for hop in named if hop in by_hop and all(2 * way.missing >= way.sent for way in by_hop[hop])}
-    return Lossy(ways=named, limited=limiters, heavy=frozenset(heavy))
+    ends: dict[frozenset[str], list[_Counted]] = {}
+    for flow, counted in flows.items():
+        if flow in apart:
+            ends.setdefault(flow[0], []).extend(counted)
+        elif shares[flow].missing:
+            hop = min(hops[flow], key=lambda hop: (-lost[hop].least, sorted(hop)))
+            blamed.setdefault(hop, []).extend(way for way in counted if way.missing)
+    named = {hop: tuple(passing) for hop, passing in blamed.items() if _is_loss(passing, lost[hop])}
+    pairs = {pair: tuple(counted) for pair, counted in ends.items() if _is_loss(counted, _share(counted))}
+    forwarders = _forwarders(topology, pairs, {flow[0] for flow in flows})
+    explained = {frozenset((way.sender, way.target)) for passing in forwarders.values() for way in passing}
+    return Lossy(
+        ways=named,
+        ends={pair: counted for pair, counted in pairs.items() if pair not in explained},
+        forwarders=forwarders,
+        limited=limiters,
+        heavy=frozenset(hop for hop in named if all(2 * way.missing >= way.sent for way in by_hop[hop])),
+    )
+
+
+_Flow = tuple[frozenset[str], int]
+"""Two hosts that send each other echo requests, and the family of these."""
 
 
 @frozen
 class _Share:
-    """The share of echo requests without an answer, of so many."""
+    """The echo requests without an answer, of so many."""
 
-    share: float
+    missing: int
     sent: int
 
     @property
-    def _deviation(self) -> float:
-        return math.sqrt(self.share * (1 - self.share))
+    def share(self) -> float:
+        """Of those that were sent."""
+        return self.missing / self.sent
 
     @property
     def least(self) -> float:
         """What the share is at least, in all likelihood."""
-        return self.share - self._deviation / math.sqrt(self.sent)
+        return self.share - math.sqrt(self.share * (1 - self.share) / self.sent)
 
-    def makes_unlikely(self, way: _Counted) -> bool:
-        """Whether far more are missing on a way than this share would have."""
-        return way.missing > self.share * way.sent + 4 * self._deviation * math.sqrt(way.sent)
+    def without(self, other: _Share) -> _Share:
+        """The requests that are not among the other ones."""
+        return _Share(self.missing - other.missing, self.sent - other.sent)
+
+    def chance(self, others: _Share) -> float:
+        """How likely it is that of all that are missing so many are here, if as large a share is lost of the others:
+        the one-sided exact test of Fisher's."""
+        missing, sent = self.missing + others.missing, self.sent + others.sent
+        most = min(missing, self.sent)
+        ways = sum(
+            math.comb(self.sent, number) * math.comb(others.sent, missing - number)
+            for number in range(self.missing, most + 1)
+        )
+        return ways / math.comb(sent, missing)
 
 
 def _share(ways: Collection[_Counted]) -> _Share:
-    sent = sum(way.sent for way in ways)
-    return _Share(sum(way.missing for way in ways) / sent, sent)
+    return _Share(sum(way.missing for way in ways), sum(way.sent for way in ways))
+
+
+def _is_loss(explained: Collection[_Counted], share: _Share) -> bool:
+    return _share(explained).missing >= _SOME and share.share >= _SHARE
+
+
+def _apart_from_others(
+    hops: Mapping[_Flow, tuple[frozenset[str], ...]], shares: Mapping[_Flow, _Share]
+) -> frozenset[_Flow]:  # fmt: skip
+    """The flows that lose far more than what others lose on the hops of their ways adds up to: all others on each hop,
+    or the one of them that loses least."""
+    passing: dict[frozenset[str], list[_Flow]] = {}
+    for flow, on_the_way in hops.items():
+        for hop in on_the_way:
+            passing.setdefault(hop, []).append(flow)
+    total, least = {}, {}
+    for hop, flows in passing.items():
+        total[hop] = _Share(sum(shares[flow].missing for flow in flows), sum(shares[flow].sent for flow in flows))
+        least[hop] = min((shares[flow] for flow in flows), key=lambda share: (share.share, -share.sent))
+
+    suspects = [flow for flow, share in shares.items() if share.missing >= _SOME]
+
+    def is_apart(flow: _Flow) -> bool:
+        share, on_the_way = shares[flow], hops[flow]
+        if any(len(passing[hop]) == 1 for hop in on_the_way):
+            return False
+        by_all = share.chance(_in_a_row([total[hop].without(share) for hop in on_the_way]))
+        by_least = share.chance(_in_a_row([least[hop] for hop in on_the_way]))
+        # Each is one of many: the flow of all that lose some, and those that lose least of all on their hops.
+        chosen = math.prod(len(passing[hop]) for hop in on_the_way)
+        return min(by_all * len(suspects), by_least * max(chosen, len(suspects))) < _COINCIDENCE
+
+    return frozenset(filter(is_apart, suspects))
+
+
+def _in_a_row(hops: Collection[_Share]) -> _Share:
+    """What is lost of packets that pass several hops, known no better than that of the hop with the fewest packets."""
+    sent = min(hop.sent for hop in hops)
+    return _Share(round(sent * (1 - math.prod(1 - hop.share for hop in hops))), sent)
+
+
+def _forwarders(
+    topology: Topology, lost: Mapping[frozenset[str], tuple[_Counted, ...]], tried: Collection[frozenset[str]]
+) -> dict[str, tuple[_Counted, ...]]:  # fmt: skip
+    """The hosts that forward the packets of several pairs of hosts, all of which lose some."""
+    through: dict[str, set[frozenset[str]]] = {}
+    for pair in tried:
+        for name in path(topology, *sorted(pair))[1:-1]:
+            through.setdefault(name, set()).add(pair)
+    return {
+        name: tuple(way for pair in sorted(pairs, key=sorted) for way in lost[pair])
+        for name, pairs in sorted(through.items())
+        if len(pairs) > 1 and pairs <= lost.keys()
+    }
 
 
 def _limited(ways: Iterable[_Counted], known: Collection[str]) -> dict[str, tuple[str, ...]]:
@@ -323,18 +413,57 @@ def _counted(topology: Topology, live: Live) -> list[_Counted]:
 def unsteady(topology: Topology, in_part: Lossy) -> Iterator[Loss]:
     """The ways on which packets get lost in part, one for all of a host."""
     for host, others in by_host(in_part.ways):
-        ways = [way for other in others for way in in_part.ways[frozenset((host, other))]]
-        sent, missing = sum(way.sent for way in ways), sum(way.missing for way in ways)
-        worst = max(ways, key=lambda way: (way.missing / way.sent, -way.version))
-        address = topology.snapshot.nodes[others[0]].mesh_address(worst.version)
-        yield Loss(
-            subject=host if len(others) > 1 else f"{host} - {others[0]}", filtered=True,
-            text=f"{f'between it and {some(others)}' if len(others) > 1 else 'between them'} packets get lost: "
-                 f"{missing} of {sent} echo requests got no answer",
-            remedy=f"`ping -c 100 -i 0.1 {address}` on {host} shows how many; if the network between them loses as "
-                   "many (ping to the endpoint that `wg` shows there), look at links and queues (ip -s link), else at "
-                   "a firewall's limits (nft list ruleset); a way that has just come up looks the same: check again",
+        yield _unsteady(
+            topology, host, others, in_part.ways,
+            "if the network between them loses as many (ping to the endpoint that `wg` shows there), look at links and "
+            "queues (ip -s link), else at a firewall's limits (nft list ruleset); a way that has just come up looks "
+            "the same: check again",
         )  # fmt: skip
+    for host, others in by_host(in_part.ends):
+        hosts = dict.fromkeys(name for other in others for name in path(topology, host, other)[1:-1])
+        forward = [name for name in hosts if name not in (host, *others)]
+        yield _unsteady(
+            topology, host, others, in_part.ends,
+            "other packets pass the hosts on the way, so look for a rule about these addresses (nft list ruleset; tc) "
+            f"on {some((host, *others))}" + (f", or on {some(forward)}, on the way" if forward else ""),
+        )  # fmt: skip
+    for name, ways in sorted(in_part.forwarders.items()):
+        worst, total = _worst(ways), _share(ways)
+        yield Loss(
+            subject=name, filtered=True,
+            text=f"packets get lost that it forwards, and none between it and other hosts: {total.missing} of "
+                 f"{total.sent} echo requests got no answer, of {worst.sender} to {worst.target} for instance",
+            remedy=f"{_ping(topology, worst)} shows how many; look on {name} for what drops forwarded packets (nft "
+                   "list ruleset; tc)",
+        )  # fmt: skip
+
+
+def _unsteady(
+    topology: Topology,
+    host: str,
+    others: list[str],
+    counted: Mapping[frozenset[str], tuple[_Counted, ...]],
+    look: str,
+) -> Loss:
+    """Between one host and some others."""
+    ways = [way for other in others for way in counted[frozenset((host, other))]]
+    own = [way for way in ways if host in (way.sender, way.target) and not {way.sender, way.target} - {host, *others}]
+    total, worst = _share(ways), _worst(own or ways)
+    return Loss(
+        subject=host if len(others) > 1 else f"{host} - {others[0]}", filtered=True,
+        text=f"{f'between it and {some(others)}' if len(others) > 1 else 'between them'} packets get lost: "
+             f"{total.missing} of {total.sent} echo requests got no answer",
+        remedy=f"{_ping(topology, worst)} shows how many; {look}",
+    )  # fmt: skip
+
+
+def _worst(ways: Iterable[_Counted]) -> _Counted:
+    return max(ways, key=lambda way: (way.missing / way.sent, -way.version))
+
+
+def _ping(topology: Topology, way: _Counted) -> str:
+    address = topology.snapshot.nodes[way.target].mesh_address(way.version)
+    return f"`ping -c 100 -i 0.1 {address}` on {way.sender}"
 
 
 def limited(in_part: Lossy) -> Iterator[Loss]:
@@ -646,11 +775,12 @@ def _by_leader(
             remedy="; ".join(obstacles) or f"look there for {FORWARDING_LOOK}",
             between=None if obstacles else (source, target),
         )  # fmt: skip
-    yield from _apart(topology, set(alone))
+    yield from _apart(topology, set(alone), tried)
 
 
-def _apart(topology: Topology, lost: Collection[tuple[str, str]]) -> Iterator[Loss]:
-    """Pairs of which nothing tells at which host packets are lost, by the host that most of them have in common."""
+def _apart(topology: Topology, lost: Collection[tuple[str, str]], tried: _Tried) -> Iterator[Loss]:
+    """Pairs of which nothing tells at which host packets are lost, by the host that most of them have in common; if
+    they share another one that others' packets to the same hosts do not pass, that is named first."""
     hosts = list(by_host({frozenset(pair) for pair in lost}))
     for host, others in hosts[:PAIRS]:
         out = any((host, other) in lost for other in others)
@@ -659,14 +789,19 @@ def _apart(topology: Topology, lost: Collection[tuple[str, str]]) -> Iterator[Lo
         if len(others) == 1 and out and back:
             ends = (min(ends), max(ends))
         does = "do" if not out and len(others) > 1 else "does"
+        first = _on_lost_ways_only(topology, lost, tried, host, others)
         leaders = {name for other in others for name in path(topology, host, other)[1:-1]}
-        between = sorted(leaders - {host, *others})
+        between = sorted(leaders - {host, first, *others})
         where = "one of the two" if len(others) == 1 else host
+        if first:
+            where = f"{first} first, then on {where}"
         yield Loss(
-            subject=" - ".join(ends) if len(others) == 1 else host,
-            text=f"{' and '.join(ends)} do not reach each other" if out and back
-                 else f"{ends[0]} {does} not reach {ends[1]}",
-            remedy=f"look for a firewall (nft list ruleset), or another program's rule (ip rule), on {where}"
+            subject=" - ".join(ends) if len(others) == 1 else f"{first} - {host}" if first else host,
+            text=(f"{' and '.join(ends)} do not reach each other" if out and back
+                  else f"{ends[0]} {does} not reach {ends[1]}")
+                 + (f", and all that is lost passes {first}; what arrives there does not" if first else ""),
+            remedy="look for a firewall (nft list ruleset), " + ("a translation of addresses (snat), " if first else "")
+                   + f"or another program's rule (ip rule), on {where}"
                    + (f", on {' or '.join(between)}" if between else "") + ", or on the way"
                    + ("" if between or any(end_of(topology, host) != end_of(topology, other) for other in others)
                       else "; and for a wrong entry in the neighbour table (ip neigh)"),
@@ -679,6 +814,18 @@ def _apart(topology: Topology, lost: Collection[tuple[str, str]]) -> Iterator[Lo
             text=f"{number} more pairs do not reach each other, of {some(host for host, _ in more)}",
             remedy="mend what is named first, then ask again",
         )  # fmt: skip
+
+
+def _on_lost_ways_only(
+    topology: Topology, lost: Collection[tuple[str, str]], tried: _Tried, host: str, others: Collection[str]
+) -> str:  # fmt: skip
+    """The one node besides `host` that all lost packets between it and several others pass, and none that arrive where
+    these should; empty: there is none, or there are several."""
+    pairs = {pair for other in others for pair in ((host, other), (other, host)) if pair in lost}
+    targets = {target for _, target in pairs}
+    passed = {name for pair in tried.good if pair[1] in targets for name in path(topology, *pair)}
+    shared = set.intersection(*({*path(topology, *pair)} for pair in pairs)) - passed - {host}
+    return shared.pop() if len(others) > 1 and passed and len(shared) == 1 else ""
 
 
 def _take_ambiguous(
