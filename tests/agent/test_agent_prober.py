@@ -661,6 +661,19 @@ async def test_a_demoted_leader_is_behind_everyone_for_a_while(mesh: World) -> N
         await eventually(lambda: mesh.logged("candidacy is as before") == 1, 30, every=1)
 
 
+async def test_that_a_host_was_demoted_is_no_error_where_it_leads_nobody(mesh: World) -> None:
+    mesh.etcd.delete("/kilo/by/g1/elections/gcp")
+
+    def errors() -> list[str]:
+        return list(json.loads(mesh.etcd.get("/kilo-status/by/h1/status") or b"{}").get("errors", ()))
+
+    async with running(mesh) as daemon:
+        await demote(mesh, daemon)
+        await eventually(lambda: any("demoted" in error for error in errors()), 5, every=0.01)
+        mesh.etcd.put_kept("/kilo/locations/h1", b"elsewhere")
+        await eventually(lambda: not any("demoted" in error for error in errors()), 5, every=0.01)
+
+
 async def test_a_demoted_leader_whose_firewall_goes_is_a_candidate_as_before(mesh: World) -> None:
     mesh.etcd.delete("/kilo/by/g1/elections/gcp")
     mesh.host.obstacles = (Obstacle("the firewall drops what this host forwards"),)

@@ -17,6 +17,7 @@ from kilo_etcd.model import Candidate, CandidateClass, Endpoint, Node, Snapshot
 from kilo_etcd.planning.plan import host_plan
 from kilo_etcd.planning.reach import Silent, targets, withhold
 from kilo_etcd.store.records import DiagnosticsResponse, Role, StatusRecord, Tunnel, Unreachable
+from kilo_etcd.store.status_texts import NO_BASELINE, WAS_DEMOTED
 from kilo_etcd.topology.segments import Topology, build_topology
 
 KEYS = {name: f"{name:A<42}A=" for name in ("a", "b", "c", "d", "e", "f")}
@@ -94,6 +95,14 @@ def lost(topology: Topology, *apart: tuple[str, str], **answer: Any) -> Live:
     return Live(answers=answers)
 
 
+def with_session(live: Live, one: str, other: str) -> Live:
+    """The same, with a tunnel between two hosts that has a session."""
+    tunnels = {here: (Tunnel(KEYS[there], 5, 1, 1, ""),) for here, there in ((one, other), (other, one))}
+    return evolve(live, answers={
+        name: evolve(answer, tunnels=tunnels.get(name, ())) for name, answer in live.answers.items()
+    })  # fmt: skip
+
+
 def found(topology: Topology, said: Mapping[str, StatusRecord], live: Live) -> list[Finding]:
     shown = report(topology.snapshot, said, newest=1, registered=frozenset(topology.snapshot.nodes), topology=topology)
     examined = Examined(members=(), report=shown, topology=topology, statuses=said, live=live)
@@ -143,11 +152,7 @@ def test_who_cannot_reach_its_leader_is_not_said_to_lose_packets_elsewhere() -> 
     topology = mesh({"a": "x", "b": "x", "c": "x", "d": "y"})
     pairs = (("a", "b"), ("b", "d"))
     live = lost(topology, *pairs)
-    key = {name: node.public_key for name, node in topology.snapshot.nodes.items()}
-    answers = dict(live.answers)
-    for one, other in (("a", "d"), ("d", "a")):
-        answers[one] = evolve(answers[one], tunnels=(Tunnel(key[other], 5, 1, 1, ""),))
-    (finding,) = found(topology, statuses(topology, ("a", "b")), evolve(live, answers=answers))
+    (finding,) = found(topology, statuses(topology, ("a", "b")), with_session(live, "a", "d"))
     assert (finding.subject, finding.severity) == ("a - b", Severity.ERROR)
 
 
@@ -206,3 +211,48 @@ def test_where_every_host_filters_echo_requests_answered_peer_queries_speak_for_
     (finding,) = found(topology, statuses(topology), lost(topology, *ALL))
     assert (finding.severity, finding.subject) == (Severity.WARNING, "packets")
     assert "although members of a location answer each other's peer queries" in finding.text
+
+
+# -- something else at the internal IP
+# ------------------------------------------------------------------------------------------------------
+
+STRANGERS = "do not reach each other: something answers at their internal IPs, but not with their keys"
+FORWARDING = f"{WAS_DEMOTED}: a and c found no way through it, to c for instance"
+
+
+def strangers(topology: Topology, *pairs: tuple[str, str]) -> dict[str, StatusRecord]:
+    """Other hosts answer at the internal IPs of these pairs."""
+    return {
+        name: evolve(status, unsigned=tuple(other for pair in pairs if name in pair for other in {*pair} - {name}))
+        for name, status in statuses(topology).items()
+    }
+
+
+def test_other_hosts_at_the_internal_ips_are_the_error_and_what_follows_from_them_is_not_listed() -> None:
+    topology = mesh({"a": "", "b": "", "c": "y"})
+    said = strangers(topology, ("a", "b"))
+    no_baseline = f"{NO_BASELINE} a, and they find no way through it either: a does not forward"
+    said["b"] = evolve(said["b"], errors=(no_baseline, FORWARDING))
+    (finding,) = found(topology, said, with_session(lost(topology, ("a", "b"), ("b", "c")), "a", "c"))
+    assert (finding.severity, finding.subject) == (Severity.ERROR, "a - b")
+    assert finding.text == f"they {STRANGERS}; b cannot reach other locations"
+    assert "label them apart (kgctl location set b NAME; both are at the default location" in finding.remedy
+
+
+def test_a_firewall_that_drops_peer_queries_alone_stays_a_warning() -> None:
+    topology = mesh({"a": "", "b": "", "c": "y"})
+    (finding,) = found(topology, strangers(topology, ("a", "b")), with_session(lost(topology), "a", "c"))
+    assert finding.severity is Severity.WARNING
+    assert finding.text.startswith("something answers at the internal IPs of a, b, but not with their keys")
+
+
+def test_a_leader_that_does_not_forward_for_a_member_that_reaches_it_is_an_error_beside_it() -> None:
+    topology = mesh({"a": "", "b": "", "d": "", "c": "y"})
+    said = strangers(topology, ("a", "b"))
+    said["a"] = evolve(said["a"], errors=(FORWARDING,))
+    said["d"] = evolve(said["d"], errors=(f"{NO_BASELINE} a, so no host notices if a does not forward",))
+    errors = found(topology, said, with_session(lost(topology, ("a", "b"), ("b", "c")), "a", "c"))
+    assert [(error.subject, error.text.partition(":")[0]) for error in errors] == [
+        ("a", WAS_DEMOTED), ("a - b", f"they {STRANGERS.partition(':')[0]}"),
+        ("d", f"{NO_BASELINE} a, so no host notices if a does not forward"),
+    ]  # fmt: skip

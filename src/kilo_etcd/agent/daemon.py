@@ -65,7 +65,7 @@ from kilo_etcd.store.mirror import ClusterNotTrusted, Mirror
 from kilo_etcd.store.operator import statuses
 from kilo_etcd.store.records import NodeRecord, RecordError, Role, Unreachable, decode_node
 from kilo_etcd.store.session.session import Session
-from kilo_etcd.store.status_texts import FORWARDING_LOOK
+from kilo_etcd.store.status_texts import FORWARDING_LOOK, WAS_DEMOTED
 from kilo_etcd.store.view import Holdings
 from kilo_etcd.topology.forced_addresses import missing_addresses
 from kilo_etcd.topology.mesh_settings import disagreements
@@ -1143,8 +1143,10 @@ class Daemon:
 
     def _current_errors(self) -> tuple[str, ...]:
         """All that is wrong with this host, as sentences."""
-        why = self._candidacy.why
-        behind = why and f"this host was demoted as leader: {why}; {DEMOTED}"
+        # Where nobody is to be led, that it was demoted has no consequence.
+        leads_nobody = self.topology is not None and len(self.topology.segment_of(self.name).members) == 1
+        why = None if leads_nobody else self._candidacy.why
+        behind = why and f"{WAS_DEMOTED}: {why}; {DEMOTED}"
         # Without failures to write to etcd: whoever reads this status in etcd finds them over.
         further = (
             self.beyond,

@@ -49,6 +49,7 @@ from kilo_etcd.ctl.reports.report import (
     Remark,
     Report,
     UnroutedRemark,
+    UnsignedRemark,
     claims_without_record,
     grouped,
     grouped_unrouted,
@@ -284,6 +285,8 @@ def _agents(
             remedy="kgctl status -o json lists all; find out who may write node records",
         )  # fmt: skip
     for remark in report.disagreements:
+        if silence is not None and isinstance(remark, UnsignedRemark) and silence.covers_unsigned(remark.pairs):
+            continue
         yield Finding(severity=Severity.WARNING, subject=remark.subject, text=remark.text)
     # What `silence` covers `_packets` tells, once for all of them.
     errors = [error for error in report.errors if silence is None or not silence.covers(error.subject, error.text)]

@@ -612,6 +612,12 @@ def lost_pairs(topology: Topology, live: Live) -> tuple[tuple[str, str], ...]:
     return tuple(sorted({(min(pair), max(pair)) for pair in _tried(topology, live).bad}))
 
 
+def cut_pairs(topology: Topology, live: Live) -> frozenset[frozenset[str]]:
+    """The pairs of hosts between which packets were lost, and none has arrived."""
+    tried = _tried(topology, live)
+    return frozenset(frozenset(pair) for pair in tried.bad if tried.cut(*pair))
+
+
 def across(topology: Topology, one: str, other: str, pairs: Collection[frozenset[str]]) -> bool:
     """Whether one of these pairs of adjacent hosts is part of the way from `one` to `other`."""
     return any(hop in pairs for hop in _hops(topology, one, other))

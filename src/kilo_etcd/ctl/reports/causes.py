@@ -15,10 +15,12 @@ from itertools import islice
 from attrs import frozen
 
 from kilo_etcd.base.quoting import first_of
-from kilo_etcd.ctl.reports.arrivals import PAIRS
+from kilo_etcd.ctl.reports.arrivals import PAIRS, cut_pairs, end_of
 from kilo_etcd.ctl.reports.live import Live
+from kilo_etcd.ctl.reports.report import unsigned
 from kilo_etcd.planning.reach import about_member, apart, called_location, names_route, share, targets
 from kilo_etcd.store.records import StatusRecord, Unreachable
+from kilo_etcd.store.status_texts import NO_BASELINE, WAS_DEMOTED
 from kilo_etcd.topology.forced_addresses import lacks
 from kilo_etcd.topology.segments import Topology
 
@@ -37,6 +39,8 @@ class Kind(IntEnum):
     NO_LONGER = 1
     TUNNELED = 2
     """Not through the tunnel between them."""
+    STRANGERS = 3
+    """Something answers at their internal IPs that has not their keys, and no packet between them arrives."""
 
 
 @frozen(kw_only=True)
@@ -53,9 +57,19 @@ class Silence:
     """Some members answer each other's peer queries."""
     rerouted: frozenset[frozenset[str]] = frozenset()
     """Of `apart`, the pairs of which an agent's error names another program's route as the reason."""
+    alone: frozenset[str] = frozenset()
+    """Hosts that no other member of their location reaches, so that nothing arrives through them either."""
+
+    def covers_unsigned(self, pairs: Collection[tuple[str, str]]) -> bool:
+        """Whether `causes` covers a remark on members that are answered, but not with each other's keys."""
+        return bool(pairs) and all(self.apart.get(frozenset(pair)) is Kind.STRANGERS for pair in pairs)
 
     def covers(self, name: str, error: str) -> bool:
-        """Whether `causes` covers an agent's error."""
+        """Whether `causes` covers an agent's error: it is about such a pair, or follows from one."""
+        if error.startswith(NO_BASELINE):
+            return any(name in pair and error.startswith(f"{NO_BASELINE} {min(pair - {name})},") for pair in self.apart)
+        if error.startswith(WAS_DEMOTED):
+            return name in self.alone
         member = about_member(error)
         if member:
             pair = frozenset((name, member))
@@ -75,6 +89,11 @@ def silence(topology: Topology, statuses: Mapping[str, StatusRecord], live: Live
             if (unreachable.node, unreachable.address) in current:
                 pair, kind = frozenset((name, unreachable.node)), _kind(unreachable, topology)
                 kinds[pair] = min(kind, kinds.get(pair, kind))
+    cut = cut_pairs(topology, live)
+    for one, other in unsigned(statuses, statuses, topology):
+        # A tunnel between the two would not lead to the internal IP.
+        if (pair := frozenset((one, other))) in cut and end_of(topology, one) == end_of(topology, other):
+            kinds.setdefault(pair, Kind.STRANGERS)
     undecided = {
         frozenset((name, other))
         for name, answer in live.answers.items()
@@ -87,7 +106,14 @@ def silence(topology: Topology, statuses: Mapping[str, StatusRecord], live: Live
         young=frozenset(name for name in live.answers if _young(statuses.get(name), live.answers[name].time)),
         queries_answered=_queries_answered(topology, statuses, kinds.keys() | undecided),
         rerouted=frozenset(_rerouted(statuses) & kinds.keys()),
-    )
+        alone=frozenset(
+            name for pair in kinds for name in pair
+            if all(
+                node.name == name or frozenset((name, node.name)) in kinds
+                for node in topology.segment_of(name).members
+            )
+        ),
+    )  # fmt: skip
 
 
 def _rerouted(statuses: Mapping[str, StatusRecord]) -> set[frozenset[str]]:
@@ -140,6 +166,10 @@ _SAYS = {
         "do not answer each other through their tunnels inside the location",
         "let UDP 51820 (--port) pass between them; ",
     ),
+    Kind.STRANGERS: (
+        "do not reach each other: something answers at their internal IPs, but not with their keys",
+        "have other hosts these addresses there? ",
+    ),
 }
 
 
@@ -189,7 +219,7 @@ def _cause(topology: Topology, location: str, kind: Kind, pairs: list[frozenset[
 
 def _cut_off(topology: Topology, kind: Kind, names: list[str], pairs: Collection[frozenset[str]]) -> str:
     """Which of them reach no other location, since it is their leader that does not answer."""
-    if kind is not Kind.NEVER or len(topology.segments) < 2:
+    if kind not in (Kind.NEVER, Kind.STRANGERS) or len(topology.segments) < 2:
         return ""
     leaders = ((name, topology.segment_of(name).leader.name) for name in names)
     lone = [name for name, leader in leaders if name != leader and frozenset((name, leader)) in pairs]

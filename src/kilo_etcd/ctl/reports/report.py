@@ -85,6 +85,14 @@ class Remark:
 
 
 @frozen(kw_only=True)
+class UnsignedRemark(Remark):
+    """Members of a location at whose internal IPs something answers, but not with their keys."""
+
+    pairs: tuple[tuple[str, str], ...]
+    """Who queries, and the member that does not answer."""
+
+
+@frozen(kw_only=True)
 class UnroutedRemark(Remark):
     """An internal IP, or a network of internal IPs, that is not routed, and why. Under `encrypted` an endpoint too."""
 
@@ -581,27 +589,37 @@ def _reason(segment: Segment, snapshot: Snapshot) -> str:
     return f"{demoted} does not forward: {sentence(demoted, snapshot.probe_reports.get(segment.location, ()))}"
 
 
-def _unsigned(
-    names: Iterable[str], statuses: Mapping[str, StatusRecord], topology: Topology, *, separately: bool
-) -> Iterator[Remark]:
-    """On members of a location at whose internal IPs something answers that does not authenticate as them, although
-    their agents would. A firewall may drop the peer queries of a whole location: several pairs are one remark for each
-    location, unless `separately` is given."""
+def unsigned(
+    names: Iterable[str], statuses: Mapping[str, StatusRecord], topology: Topology
+) -> Iterator[tuple[str, str]]:  # fmt: skip
+    """The hosts, of those named, to which something answers at the internal IP of another member that does not
+    authenticate as this one, although its agent would; each with that member."""
     nodes = topology.snapshot.nodes
-    pairs: dict[str, list[tuple[str, str]]] = {}
     for name in names:
         for other in statuses[name].unsigned if name in statuses and name in nodes else ():
             status = statuses.get(other)
             # Who queries at another port than the other one takes gets no answer, and is named for that.
             ports = {None if s is None else s.peer_query_port for s in (status, statuses[name])}
             if other in nodes and status is not None and status.answers and len(ports) == 1:
-                pairs.setdefault(nodes[other].location, []).append((name, other))
+                yield name, other
+
+
+def _unsigned(
+    names: Iterable[str], statuses: Mapping[str, StatusRecord], topology: Topology, *, separately: bool
+) -> Iterator[UnsignedRemark]:
+    """A firewall may drop the peer queries of a whole location: several pairs are one remark for each location, unless
+    `separately` is given."""
+    nodes = topology.snapshot.nodes
+    pairs: dict[str, list[tuple[str, str]]] = {}
+    for pair in unsigned(names, statuses, topology):
+        pairs.setdefault(nodes[pair[1]].location, []).append(pair)
     for location, result in sorted(pairs.items()):
         if separately or len(result) == 1:
             for name, other in result:
                 addresses = " and ".join(str(internal_ip.ip) for internal_ip in nodes[other].internal_ips)
-                yield Remark(
+                yield UnsignedRemark(
                     subject=name,
+                    pairs=((name, other),),
                     text=f"something answers it at {addresses}, the internal IP of {other}, but not with {other}'s "
                     "key: a firewall drops UDP 1107 (--peer-query-port) between the two, or that is another host's "
                     f"network; if so, label them apart (kgctl location set {other} NAME)",
@@ -609,7 +627,8 @@ def _unsigned(
             continue
         answering = sorted({other for _, other in result})
         first = first_of([f"{name} asks {other}" for name, other in result], MOST_SUBJECTS)
-        yield Remark(
+        yield UnsignedRemark(
+            pairs=tuple(result),
             subject=f"location {location}" if location else "the default location",
             text=f"something answers at the internal IPs of {first_of(answering, MOST_SUBJECTS)}, but not with their "
             f"keys, in {len(result)} cases ({first}): a firewall drops UDP 1107 (--peer-query-port) between these "
