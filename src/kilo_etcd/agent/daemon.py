@@ -1146,7 +1146,7 @@ class Daemon:
         # Where nobody is to be led, that it was demoted has no consequence.
         leads_nobody = self.topology is not None and len(self.topology.segment_of(self.name).members) == 1
         why = None if leads_nobody else self._candidacy.why
-        behind = why and f"{WAS_DEMOTED}: {why}; {DEMOTED}"
+        behind = why and f"{WAS_DEMOTED} {why}; {DEMOTED}"
         # Without failures to write to etcd: whoever reads this status in etcd finds them over.
         further = (
             self.beyond,

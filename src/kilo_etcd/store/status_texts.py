@@ -10,7 +10,7 @@ NO_IPV6 = "IPv6 is switched off there"
 """What the sentence of an agent says that cannot put its IPv6 mesh address on the device (`kernel.errors`)."""
 NO_BASELINE = "no host elsewhere has ever answered an echo request through the leader"
 """How the sentence on a leader without a baseline begins."""
-WAS_DEMOTED = "this host was demoted as leader"
+WAS_DEMOTED = "this host was demoted as leader:"
 """How the sentence of an agent begins whose host does not lead because probers have reported it."""
 FORWARDING_LOOK = (
     "what drops forwarded packets (nft list ruleset; sysctl net.ipv4.ip_forward net.ipv6.conf.all.forwarding; an "

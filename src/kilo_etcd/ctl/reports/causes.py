@@ -168,7 +168,7 @@ _SAYS = {
     ),
     Kind.STRANGERS: (
         "do not reach each other: something answers at their internal IPs, but not with their keys",
-        "have other hosts these addresses there? ",
+        "do other hosts have these addresses there? ",
     ),
 }
 
