@@ -12,8 +12,10 @@ from types import MappingProxyType
 import pytest
 from attrs import evolve
 
-from kilo_etcd.ctl.reports.arrivals import across, limited, losses, lossy, narrow, path, unsteady
+from kilo_etcd.ctl.reports.arrivals import across, losses, path
 from kilo_etcd.ctl.reports.live import Live
+from kilo_etcd.ctl.reports.lossy import limited, lossy, unsteady
+from kilo_etcd.ctl.reports.narrow import narrow
 from kilo_etcd.model import Candidate, CandidateClass, Endpoint, Node, Snapshot
 from kilo_etcd.store.records import DiagnosticsResponse, EchoCount, Tunnel
 from kilo_etcd.topology.segments import Topology, build_topology

@@ -26,20 +26,19 @@ from kilo_etcd.ctl.reports.arrivals import (
     TRIES,
     by_host,
     end_of,
-    limited,
     losses,
     lost_across,
     lost_pairs,
-    narrow,
     reached_by,
     some,
-    unsteady,
 )
 from kilo_etcd.ctl.reports.causes import Silence, causes, silence
 from kilo_etcd.ctl.reports.evidence import Evidence, evidence, shown
 from kilo_etcd.ctl.reports.exemptions import exemptions
 from kilo_etcd.ctl.reports.internal_arrivals import internal_losses
 from kilo_etcd.ctl.reports.live import Live, Pair, differs, gather, pairs, tunnels
+from kilo_etcd.ctl.reports.lossy import limited, unsteady
+from kilo_etcd.ctl.reports.narrow import narrow
 from kilo_etcd.ctl.reports.one_sided import echo_refused
 from kilo_etcd.ctl.reports.probed import unreached_through
 from kilo_etcd.ctl.reports.render import clean

@@ -21,13 +21,11 @@ from kilo_etcd.ctl.reports.arrivals import (
     PAIRS,
     SHOWN,
     Loss,
-    Lossy,
     by_host,
     by_mesh_address,
     end_of,
     good_hops,
     limiting_hosts,
-    lossy,
     lost_hops,
     path,
     reached_by,
@@ -35,6 +33,7 @@ from kilo_etcd.ctl.reports.arrivals import (
 )
 from kilo_etcd.ctl.reports.causes import Kind
 from kilo_etcd.ctl.reports.live import Live, ago, pairs, tunnels
+from kilo_etcd.ctl.reports.lossy import Lossy, lossy
 from kilo_etcd.model import Node
 from kilo_etcd.store.records import StatusRecord
 from kilo_etcd.store.status_texts import NO_IPV6, NO_WIREGUARD

@@ -14,11 +14,13 @@ from ipaddress import ip_address, ip_network
 
 from attrs import evolve, frozen
 
-from kilo_etcd.ctl.reports.arrivals import Loss, losses, narrow, unsteady
+from kilo_etcd.ctl.reports.arrivals import Loss, losses
 from kilo_etcd.ctl.reports.causes import Cause, causes, silence
 from kilo_etcd.ctl.reports.evidence import evidence, shown
 from kilo_etcd.ctl.reports.internal_arrivals import internal_losses
 from kilo_etcd.ctl.reports.live import Live, LiveTunnel, ago, differs, pairs, tunnels
+from kilo_etcd.ctl.reports.lossy import unsteady
+from kilo_etcd.ctl.reports.narrow import narrow
 from kilo_etcd.ctl.reports.one_sided import echo_refused
 from kilo_etcd.ctl.reports.probed import unanswered
 from kilo_etcd.ctl.reports.report import DROPPED, contradictions
