@@ -67,6 +67,7 @@ def plan(
     returns: tuple[RoutePlan, ...] = (),
     returns_refused: tuple[str, ...] = (),
     port: int = 51820,
+    clamps: bool = False,
 ) -> HostPlan:
     return HostPlan(
         node="node-1",
@@ -76,6 +77,7 @@ def plan(
         routes={r.destination: r for r in parts if isinstance(r, RoutePlan)},
         unreachable_routes=tuple(ip_network(n) for n in unreachable_routes),
         forwarding=frozenset(forwarding),
+        clamps=clamps,
         ipip_remotes=frozenset(ip_address(a) for a in ipip),
         ipip_local=None if ipip_local is None else ip_address(ipip_local),
         masquerade=tuple(ip_network(n) for n in masquerade),

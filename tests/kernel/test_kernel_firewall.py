@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import subprocess
+import sys
 from ipaddress import ip_address, ip_network
 
 import pytest
@@ -11,6 +12,7 @@ import trio
 from attrs import evolve
 from kernel_worlds import PRIVATE, TARGET, host_with, lines, plan
 
+from helpers import eventually
 from kilo_etcd.kernel import Memory, Setup, cleanup, diff, open_kernel
 from kilo_etcd.kernel.errors import failure
 from kilo_etcd.kernel.firewall.netfilter import Netfilter
@@ -78,6 +80,21 @@ def test_what_comes_out_of_the_tunnel_for_the_locations_network_is_masqueraded_b
     ]
 
 
+def test_tcp_that_a_host_forwards_is_made_to_fit_both_sides_unless_the_operator_does_not_want_it() -> None:
+    """The kernel lowers a segment size only, so nothing changes where both sides have one MTU."""
+    forwards = plan(clamps=True)
+    size = "tcp flags & (syn | rst) == syn tcp option maxseg size set rt mtu"
+    assert [rule.text for rule in table(forwards).rules] == [f'iifname "kilo0" {size}', f'oifname "kilo0" {size}']
+    (chain,) = table(forwards).chains
+    assert (chain.kind, chain.hook) == ("filter", "forward")
+    inside = evolve(ENCAPSULATED, clamps=True)
+    assert f'oifname "kilo-ipip" {size}' in [rule.text for rule in table(inside).rules], "members are behind IPIP"
+    off = evolve(TARGET, clamp_mss=False)
+    assert diff(forwards, host_with(plan()), Memory(), off) == ()
+    assert lines(diff(forwards, host_with(forwards), Memory(), off)) == ["nft delete table inet kilo"]
+    assert diff(forwards, host_with(forwards), Memory(), TARGET) == ()
+
+
 def test_the_table_is_named_after_the_interface() -> None:
     assert table_name("kilo0") == "kilo"
     assert table_name("wg-home.1") == "kilo-wg-home.1"
@@ -113,8 +130,15 @@ def test_a_kernel_without_nftables_is_one_sentence_and_the_host_may_lead_all_the
         "this kernel lacks nftables or a part of it, so IPIP is taken from anybody and hosts without an agent do not "
         "answer the mesh: load the modules nf_tables, nft_nat and nft_masq"
     )
+    said = failure(ReplaceTable(table(plan(clamps=True))), OSError(95, "Operation not supported"))
+    assert said.text == (
+        "this kernel lacks nftables or a part of it, so TCP that is forwarded may be too large for the tunnel: load "
+        "the module nf_tables"
+    )
     said = failure(ReplaceTable(table(ANSWERING)), OSError(95, "Operation not supported"))
-    assert "no answer as long as it has an exit node: load the modules nf_tables, nft_ct, " in said.text
+    assert (
+        "no answer as long as it has an exit node: load the modules nf_tables, nft_ct and nft_reject_inet" in said.text
+    )
 
 
 async def test_the_kernel_in_memory_has_a_table_too() -> None:
@@ -138,10 +162,11 @@ async def test_the_kernel_in_memory_has_a_table_too() -> None:
 def test_the_kernel_gives_back_what_it_was_given_and_nft_reads_our_text_alike() -> None:
     netfilter = Netfilter()
     assert netfilter.read("kilo") is None
-    for wanted in (LOCATION, ENCAPSULATED, evolve(ENCAPSULATED, masquerade=()), ANSWERING):
+    clamping = evolve(ENCAPSULATED, clamps=True)
+    for wanted in (LOCATION, ENCAPSULATED, evolve(ENCAPSULATED, masquerade=()), ANSWERING, clamping):
         netfilter.replace(table(wanted))
         assert netfilter.read("kilo") == table(wanted)
-    for wanted in (ENCAPSULATED, ANSWERING):
+    for wanted in (clamping, ANSWERING):
         netfilter.replace(table(wanted))
         ours = nft("list", "table", "inet", "kilo")
         nft("delete", "table", "inet", "kilo")
@@ -246,3 +271,78 @@ def test_ipip_from_a_stranger_is_dropped_and_counted() -> None:
     counted = {item["counter"]["name"]: item["counter"]["packets"] for item in found if "counter" in item}
     assert counted == {"ipip_accepted": 1, "ipip_dropped": 2}
     netfilter.close()
+
+
+_SEGMENT_SIZES = """
+import socket, sys
+listener = socket.create_server(("::", 5001), family=socket.AF_INET6, dualstack_ipv6=True)
+print(flush=True)
+while True:
+    connection, _ = listener.accept()
+    size = connection.getsockopt(socket.IPPROTO_TCP, socket.TCP_MAXSEG)
+    connection.sendall(str(size).encode())
+    connection.close()
+"""
+_CONNECT = (
+    "import socket, sys; c = socket.create_connection((sys.argv[1], 5001), 10); "
+    "print(c.getsockopt(socket.IPPROTO_TCP, socket.TCP_MAXSEG), c.recv(99).decode())"
+)
+
+
+@pytest.mark.root
+@pytest.mark.usefixtures("own_namespaces")
+async def test_both_ends_of_a_forwarded_connection_send_no_more_than_the_narrower_side_takes() -> None:
+    """A host in the middle forwards; the device towards the far end is named as the tunnel's and takes 1300 bytes."""
+
+    def sh(command: str) -> str:
+        return subprocess.run(command, shell=True, check=True, capture_output=True, text=True).stdout
+
+    sh(
+        "mount -t tmpfs none /run/netns 2>/dev/null || mkdir -p /run/netns; ip netns add far; ip netns add near; "
+        "ip link add kilo0 type veth peer name wire netns far; ip link add eth0 type veth peer name wire netns near; "
+        "for net in far near; do ip -n $net link set wire up; ip -n $net link set lo up; done; "
+        "ip address add 10.4.0.1/24 dev kilo0; ip address add fd00:4::1/64 dev kilo0 nodad; "
+        "ip address add 10.1.0.1/24 dev eth0; ip address add fd00:1::1/64 dev eth0 nodad; "
+        "ip link set kilo0 mtu 1300 up; ip link set eth0 up; "
+        "ip -n far address add 10.4.0.9/24 dev wire; ip -n far address add fd00:4::9/64 dev wire nodad; "
+        "ip -n near address add 10.1.0.9/24 dev wire; ip -n near address add fd00:1::9/64 dev wire nodad; "
+        "for via in 10.4.0.1 fd00:4::1; do ip -n far route add default via $via; done; "
+        "for via in 10.1.0.1 fd00:1::1; do ip -n near route add default via $via; done; "
+        "sysctl -w net.ipv4.ip_forward=1 net.ipv6.conf.all.forwarding=1"
+    )
+    ends = {"near": ("10.4.0.9", "fd00:4::9"), "far": ("10.1.0.9", "fd00:1::9")}
+
+    def sizes() -> list[str]:
+        return [
+            sh(f"ip netns exec {name} {sys.executable} -c '{_CONNECT}' {address}").strip()
+            for name, addresses in ends.items()
+            for address in addresses
+        ]
+
+    def answer() -> bool:
+        """A worker of the kernel makes routes of IPv6 addresses by and by."""
+        pings = (f"ip netns exec {name} ping -c 1 -W 1 {address}" for name in ends for address in ends[name])
+        return all(subprocess.run(ping, shell=True, capture_output=True, check=False).returncode == 0 for ping in pings)
+
+    await eventually(answer, 30, every=0.05, what="answers from both ends")
+
+    def serve(name: str) -> subprocess.Popen[str]:
+        program = ["ip", "netns", "exec", name, sys.executable, "-c", _SEGMENT_SIZES]
+        return subprocess.Popen(program, stdout=subprocess.PIPE, text=True)
+
+    servers = [serve(name) for name in ends]
+    netfilter = Netfilter()
+    try:
+        for server in servers:
+            assert server.stdout is not None
+            server.stdout.readline()
+        assert set(sizes()) == {"1448 1448", "1428 1428"}, "of 1500 bytes, less headers and timestamps"
+        netfilter.replace(table(plan(clamps=True)))
+        assert set(sizes()) == {"1248 1248", "1228 1228"}
+        sh("ip link set kilo0 mtu 1500; ip link set eth0 mtu 1500")
+        assert set(sizes()) == {"1448 1448", "1428 1428"}, "nothing changes between sides of one MTU"
+    finally:
+        netfilter.close()
+        for server in servers:
+            server.kill()
+            server.wait()

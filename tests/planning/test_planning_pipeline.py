@@ -44,6 +44,14 @@ def test_each_step_of_a_nodes_plan() -> None:
     assert not exit_route.held
 
 
+def test_hosts_that_join_two_networks_have_tcp_fit_into_the_narrower_one() -> None:
+    """gcp-1 leads and gcp-3 has containers; home-1 is alone and forwards from peer to peer at most."""
+    behind = evolve(OTHER, name="gcp-3", subnets=(ip_network("172.20.1.0/24"),))
+    topology = build_topology(snapshot([EXIT, OTHER, behind, HOME], peers=[LAPTOP]))
+    clamping = {name: host_plans(topology, name, KNOWN).final.clamps for name in topology.snapshot.nodes}
+    assert clamping == {"gcp-1": True, "gcp-2": False, "gcp-3": True, "home-1": False}
+
+
 def test_an_exit_route_waits_for_names() -> None:
     topology = build_topology(WORLD)
     for unknown in (evolve(KNOWN, table={}), evolve(KNOWN, etcd_unresolved=("etcd.example.com",))):

@@ -111,6 +111,8 @@ class AgentConfig:
     """Whether a mesh address outside of etcd's `mesh/subnets` is given up for one within, at the start."""
     forward_rules: bool = False
     """Whether mesh traffic is let through a FORWARD chain whose policy is drop."""
+    clamp_mss: bool = True
+    """Whether TCP that this host forwards is made to fit into the tunnel."""
     dns_hosts: bool = False
     """Whether the hosts file holds the names of the mesh."""
     log_level: str = "info"
@@ -159,6 +161,7 @@ class AgentConfig:
         probe: str = "auto",
         renumber: bool = False,
         forward_rules: bool = False,
+        clamp_mss: bool = True,
         dns_hosts: bool = False,
         log_level: str = "info",
         wireguard: str = "auto",
@@ -200,6 +203,7 @@ class AgentConfig:
             probe=read("--probe", lambda: one_of(Probe, probe)) is Probe.AUTO,
             renumber=renumber,
             forward_rules=forward_rules,
+            clamp_mss=clamp_mss,
             dns_hosts=dns_hosts,
             log_level=read("--log-level", lambda: parse_log_level(log_level)),
             wireguard=read("--wireguard", lambda: one_of(WireGuardKind, wireguard)),

@@ -232,6 +232,7 @@ def _setup(config: AgentConfig, private: str) -> kernel.Setup:
         mtu=config.mtu,
         wireguard=config.wireguard.value,
         forward_rules=config.forward_rules,
+        clamp_mss=config.clamp_mss,
         userspace_command=shlex.join(config.userspace_command),
     )
 

@@ -109,6 +109,13 @@ _AGENT = (
         negative="--no-forward-rules",
     ),
     kilo_flag(
+        "--clamp-mss",
+        "true",
+        "Have TCP that this host forwards fit into the tunnel: lower the segment size (MSS) in its handshakes.",
+        switch=True,
+        negative="--no-clamp-mss",
+    ),
+    kilo_flag(
         "--dns-hosts",
         "false",
         "Keep the names of all nodes and peers in /etc/hosts: NAME.mesh, and NAME where nothing else has it.",

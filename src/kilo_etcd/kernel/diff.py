@@ -316,7 +316,7 @@ def _table(planned: FirewallTable | None, table: FirewallTable | None) -> Iterat
 
 def _wanted_table(plan: HostPlan, observed: Observed, target: DeviceTarget) -> FirewallTable | None:
     check = {name for name in (*observed.strict, *observed.loosened) if name in observed.underlay}
-    return table_for(plan, target.interface, strict=check, forwarding=observed.forwarding)
+    return table_for(plan, target.interface, strict=check, forwarding=observed.forwarding, clamp_mss=target.clamp_mss)
 
 
 def _ipip(plan: HostPlan, observed: Observed, target: DeviceTarget) -> Iterator[Change]:

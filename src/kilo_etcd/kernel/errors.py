@@ -208,13 +208,16 @@ def _sentence(change: Change, error: OSError) -> str:
             "postrouting": "hosts without an agent do not answer the mesh",
             "output": "connections to this host's own IPv6 addresses get no answer as long as it has an exit node",
             "encrypted": "what comes in clear from other nodes is taken",
+            "sizes": "TCP that is forwarded may be too large for the tunnel",
         }
         chains = [chain.name for chain in change.table.chains]
         lacking = " and ".join(lost[name] for name in chains if name in lost)
-        modules = ["nf_tables", *(["nft_ct", "nft_reject_inet"] if "output" in chains else []), "nft_nat", "nft_masq"]
+        modules = ["nf_tables", *(["nft_ct", "nft_reject_inet"] if "output" in chains else [])]
+        modules += ["nft_nat", "nft_masq"] if any(chain.kind == "nat" for chain in change.table.chains) else []
         modules += ["nft_fib_inet", "nft_fib_ipv4", "nft_fib_ipv6"] if "encrypted" in chains else []
-        listed = f"{', '.join(modules[:-1])} and {modules[-1]}"
-        return f"this kernel lacks nftables or a part of it, so {lacking}: load the modules {listed}"
+        *first, last = modules
+        listed = f"modules {', '.join(first)} and {last}" if first else f"module {last}"
+        return f"this kernel lacks nftables or a part of it, so {lacking}: load the {listed}"
     if isinstance(change, CreateLink) and change.kind == "ipip" and code in (errno.EOPNOTSUPP, errno.ENODEV):
         return (
             "this kernel has no IPIP (module ipip): load it, or use --encapsulate wireguard on this host, or "

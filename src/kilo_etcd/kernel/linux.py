@@ -623,6 +623,7 @@ class LinuxKernel:
             backend=self._backend,
             userspace_command=self._setup.userspace_command,
             forward_rules=self._setup.forward_rules,
+            clamp_mss=self._setup.clamp_mss,
             protocol=self._setup.protocol,
         )
 

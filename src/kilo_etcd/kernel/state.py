@@ -68,6 +68,8 @@ class Setup:
     userspace_command: str = "wireguard-go"
     forward_rules: bool = False
     """Whether to let mesh traffic through iptables' FORWARD."""
+    clamp_mss: bool = True
+    """Whether TCP that is forwarded is made to fit into the tunnel."""
     protocol: int = ROUTE_PROTOCOL
     """Marks our routes: ROUTE_PROTOCOL for an agent, PEER_PROTOCOL for a peer's machine."""
     runtime_dir: str = "/run/kilo-etcd"
@@ -313,6 +315,7 @@ class DeviceTarget:
     backend: Backend = "kernel"
     userspace_command: str = "wireguard-go"
     forward_rules: bool = False
+    clamp_mss: bool = True
     protocol: int = ROUTE_PROTOCOL
 
     @property

@@ -212,6 +212,9 @@ class HostPlan:
     it is refused, so that it does not go in clear to whoever has the address here."""
     forwarding: frozenset[int] = frozenset()
     """Families (4, 6) in which the host must forward packets."""
+    clamps: bool = False
+    """This host forwards between the tunnel and other networks: TCP is told of the smaller MTU of the two sides (MSS
+    clamping)."""
     ipip_remotes: frozenset[IPAddress] = frozenset()
     """Nodes of the location that IPIP packets are exchanged with; empty: no IPIP device is needed."""
     ipip_local: IPAddress | None = None

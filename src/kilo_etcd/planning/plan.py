@@ -127,7 +127,9 @@ def host_plan(topology: Topology, name: str, previous: HostPlan | None = None) -
         if remote.changed is not None and remote.changed.before is memo.remote.routes:
             changed = Changed(memo.routes, routes, remote.changed.keys)
     families: set[int] = set()
-    if len(segment.members) > 1 or segment.networks or topology.peers:
+    # What goes from one peer to another enters and leaves by the tunnel.
+    joins_networks = len(segment.members) > 1 or bool(segment.networks)
+    if joins_networks or topology.peers:
         families.update(topology.families)
     if len(segment.members) > 1:
         inside_it = {ip.version for node in segment.members for ip in node.internal_ips}
@@ -149,6 +151,7 @@ def host_plan(topology: Topology, name: str, previous: HostPlan | None = None) -
         unreachable_routes=topology.snapshot.subnets,
         returns=local.returns,
         forwarding=frozenset(families),
+        clamps=name in segment.subnets or (local.leader is None and (joins_networks or is_exit_node)),
         ipip_remotes=frozenset(local.ipip_remotes),
         ipip_local=local.ipip_local if local.ipip_remotes else None,
         behind=segment.subnets.get(name, ()),

@@ -381,6 +381,7 @@ class FakeKernel:
             private_key=self._setup.private_key,
             mtu=self._setup.mtu or 1500 - overhead,
             forward_rules=self._setup.forward_rules,
+            clamp_mss=self._setup.clamp_mss,
             protocol=self._setup.protocol,
         )
 

@@ -9,7 +9,6 @@
 * `outgoing` gives what is forwarded to nodes (from containers) this host's own address, before docker's masquerade
   does: connections keep it when the way to a node changes from clear to the tunnel. What comes from addresses that the
   mesh knows keeps its source.
-* `sizes` has TCP between others fit into the tunnel.
 
 Multicast and broadcast from nodes are refused like the rest.
 """
@@ -29,8 +28,8 @@ from kilo_etcd.model import IPAddress, IPNetwork
 from kilo_etcd.model.hostplan import Encryption, Exemption, HostPlan
 
 COUNTERS = ("clear_refused", "outgoing", "spoofed")
-_FILTER, _NAT, _SIZES = "encrypted", "outgoing", "sizes"
-_SYN, _RST, _ACK = 0x02, 0x04, 0x10
+_FILTER, _NAT = "encrypted", "outgoing"
+_SYN, _ACK = 0x02, 0x10
 """Flags of TCP (RFC 9293)."""
 _FAMILY = {4: "ip", 6: "ip6"}
 _ERRORS = {4: ((3, 3), (11, 12)), 6: ((1, 4), (130, 136), (143, 143))}
@@ -78,10 +77,7 @@ def parts(plan: HostPlan, interface: str, ipip: str, strict: Collection[str], fo
     rules = list(_refusal(plan, encryption, devices, strict))
     versions = [v for v in (4, 6) if v in forwarding and any(own.version == v for own in encryption.sources)]
     if versions:
-        chains += [
-            Chain(name=_NAT, kind="nat", hook="postrouting", priority=NF_PRIORITIES["srcnat"] - 1),
-            Chain(name=_SIZES, kind="filter", hook="forward", priority=NF_PRIORITIES["mangle"]),
-        ]
+        chains.append(Chain(name=_NAT, kind="nat", hook="postrouting", priority=NF_PRIORITIES["srcnat"] - 1))
         for version in versions:
             hosts = (
                 network.network_address
@@ -91,7 +87,6 @@ def parts(plan: HostPlan, interface: str, ipip: str, strict: Collection[str], fo
             sources = (*encryption.sources, *hosts)
             sets.append(AddressSet(name=f"known{version}", version=version, addresses=_of(sources, version)))
         rules += _outgoing(encryption, devices, versions)
-        rules += _sizes(devices)
     return Parts(chains, sets, rules)
 
 
@@ -229,14 +224,3 @@ def _outgoing(encryption: Encryption, devices: Collection[str], versions: Collec
             f"counter name outgoing snat {_FAMILY[version]} to {own}",
         )
         yield _rule(_NAT, to_node, then=nat)
-
-
-def _sizes(devices: Collection[str]) -> Iterator[Rule]:
-    opens: _Match = (
-        (*nft.match_protocol(6), *nft.match_tcp_flags(_SYN | _RST, _SYN)),
-        "tcp flags & (syn | rst) == syn",
-    )
-    clamp: _Match = (nft.clamp_segments(), "tcp option maxseg size set rt mtu")
-    for direction in ("iifname", "oifname"):
-        for device in devices:
-            yield _rule(_SIZES, _by(direction, device), opens, then=clamp)

@@ -17,7 +17,8 @@ The table is replaced whole, in one transaction, and only where it differs from 
   comes in for one of the host's own addresses has the mark on its way in: firewalld asks which way its source is
   reached, mark and all, and drops it if that is another than it came. Packets with a mark of somebody else's are left
   to them.
-* with `encrypted`, what `kernel.firewall.cleartext` has.
+* with `encrypted`, what `kernel.firewall.cleartext` has;
+* of a host that forwards, what `kernel.firewall.sizes` has.
 
 Nothing is opened here: an `accept` of ours does not take back a `drop` of another table.
 """
@@ -27,7 +28,7 @@ from __future__ import annotations
 import re
 from collections.abc import Collection, Iterable, Mapping
 
-from kilo_etcd.kernel.firewall import cleartext
+from kilo_etcd.kernel.firewall import cleartext, sizes
 from kilo_etcd.kernel.firewall import nftables as nft
 from kilo_etcd.kernel.firewall.table import AddressSet, Chain, FirewallTable, Rule
 from kilo_etcd.kernel.netlink.formats import NF_PRIORITIES
@@ -59,9 +60,15 @@ def table_name(interface: str) -> str:
 
 
 def table_for(
-    plan: HostPlan, interface: str, *, strict: Collection[str] = (), forwarding: Collection[int] = ()
+    plan: HostPlan,
+    interface: str,
+    *,
+    strict: Collection[str] = (),
+    forwarding: Collection[int] = (),
+    clamp_mss: bool = True,
 ) -> FirewallTable | None:
-    """The table that a plan asks for; None where it needs none. `strict`, `forwarding`: the host's, see `cleartext`."""
+    """The table that a plan asks for; None where it needs none. `strict`, `forwarding`: the host's, see `cleartext`.
+    `clamp_mss`: whether TCP that is forwarded is to fit into the tunnel."""
     chains: list[Chain] = []
     sets: list[AddressSet] = []
     rules: list[Rule] = []
@@ -105,6 +112,10 @@ def table_for(
     chains += more.chains
     sets += more.sets
     rules += more.rules
+    # Hosts with `encrypted` forward what their containers send.
+    if clamp_mss and (plan.clamps or any(chain.hook == "postrouting" for chain in more.chains)):
+        chains.append(sizes.CHAIN)
+        rules += sizes.rules((interface, ipip_name(interface)) if plan.ipip_remotes else (interface,))
     if not rules:
         return None
     counters = [name for name in _COUNTERS if _counted(rules, name)]

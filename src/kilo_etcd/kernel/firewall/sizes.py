@@ -1,0 +1,32 @@
+"""The packet filter's part of what fits into the tunnel (MSS clamping): chain `sizes` of our nftables table. Pure.
+
+A host that forwards between the tunnel and another network joins two sides whose MTUs differ. Its ICMP errors tell the
+ends (path MTU discovery), if nobody on the way drops these. So the segment size that each end of a TCP connection names
+in its handshake is lowered to what the routes of both directions take. A size that fits already is left alone, so the
+rules change nothing between sides of one MTU.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator
+
+from kilo_etcd.kernel.firewall import nftables as nft
+from kilo_etcd.kernel.firewall.table import Chain, Rule
+from kilo_etcd.kernel.netlink.formats import NF_PRIORITIES
+
+_SYN, _RST = 0x02, 0x04
+"""Flags of TCP (RFC 9293)."""
+
+CHAIN = Chain(name="sizes", kind="filter", hook="forward", priority=NF_PRIORITIES["mangle"])
+
+
+def rules(devices: Collection[str]) -> Iterator[Rule]:
+    """The rules of the chain, for what comes in by one of these devices or leaves by one."""
+    opens = (*nft.match_protocol(6), *nft.match_tcp_flags(_SYN | _RST, _SYN))
+    for direction in ("iifname", "oifname"):
+        for device in devices:
+            yield Rule(
+                chain=CHAIN.name,
+                expressions=(*nft.match_interface(direction, device), *opens, *nft.clamp_segments()),
+                text=f'{direction} "{device}" tcp flags & (syn | rst) == syn tcp option maxseg size set rt mtu',
+            )
