@@ -28,6 +28,7 @@ from kilo_etcd.store.keys import Keys
 from kilo_etcd.store.records import (
     DiagnosticsRequest,
     DiagnosticsResponse,
+    EchoSize,
     RecordError,
     TakenRoute,
     Tunnel,
@@ -240,6 +241,10 @@ async def test_packets_are_sent_to_whom_is_asked_for(world: World) -> None:
     world.host.largest = response.mtu - 1
     assert (narrow := await answerer.answer(DiagnosticsRequest(targets=("10.4.0.9",)))).small_only == ("10.4.0.9",)
     assert decode_diagnostics_response(encode(narrow)) == narrow
+    assert narrow.largest == (EchoSize("10.4.0.9", response.mtu - 1),)
+    world.host.largest = 1001
+    narrow = await answerer.answer(DiagnosticsRequest(targets=("10.4.0.9",)))
+    assert narrow.largest == (EchoSize("10.4.0.9", 1001),), "to the byte"
     world.host.largest = response.mtu
     assert (await answerer.answer(DiagnosticsRequest(targets=("10.4.0.9",)))).small_only == ()
     everybody = await answerer.answer(DiagnosticsRequest(tries=200))

@@ -17,7 +17,7 @@ from kilo_etcd.ctl.reports.live import Live
 from kilo_etcd.ctl.reports.lossy import limited, lossy, unsteady
 from kilo_etcd.ctl.reports.narrow import narrow
 from kilo_etcd.model import Candidate, CandidateClass, Endpoint, Node, Snapshot
-from kilo_etcd.store.records import DiagnosticsResponse, EchoCount, Tunnel
+from kilo_etcd.store.records import DiagnosticsResponse, EchoCount, EchoSize, Tunnel
 from kilo_etcd.topology.segments import Topology, build_topology
 
 PLACES = {"a1": "a", "a2": "a", "a3": "a", "b1": "b", "b2": "b", "c1": "c"}
@@ -471,6 +471,37 @@ def test_a_network_that_carries_less_than_the_device_is_measured() -> None:
     (loss,) = narrow(topology, sized(topology, {"c1": 1492}, {"c1": 1350}))
     assert loss.subject == "c1"
     assert loss.remedy.startswith("the way carries less")
+
+
+def test_the_size_that_passes_is_the_mtu_to_set() -> None:
+    topology = mesh()
+    addresses = {name: str(node.mesh_addresses[0]) for name, node in topology.snapshot.nodes.items()}
+
+    def said(*sizes: tuple[str, str, int], nodes: Topology = topology) -> list[tuple[str, str]]:
+        answers = {
+            sender: DiagnosticsResponse(
+                mtu=1420,
+                small_only=tuple(addresses[target] for one, target, _ in sizes if one == sender),
+                largest=tuple(EchoSize(addresses[target], size) for one, target, size in sizes if one == sender),
+            )
+            for sender in {one for one, *_ in sizes}
+        }
+        return [(loss.text, loss.remedy) for loss in narrow(nodes, Live(answers=answers))]
+
+    ((text, remedy),) = said(("b1", "c1", 1340), ("c1", "b1", 1300))
+    assert text.endswith("and none of 1420 bytes does (with don't-fragment, up to 1300 bytes pass)")
+    assert remedy.startswith(
+        "give both ends 1300 as --mtu (KILO_MTU) and restart the agents; or let large UDP packets "
+    )
+    ((text, remedy),) = said(("b1", "c1", 1340), ("a1", "c1", 1310))
+    assert remedy.startswith("give c1, a1, b1 1310 as --mtu")
+    nodes = topology.snapshot.nodes
+    both = evolve(nodes["c1"], mesh_addresses=(*nodes["c1"].mesh_addresses, ip_address("fd00::6")))
+    six = build_topology(evolve(topology.snapshot, nodes={**nodes, "c1": both}))
+    ((_, remedy),) = said(("b1", "c1", 1200), nodes=six)
+    assert remedy.startswith(
+        "1200 is less than 1280, which the mesh's IPv6 needs: the way has to carry 1360 bytes; let "
+    )
 
 
 @pytest.mark.parametrize(

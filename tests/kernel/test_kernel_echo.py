@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import trio
+from attrs import evolve
 from kernel_worlds import PRIVATE
 
 from kilo_etcd.kernel import KernelError, Setup, cleanup, echo, open_kernel, sysctl
@@ -115,6 +116,16 @@ async def test_a_request_is_as_large_as_it_is_to_be() -> None:
     with trio.fail_after(20):
         assert set(await echo.ping([HERE, SIX], EchoRequests(times=2, patience=0.3, size=1400))) == {HERE, SIX}
         assert await echo.ping([HERE, SIX], EchoRequests(times=2, patience=0.3, size=1401)) == {}
+
+
+async def test_no_request_is_divided_if_none_may_be() -> None:
+    allow()
+    sh("ip link set lo mtu 1300")
+    with trio.fail_after(20):
+        assert set(await echo.ping([HERE, SIX], EchoRequests(times=2, patience=0.3, size=1400))) == {HERE, SIX}
+        whole = EchoRequests(times=2, patience=0.3, size=1400, dont_fragment=True)
+        assert await echo.ping([HERE, SIX], whole) == {}
+        assert set(await echo.ping([HERE, SIX], evolve(whole, size=1300))) == {HERE, SIX}
 
 
 async def test_many_large_answers_are_all_taken() -> None:

@@ -248,7 +248,7 @@ def faults(mesh: dict[str, str], lan: dict[str, str], etcd: str) -> list[Fault]:
         fault("large packets are lost on the way",
               both(firewall(LONE, "input", "udp dport 51820 meta length gt 1300 drop"),
                    firewall(LONE, "output", "udp sport 51820 meta length gt 1300 drop")),
-              LONE, named="lone-1.*none of 1[0-9]+ bytes.*KILO_MTU", size=1350),
+              LONE, named="lone-1.*none of 1[0-9]+ bytes .*up to 1232 bytes pass.* 1232 as --mtu", size=1350),
         fault("a member's network device has a small MTU",
               (run("gcp-2", "ip link set dev eth0 mtu 700"), run("gcp-2", "ip link set dev eth0 mtu 1500")),
               "gcp-2", named="^gcp-1 - gcp-2 .*the MTU of eth0 on gcp-2 is 700 bytes.*mtu 1500", blames="^(home|lone)",

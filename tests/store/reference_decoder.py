@@ -24,6 +24,7 @@ from kilo_etcd.store.records import (
     DiagnosticsRequest,
     DiagnosticsResponse,
     EchoCount,
+    EchoSize,
     NodeRecord,
     ObservedEndpointRecord,
     PeerRecord,
@@ -229,6 +230,12 @@ def echo_count(value: object) -> EchoCount:
     return EchoCount(string(value[0]), whole(value[1]), whole(value[2]))
 
 
+def echo_size(value: object) -> EchoSize:
+    if not isinstance(value, list) or len(value) < 2:
+        raise ValueError("no size")
+    return EchoSize(string(value[0]), whole(value[1]))
+
+
 def taken_route(value: object) -> TakenRoute:
     if not isinstance(value, list) or len(value) < 4:
         raise ValueError
@@ -315,6 +322,7 @@ READERS: dict[type, dict[str, Callable[[object], Any]]] = {
         "unreached": items(string),
         "echoes": items(echo_count),
         "smallOnly": items(string),
+        "largest": items(echo_size),
         "routes": items(taken_route),
         "unansweredPeers": items(string),
         "unsentPeers": items(string),

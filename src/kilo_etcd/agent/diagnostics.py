@@ -12,6 +12,7 @@ import random
 import time
 from collections.abc import Awaitable, Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import suppress
+from functools import partial
 from ipaddress import ip_address
 from itertools import islice
 
@@ -34,7 +35,7 @@ from kilo_etcd.runtime.handshakes import trigger_handshakes
 from kilo_etcd.runtime.logs import Once
 from kilo_etcd.store.diagnostics import serve
 from kilo_etcd.store.keys import Keys
-from kilo_etcd.store.records import DiagnosticsRequest, DiagnosticsResponse, EchoCount, TakenRoute, Tunnel
+from kilo_etcd.store.records import DiagnosticsRequest, DiagnosticsResponse, EchoCount, EchoSize, TakenRoute, Tunnel
 from kilo_etcd.topology.segments import Topology, host_network
 
 SHOWN = 20
@@ -63,6 +64,13 @@ lost in part."""
 LARGE_PINGS, LARGE_SECONDS = 10, 0.6
 """The same for requests as large as the tunnel's MTU, to those that have answered small ones. The first ones may be
 lost while the host learns of a smaller MTU on the way."""
+
+MOST_SIZED, SIZES, ROUNDS = 8, 13, 3
+"""Nodes for which it is looked for the largest packet that arrives, sizes that are tried at once, and how many times
+the sizes are chosen anew between those that arrive and those that do not: of 1,420 bytes all are told apart."""
+
+SIZE_PINGS, SIZE_SECONDS, MOST_SIZE_SECONDS = 2, 0.2, 0.4
+"""Requests of each size, and how long an answer may take: twice as long as the small ones took besides."""
 
 QUIET_SECONDS = 2.0
 """How long after the last echo requests a firewall's limit may still be used up."""
@@ -222,6 +230,7 @@ class DiagnosticsServer:
             unsent_peers=tuple(tried.unsent_peers),
             echoes=tuple(tried.echoes),
             small_only=tuple(tried.small_only),
+            largest=tuple(tried.largest),
             # As it was before the packets went out: what is decided meanwhile is in the status by now.
             undecided=programmed.undecided,
             clear=() if plan is None or plan.encryption is None else tuple(map(str, plan.encryption.clear)),
@@ -278,8 +287,26 @@ class DiagnosticsServer:
                 tried.count({address: counts.get(address, 0) for address in mesh}, COUNTED_PINGS)
 
             async def try_large() -> None:
-                large = await self._kernel.ping(mesh, EchoRequests(times=LARGE_PINGS, patience=LARGE_SECONDS, size=mtu))
-                tried.small_only += [str(address) for address in mesh if address not in large]
+                large: set[IPAddress] = set()
+
+                async def send(addresses: Collection[IPAddress], *, dont_fragment: bool) -> None:
+                    requests = EchoRequests(
+                        times=LARGE_PINGS, patience=LARGE_SECONDS, size=mtu, dont_fragment=dont_fragment
+                    )
+                    large.update(await self._kernel.ping(addresses, requests))
+
+                # The tunnel itself takes such packets; beyond its far end a network may take less, which packets tell.
+                direct = _far_ends(topology, plan) if programmed.sends else set()
+                async with trio.open_nursery() as nursery:
+                    for far_end in (True, False):
+                        chosen = [address for address in mesh if (address in direct) is far_end]
+                        nursery.start_soon(noted, partial(send, chosen, dont_fragment=far_end))
+                if errors:
+                    return
+                small_only = [address for address in mesh if address not in large]
+                tried.small_only += map(str, small_only)
+                small_only.sort(key=lambda address: address not in direct)
+                tried.largest += await self._largest({a: answers[a] for a in small_only[:MOST_SIZED]}, mtu)
 
             # Of a nursery's errors a group would be made.
             errors: list[kernel.KernelError] = []
@@ -304,6 +331,45 @@ class DiagnosticsServer:
                 tried.compare(observed, (await self._kernel.peer_activity()).peers)
         except kernel.KernelError as error:
             trouble.append(str(error))
+
+    async def _largest(self, took: Mapping[IPAddress, float], mtu: int) -> list[EchoSize]:
+        """How large a packet these addresses answer that answer none of `mtu` bytes. `took`: the seconds that an answer
+        to a small one took."""
+        bounds = dict.fromkeys(took, (0, mtu))
+        patience = min(SIZE_SECONDS + 2 * max(took.values(), default=0.0), MOST_SIZE_SECONDS)
+        for _ in range(ROUNDS):
+            by_size: dict[int, list[IPAddress]] = {}
+            for address, (passes, lost) in bounds.items():
+                for part in range(1, SIZES):
+                    if passes < (size := passes + (lost - passes) * part // SIZES) < lost:
+                        by_size.setdefault(size, []).append(address)
+            answered: dict[IPAddress, int] = {}
+            errors: list[kernel.KernelError] = []
+            async with trio.open_nursery() as nursery:
+                for size, addresses in by_size.items():
+                    nursery.start_soon(self._try_size, size, addresses, patience, answered, errors)
+            if errors:
+                raise errors[0]
+            for address, (passes, lost) in bounds.items():
+                passes = max(passes, answered.get(address, 0))
+                tried_sizes = [size for size, addresses in by_size.items() if address in addresses and size > passes]
+                bounds[address] = passes, min(tried_sizes, default=lost)
+        return [EchoSize(str(address), passes) for address, (passes, _) in bounds.items() if passes]
+
+    async def _try_size(
+        self,
+        size: int,
+        addresses: Collection[IPAddress],
+        patience: float,
+        answered: dict[IPAddress, int],
+        errors: list[kernel.KernelError],
+    ) -> None:
+        requests = EchoRequests(times=SIZE_PINGS, patience=patience, size=size, dont_fragment=True)
+        try:
+            for address in await self._kernel.ping(addresses, requests):
+                answered[address] = max(size, answered.get(address, 0))
+        except kernel.KernelError as error:
+            errors.append(error)
 
     async def _routes(
         self,
@@ -373,6 +439,7 @@ class _PingResults:
     answered: dict[str, bool] = field(factory=dict)
     echoes: list[EchoCount] = field(factory=list)
     small_only: list[str] = field(factory=list)
+    largest: list[EchoSize] = field(factory=list)
     routes: list[TakenRoute] = field(factory=list)
     unanswered_peers: list[str] = field(factory=list)
     unsent_peers: list[str] = field(factory=list)
@@ -409,6 +476,12 @@ def tunnels(observed: Observed) -> tuple[Tunnel, ...]:
         ago = max(0, int(observed.time - peer.last_handshake)) if peer.last_handshake else -1
         result.append(Tunnel(key, ago, peer.rx_bytes, peer.tx_bytes, str(peer.endpoint) if peer.endpoint else ""))
     return tuple(result)
+
+
+def _far_ends(topology: Topology, plan: HostPlan) -> set[IPAddress]:
+    """The mesh addresses of the nodes to which this host has tunnels of its own."""
+    nodes = (topology.snapshot.nodes.get(peer.name) for peer in plan.peers.values() if peer.in_use)
+    return {address for node in nodes if node is not None for address in node.mesh_addresses}
 
 
 def _addresses(texts: Iterable[str]) -> Iterator[IPAddress]:

@@ -40,6 +40,10 @@ answers."""
 _HEADERS = {4: 20, 6: 40}
 """Bytes of an IP header."""
 
+_IP_MTU_DISCOVER, _IPV6_MTU_DISCOVER, _PMTUDISC_PROBE = 10, 23, 3
+"""Options of a socket, and the value by which packets have don't-fragment set and no path MTU that the kernel has
+learnt counts (linux/in.h, linux/in6.h); Python names none of them."""
+
 _FORM = struct.Struct("!BBHHH4s")
 """Type, code, checksum and identifier (both the kernel's), sequence number, a token by which our request is known."""
 
@@ -56,6 +60,9 @@ class EchoRequests:
     """Whether the first answer ends it all."""
     size: int = 0
     """Bytes of each request's IP packet, to see whether large ones pass; 0: as few as can be."""
+    dont_fragment: bool = False
+    """Whether no router on the way may divide the packet, and this host does not do so either, whatever it has learnt
+    of the path MTU. One that is larger than the device takes is not sent, so nobody answers it."""
     sources: Mapping[IPAddress, IPAddress] = MappingProxyType({})
     """The source address of the requests to an address; for others the kernel chooses it."""
 
@@ -90,6 +97,8 @@ async def _exchange(
         }
         for start in dict.fromkeys(starts.values()):
             out = stack.enter_context(_open(start[0]))
+            if requests.dont_fragment:
+                _forbid_fragments(out, start[0])
             if _bound(out, start[1]):
                 sockets[start] = out
         token = os.urandom(4)
@@ -142,6 +151,14 @@ async def _exchange(
 def _open(version: int) -> socket.socket:
     family, protocol, _, _ = _KINDS[version]
     return socket.socket(family, socket.SOCK_DGRAM | socket.SOCK_NONBLOCK | socket.SOCK_CLOEXEC, protocol)
+
+
+def _forbid_fragments(out: socket.socket, version: int) -> None:
+    if version == 4:
+        out.setsockopt(socket.IPPROTO_IP, _IP_MTU_DISCOVER, _PMTUDISC_PROBE)
+    else:
+        out.setsockopt(socket.IPPROTO_IPV6, _IPV6_MTU_DISCOVER, _PMTUDISC_PROBE)
+        out.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_DONTFRAG, 1)
 
 
 def _bound(out: socket.socket, source: IPAddress | None) -> bool:

@@ -31,9 +31,9 @@ LEASE_SECONDS = 15
 MOST_AT_ONCE = 100
 """Operations in one transaction: etcd takes 128 (--max-txn-ops)."""
 
-PATIENCE_SECONDS = 6.0
-"""How long answers are waited for by default. Most come within a tenth of a second, or within two if echo requests are
-sent."""
+PATIENCE_SECONDS = 7.0
+"""How long answers are waited for by default. Most come within a tenth of a second, or within four if echo requests are
+sent, and six if large ones get lost."""
 
 TRUST_SECONDS, MORE_SECONDS = 1.5, 0.3
 """How long agents have to say that they do not follow an etcd, and after the first answer: nobody knows how many they

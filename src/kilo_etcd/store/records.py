@@ -185,6 +185,13 @@ class EchoCount(NamedTuple):
     answered: int
 
 
+class EchoSize(NamedTuple):
+    """The largest packet, in bytes with its IP header, that a mesh address has answered; in JSON a list."""
+
+    address: str
+    size: int
+
+
 class TakenRoute(NamedTuple):
     """The route that a host's kernel chooses for an address; in JSON a list."""
 
@@ -254,6 +261,8 @@ class DiagnosticsResponse:
     """Of the mesh addresses that have answered. Where some answers are missing packets get lost on the way."""
     small_only: tuple[str, ...] = ()
     """Of those that have answered, the ones that answer no packet as large as the tunnel's MTU."""
+    largest: tuple[EchoSize, ...] = ()
+    """Of `small_only`, the first ones: how large a packet they do answer, with don't-fragment set."""
     routes: tuple[TakenRoute, ...] = ()
     """The kernel's routes to the internal IPs among both; and those that are `foreign` to the mesh addresses among
     both, to members of its location and to the endpoints of its peers."""
@@ -564,6 +573,13 @@ def _echo_count(value: object) -> EchoCount:
     return EchoCount(_string(address), _whole_number(sent), _whole_number(answered))
 
 
+def _echo_size(value: object) -> EchoSize:
+    if not isinstance(value, list) or len(value) < len(EchoSize._fields):
+        raise ValueError(f"{shown(value)} is no size of an echo request: a list of {', '.join(EchoSize._fields)}")
+    address, size = value[: len(EchoSize._fields)]
+    return EchoSize(_string(address), _whole_number(size))
+
+
 def _taken_route(value: object) -> TakenRoute:
     if not isinstance(value, list) or len(value) < len(TakenRoute._fields):
         raise ValueError(f"{shown(value)} is no route: a list of {', '.join(map(_camel, TakenRoute._fields))}")
@@ -611,6 +627,7 @@ _BY_TYPE: Mapping[object, Callable[[object], Any]] = {
     tuple[Unreachable, ...]: _items(_unreachable),
     tuple[Tunnel, ...]: _items(_tunnel),
     tuple[EchoCount, ...]: _items(_echo_count),
+    tuple[EchoSize, ...]: _items(_echo_size),
     tuple[TakenRoute, ...]: _items(_taken_route),
     int | None: _or_none(_whole_number),
     Role: _chosen(Role),

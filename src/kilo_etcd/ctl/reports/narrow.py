@@ -32,14 +32,17 @@ def narrow(topology: Topology, live: Live) -> Iterator[Loss]:
     passed = reached - uncertain - lost
     blamed = _blamed(topology, lost, passed, lambda sender: live.answers[sender].mtu)
     for host, others in by_host(blamed):
-        senders = {sender for other in others for sender in blamed[frozenset((host, other))]}
+        ways = {way for other in others for way in blamed[frozenset((host, other))]}
+        senders = {sender for sender, _ in ways}
         size = max(live.answers[sender].mtu for sender in senders)
+        largest = min((largest for way in ways if (largest := _largest(topology, live, *way))), default=0)
+        ends = f"it and {some(others)}" if len(others) > 1 else "them"
+        passing = f" (with don't-fragment, up to {largest} bytes pass)" if largest else ""
         yield Loss(
             subject=host if len(others) > 1 else f"{host} - {others[0]}", filtered=True,
-            text=f"small packets arrive between it and {some(others)}, and none of {size} bytes does" if len(others) > 1
-                 else f"small packets arrive between them, and none of {size} bytes does",
+            text=f"small packets arrive between {ends}, and none of {size} bytes does{passing}",
             remedy=_other_mtu(live, (host,) if len(others) > 1 else (host, others[0]), senders)
-                   or _smaller(topology, live, host, others[0], size),
+                   or _smaller(topology, live, host, others, size, largest),
         )  # fmt: skip
 
 
@@ -63,9 +66,9 @@ def _blamed(
     lost: Collection[tuple[str, str]],
     passed: Collection[tuple[str, str]],
     size: Callable[[str], int],
-) -> dict[frozenset[str], set[str]]:
+) -> dict[frozenset[str], set[tuple[str, str]]]:
     """Two adjacent hosts for each way on which packets got lost, between whom none that was as large is known to have
-    passed, and of those the two who have most such ways in common; with the senders. If there are none: the two ends.
+    passed, and of those the two who have most such ways in common; with these ways. If there are none: the two ends.
     `size`: the bytes of a sender's packets."""
     largest: dict[frozenset[str], int] = {}
     for pair in passed:
@@ -78,10 +81,10 @@ def _blamed(
         for pair in lost
     }  # fmt: skip
     number = Counter(hop for hops in suspects.values() for hop in hops)
-    blamed: dict[frozenset[str], set[str]] = {}
+    blamed: dict[frozenset[str], set[tuple[str, str]]] = {}
     for pair, hops in suspects.items():
         hop = min(hops, key=lambda hop: (-number[hop], sorted(hop)))
-        blamed.setdefault(hop, set()).add(pair[0])
+        blamed.setdefault(hop, set()).add(pair)
     return blamed
 
 
@@ -124,24 +127,40 @@ def _loses_large_packets(name: str, answer: DiagnosticsResponse, usual: int, sen
     return name not in senders or mtu - _OVERHEAD[4] < answer.mtu
 
 
-def _smaller(topology: Topology, live: Live, one: str, other: str, size: int) -> str:
-    """What to do about a way between two hosts on which no packet of `size` bytes arrives. How many bytes do arrive is
-    not known; so the sentence says how to find that out, through the tunnel, where nothing has to be subtracted."""
+def _largest(topology: Topology, live: Live, sender: str, target: str) -> int:
+    """Bytes of the largest packet of a host that another one has answered; 0: it is not known."""
+    addresses = {str(address) for address in topology.snapshot.nodes[target].mesh_addresses}
+    return min((size for address, size in live.answers[sender].largest if address in addresses), default=0)
+
+
+def _smaller(topology: Topology, live: Live, one: str, others: list[str], size: int, largest: int) -> str:
+    """What to do about the ways between a host and others on which no packet of `size` bytes arrives, and those of
+    `largest` bytes do. If that is 0 it is not known; then the sentence says how to find it out, through the tunnel,
+    where nothing has to be subtracted."""
+    other = others[0]
     by_node = tunnels(topology, live)
     ends = [end for node, far in ((one, other), (other, one)) for end in by_node.get(node, ()) if end.other == far]
     outer = {6 if end.endpoint.startswith("[") else 4 for end in ends if end.endpoint}
     version = outer.pop() if len(outer) == 1 else None
+    address = topology.snapshot.nodes[other].mesh_addresses[0]
+    six = any(
+        address.version == 6 for node in (one, *others) for address in topology.snapshot.nodes[node].mesh_addresses
+    )
+    needed = f"{_IPV6_SMALLEST}, which the mesh's IPv6 needs: the way has to carry"
+    needed += f" {_IPV6_SMALLEST + _OVERHEAD[version or 6]} bytes"
+    otherwise = (
+        "or let large UDP packets and ICMP's fragmentation-needed pass; a firewall that drops only large echo requests "
+        "looks the same"
+    )
+    if largest:
+        if six and largest < _IPV6_SMALLEST:
+            return f"{largest} is less than {needed}; {otherwise.removeprefix('or ')}"
+        hosts = "both ends" if len(others) == 1 else f"{one}, {some(others)}"
+        return f"give {hosts} {largest} as --mtu (KILO_MTU) and restart the agents; {otherwise}"
     less = f"less than {size + _OVERHEAD[version]} bytes" if version else "less than their tunnels take it to"
     overhead = str(_OVERHEAD[version]) if version else "60 in IPv4, less 80 in IPv6"
-    address = topology.snapshot.nodes[other].mesh_addresses[0]
-    six = any(address.version == 6 for node in (one, other) for address in topology.snapshot.nodes[node].mesh_addresses)
-    most = "" if not six else (
-        f" (not under {_IPV6_SMALLEST}, which the mesh's IPv6 needs: the way has to carry "
-        f"{_IPV6_SMALLEST + _OVERHEAD[version or 6]} bytes)"
-    )  # fmt: skip
     return (
         f"the way carries {less}: find on {one} the largest N for which `ping -M do -s N {address}` is answered, give "
-        f"both ends N + {_ECHO_HEADERS[address.version]} as --mtu (KILO_MTU){most} and restart the agents (if you know "
-        f"the path MTU: that less {overhead}); or let large UDP packets and ICMP's fragmentation-needed pass; a "
-        "firewall that drops only large echo requests looks the same"
+        f"both ends N + {_ECHO_HEADERS[address.version]} as --mtu (KILO_MTU){f' (not under {needed})' if six else ''} "
+        f"and restart the agents (if you know the path MTU: that less {overhead}); {otherwise}"
     )
