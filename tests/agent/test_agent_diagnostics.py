@@ -14,7 +14,7 @@ from attrs import evolve
 
 from helpers import eventually
 from kilo_etcd.agent import diagnostics
-from kilo_etcd.agent.diagnostics import MOST_TRIED, AppliedPlan, DiagnosticsServer
+from kilo_etcd.agent.diagnostics import MOST_SIZED, MOST_TRIED, AppliedPlan, DiagnosticsServer
 from kilo_etcd.etcd.api import PermissionDenied, Unavailable
 from kilo_etcd.kernel.firewall.chains import Obstacle
 from kilo_etcd.kernel.routing.rules import ForeignRule
@@ -23,7 +23,7 @@ from kilo_etcd.model import Endpoint, IPAddress, Node, Peer, Snapshot
 from kilo_etcd.model.hostplan import Encryption, HostPlan, PeerPlan, RoutePlan, Via
 from kilo_etcd.runtime import key_file
 from kilo_etcd.runtime.logs import Once, get_logger, setup_logging
-from kilo_etcd.store.diagnostics import LEASE_SECONDS, request_diagnostics
+from kilo_etcd.store.diagnostics import LEASE_SECONDS, PATIENCE_SECONDS, request_diagnostics
 from kilo_etcd.store.keys import Keys
 from kilo_etcd.store.records import (
     DiagnosticsRequest,
@@ -245,6 +245,9 @@ async def test_packets_are_sent_to_whom_is_asked_for(world: World) -> None:
     world.host.largest = 1001
     narrow = await answerer.answer(DiagnosticsRequest(targets=("10.4.0.9",)))
     assert narrow.largest == (EchoSize("10.4.0.9", 1001),), "to the byte"
+    world.host.largest = 575
+    narrow = await answerer.answer(DiagnosticsRequest(targets=("10.4.0.9",)))
+    assert (narrow.small_only, narrow.largest) == (("10.4.0.9",), ()), "no tunnel has so small an MTU"
     world.host.largest = response.mtu
     assert (await answerer.answer(DiagnosticsRequest(targets=("10.4.0.9",)))).small_only == ()
     everybody = await answerer.answer(DiagnosticsRequest(tries=200))
@@ -257,6 +260,69 @@ async def test_packets_are_sent_to_whom_is_asked_for(world: World) -> None:
     assert (await answerer.answer(DiagnosticsRequest(tries=4))).trouble == ("this process may not ping",)
     assert (await answerer.answer(DiagnosticsRequest())).trouble == ()
     assert (await world.answerer(plan=None).answer(DiagnosticsRequest())).undone == 0
+
+
+async def test_who_answers_large_packets_is_sent_one(world: World) -> None:
+    topology, _ = await narrow_world(world)
+    world.host.large.clear()
+    response = await world.answerer(topology=topology).answer(DiagnosticsRequest(tries=8))
+    assert (len(response.reached), response.small_only) == (8, ())
+    assert sorted(world.host.large) == sorted((ip_address(address), response.mtu) for address in response.reached)
+
+
+async def test_only_to_the_far_ends_of_tunnels_packets_may_not_be_divided(world: World) -> None:
+    """h2 is the far end of this host's tunnel, and h3 is beyond it, where a network may take less."""
+    topology, plan = await narrow_world(world)
+    answerer = world.answerer(plan=plan, topology=topology)
+    world.host.largest, world.host.fragments = 1300, True
+    targets = DiagnosticsRequest(targets=("10.4.0.2", "10.4.0.3"))
+    response = await answerer.answer(targets)
+    assert (response.small_only, response.largest) == (("10.4.0.2",), (EchoSize("10.4.0.2", 1300),))
+    world.sends = False
+    assert (await answerer.answer(targets)).small_only == (), "a member's packets pass its leader's tunnel"
+
+
+async def test_a_size_is_measured_on_links_that_are_slow_or_lose_packets_or_not_at_all(world: World) -> None:
+    topology, plan = await narrow_world(world)
+    answerer = world.answerer(plan=plan, topology=topology)
+    targets = DiagnosticsRequest(tries=MOST_SIZED)
+    world.host.largest = 1300
+    sent: Counter[IPAddress] = Counter()
+
+    def slow(address: IPAddress, size: int) -> bool | None:
+        sent[address] += 1
+        return None if sent[address] % 3 == 1 else size <= 1300
+
+    world.host.passes = slow
+    response = await answerer.answer(targets)
+    assert len(response.small_only) == MOST_SIZED
+    assert {size for _, size in response.largest} <= {1300}, "a packet with no answer at all says nothing of its size"
+
+    def lossy(address: IPAddress, size: int) -> bool | None:
+        sent[address] += 1
+        return size <= 1300 and sent[address] % 3 > 0
+
+    world.host.passes = lossy
+    response = await answerer.answer(targets)
+    assert [size for _, size in response.largest] == [1300] * MOST_SIZED
+    world.host.passes = lambda *_: None
+    world.host.large.clear()
+    started = trio.current_time()
+    response = await answerer.answer(targets)
+    assert (len(response.small_only), response.largest) == (MOST_SIZED, ())
+    assert trio.current_time() - started < PATIENCE_SECONDS
+
+
+async def narrow_world(world: World) -> tuple[Topology, HostPlan]:
+    """A mesh of nine, all of which answer."""
+    nodes = {
+        f"h{number}": Node(name=f"h{number}", public_key=KEY if number == 2 else str(number),
+                           location=f"l{number}", mesh_addresses=(ip_address(f"10.4.0.{number}"),))
+        for number in range(1, 10)
+    }  # fmt: skip
+    world.host.reach = lambda address: True
+    await world.kernel.apply(PLAN)
+    return build_topology(Snapshot(revision=1, nodes=nodes)), PLAN
 
 
 async def test_where_addresses_answer_later_requests_only_or_too_few_packets_get_lost(

@@ -493,6 +493,12 @@ def test_the_size_that_passes_is_the_mtu_to_set() -> None:
     assert remedy.startswith(
         "give both ends 1300 as --mtu (KILO_MTU) and restart the agents; or let large UDP packets "
     )
+    for nonsense in (575, 1420, 10**30):
+        ((text, remedy),) = said(("b1", "c1", nonsense))
+        assert text.endswith("and none of 1420 bytes does"), nonsense
+        assert remedy.startswith("the way carries less")
+    ((text, remedy),) = said(("b1", "c1", 1340), ("a1", "c1", 1310), ("b2", "c1", 108))
+    assert text.endswith("up to 1310 bytes pass)"), "what a tunnel could not have as its MTU is left out"
     ((text, remedy),) = said(("b1", "c1", 1340), ("a1", "c1", 1310))
     assert remedy.startswith("give c1, a1, b1 1310 as --mtu")
     nodes = topology.snapshot.nodes

@@ -128,6 +128,22 @@ async def test_no_request_is_divided_if_none_may_be() -> None:
         assert set(await echo.ping([HERE, SIX], evolve(whole, size=1300))) == {HERE, SIX}
 
 
+async def test_a_size_passes_or_not_however_slow_the_link_is() -> None:
+    """A small packet that follows tells a large one that was lost from one that takes long."""
+    allow()
+    sh("nft 'add table inet t; add chain inet t in { type filter hook input priority 0; }'")
+    sh("nft 'add rule inet t in meta length > 1300 drop; add rule inet t in ip daddr 127.0.0.2 drop'")
+    with trio.fail_after(60):
+        for address in (HERE, SIX):
+            assert [await echo.passes(address, size, 10) for size in (576, 1300, 1301)] == [True, True, False]
+        assert await echo.passes(ALSO, 1300, 0.3) is None
+        assert await echo.passes(NOWHERE, 1300, 0.3) is None
+        sh("tc qdisc add dev lo root tbf rate 32kbit burst 1400 limit 20000")
+        assert [await echo.passes(HERE, size, 10) for size in (1300, 1300, 1301)] == [True, True, False]
+        sh("tc qdisc del dev lo root; ip link set lo mtu 1280")
+        assert [await echo.passes(HERE, size, 10) for size in (1280, 1281)] == [True, False], "no request is divided"
+
+
 async def test_many_large_answers_are_all_taken() -> None:
     """As large as a tunnel's MTU where the network has jumbo frames."""
     allow()

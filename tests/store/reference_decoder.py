@@ -233,6 +233,8 @@ def echo_count(value: object) -> EchoCount:
 def echo_size(value: object) -> EchoSize:
     if not isinstance(value, list) or len(value) < 2:
         raise ValueError("no size")
+    if not 576 <= whole(value[1]) <= 65535:
+        raise ValueError("no size of a packet")
     return EchoSize(string(value[0]), whole(value[1]))
 
 

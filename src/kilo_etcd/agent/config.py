@@ -21,7 +21,9 @@ from kilo_etcd.model import (
     DEFAULT_PORT,
     DEFAULT_PREFIX,
     DEFAULT_SUBNET,
+    LARGEST_MTU,
     PEER_QUERY_PORT,
+    SMALLEST_MTU,
     Encapsulate,
     Endpoint,
     Granularity,
@@ -39,8 +41,6 @@ from kilo_etcd.runtime.parsing import (
     read,
 )
 
-IPV6_SMALLEST_MTU = 1280
-"""Bytes (RFC 8200, section 5)."""
 LEASE_TTL_FLOOR = 2.0
 """Seconds. etcd grants no lease shorter than 1.5 election timeouts, which is 2 s with its defaults."""
 
@@ -195,7 +195,7 @@ class AgentConfig:
             subnets=read("--subnet", lambda: parse_subnets(subnet if chosen else DEFAULT_SUBNET)),
             subnets_given=chosen,
             encapsulate=read("--encapsulate", lambda: one_of(Encapsulate, encapsulate)),
-            mtu=read("--mtu", lambda: None if mtu.strip() in ("", "auto") else parse_number(mtu, 576, 65535)),
+            mtu=read("--mtu", lambda: parse_mtu(mtu)),
             internal_cidrs=read("--internal-cidr", lambda: tuple(map(parse_network, _items(internal_cidr)))),
             prioritise_private=prioritise_private_addresses,
             resync_period=read("--resync-period", lambda: _at_least(parse_duration(resync_period), 1.0)),
@@ -262,14 +262,19 @@ def parse_subnets(value: str | Iterable[str]) -> tuple[IPNetwork, ...]:
     return networks
 
 
+def parse_mtu(text: str) -> int | None:
+    """Bytes; None: `auto`. ValueError says what was expected."""
+    return None if text.strip() in ("", "auto") else parse_number(text, SMALLEST_MTU[4], LARGEST_MTU)
+
+
 def too_small_for(mtu: int | None, subnets: Iterable[IPNetwork]) -> str | None:
     """Why `--mtu` cannot be used with a mesh of these subnets, as a sentence; None where it can."""
     six = next((subnet for subnet in subnets if subnet.version == 6), None)
-    if mtu is None or mtu >= IPV6_SMALLEST_MTU or six is None:
+    if mtu is None or mtu >= SMALLEST_MTU[6] or six is None:
         return None
     return (
         f"--mtu {mtu} is too small: the mesh has the IPv6 subnet {six}, and Linux removes IPv6 from a device of less "
-        f"than {IPV6_SMALLEST_MTU} bytes; give {IPV6_SMALLEST_MTU} or more, or auto"
+        f"than {SMALLEST_MTU[6]} bytes; give {SMALLEST_MTU[6]} or more, or auto"
     )
 
 

@@ -20,15 +20,15 @@ import trio
 from attrs import define, field, frozen
 
 from kilo_etcd import kernel
+from kilo_etcd.agent.probing.packet_sizes import SizeSearch
 from kilo_etcd.agent.probing.ping_targets import addresses_to_try, nodes_to_try
 from kilo_etcd.agent.probing.taken_routes import taken_directly, taken_route, with_cause
 from kilo_etcd.etcd import api as etcd
 from kilo_etcd.kernel.echo import EchoRequests
-from kilo_etcd.kernel.egress import IPV6_SMALLEST
 from kilo_etcd.kernel.firewall.chains import Refusal
 from kilo_etcd.kernel.routing.rules import ForeignRule
 from kilo_etcd.kernel.state import IPIP_OVERHEAD, WIREGUARD_OVERHEAD, Link, Observed, ObservedPeer
-from kilo_etcd.model import SESSION_SECONDS, IPAddress
+from kilo_etcd.model import SESSION_SECONDS, SMALLEST_MTU, IPAddress
 from kilo_etcd.model.hostplan import HostPlan, PeerPlan
 from kilo_etcd.planning.reach import targets
 from kilo_etcd.runtime.handshakes import trigger_handshakes
@@ -61,16 +61,22 @@ COUNTED_PINGS, COUNTED_SECONDS = 20, 1.2
 """The same for those that have answered, whose answers are counted: many hosts' counts together show where packets get
 lost in part."""
 
-LARGE_PINGS, LARGE_SECONDS = 10, 0.6
-"""The same for requests as large as the tunnel's MTU, to those that have answered small ones. The first ones may be
-lost while the host learns of a smaller MTU on the way."""
+FIRST_LARGE_SECONDS = 0.3
+"""How long an answer may take to a first request as large as the tunnel's MTU, which goes to each of those that have
+answered small ones: mostly it is the only one."""
 
-MOST_SIZED, SIZES, ROUNDS = 8, 13, 3
-"""Nodes for which it is looked for the largest packet that arrives, sizes that are tried at once, and how many times
-the sizes are chosen anew between those that arrive and those that do not: of 1,420 bytes all are told apart."""
+LARGE_PINGS, LARGE_SECONDS = 9, 0.6
+"""Those that follow, to who has not answered it. The first ones may be lost while the host learns of a smaller MTU on
+the way."""
 
-SIZE_PINGS, SIZE_SECONDS, MOST_SIZE_SECONDS = 2, 0.2, 0.4
-"""Requests of each size, and how long an answer may take: twice as long as the small ones took besides."""
+MOST_SIZED = 8
+"""Nodes for which the size of the largest packet that arrives is looked for, each with one large packet on its way."""
+
+SIZE_SECONDS = 1.0
+"""How long an answer may take to a packet whose size is tried, and to the small one that follows it."""
+
+SIZED_BY_SECONDS = 6.3
+"""How long after the request's arrival sizes are tried at most: kgctl waits a little longer (`PATIENCE_SECONDS`)."""
 
 QUIET_SECONDS = 2.0
 """How long after the last echo requests a firewall's limit may still be used up."""
@@ -248,7 +254,7 @@ class DiagnosticsServer:
     ) -> None:
         """Send echo requests to the targets of the request, small ones and then some as large as `mtu`, and note which
         answers which, which routes the kernel takes, and what WireGuard sends and receives meanwhile."""
-        topology = programmed.topology
+        topology, started = programmed.topology, trio.current_time()
         if topology is None:
             return
         chosen = nodes_to_try(topology, self._name, min(request.tries, MOST_TRIED))
@@ -290,10 +296,9 @@ class DiagnosticsServer:
                 large: set[IPAddress] = set()
 
                 async def send(addresses: Collection[IPAddress], *, dont_fragment: bool) -> None:
-                    requests = EchoRequests(
-                        times=LARGE_PINGS, patience=LARGE_SECONDS, size=mtu, dont_fragment=dont_fragment
-                    )
-                    large.update(await self._kernel.ping(addresses, requests))
+                    for times, patience in ((1, FIRST_LARGE_SECONDS), (LARGE_PINGS, LARGE_SECONDS)):
+                        requests = EchoRequests(times=times, patience=patience, size=mtu, dont_fragment=dont_fragment)
+                        large.update(await self._kernel.ping([a for a in addresses if a not in large], requests))
 
                 # The tunnel itself takes such packets; beyond its far end a network may take less, which packets tell.
                 direct = _far_ends(topology, plan) if programmed.sends else set()
@@ -306,7 +311,20 @@ class DiagnosticsServer:
                 small_only = [address for address in mesh if address not in large]
                 tried.small_only += map(str, small_only)
                 small_only.sort(key=lambda address: address not in direct)
-                tried.largest += await self._largest({a: answers[a] for a in small_only[:MOST_SIZED]}, mtu)
+                with trio.move_on_at(started + SIZED_BY_SECONDS):
+                    async with trio.open_nursery() as nursery:
+                        for address in small_only[:MOST_SIZED]:
+                            nursery.start_soon(noted, partial(measure, address))
+
+            async def measure(address: IPAddress) -> None:
+                search = SizeSearch(floor=SMALLEST_MTU[address.version], too_large=mtu)
+                while (largest := search.largest) is None:
+                    size = search.next_size
+                    passes = await self._kernel.passes(address, size, SIZE_SECONDS)
+                    if passes is not None:
+                        search = search.tried(size, passes=passes)
+                if largest:
+                    tried.largest.append(EchoSize(str(address), largest))
 
             # Of a nursery's errors a group would be made.
             errors: list[kernel.KernelError] = []
@@ -331,45 +349,6 @@ class DiagnosticsServer:
                 tried.compare(observed, (await self._kernel.peer_activity()).peers)
         except kernel.KernelError as error:
             trouble.append(str(error))
-
-    async def _largest(self, took: Mapping[IPAddress, float], mtu: int) -> list[EchoSize]:
-        """How large a packet these addresses answer that answer none of `mtu` bytes. `took`: the seconds that an answer
-        to a small one took."""
-        bounds = dict.fromkeys(took, (0, mtu))
-        patience = min(SIZE_SECONDS + 2 * max(took.values(), default=0.0), MOST_SIZE_SECONDS)
-        for _ in range(ROUNDS):
-            by_size: dict[int, list[IPAddress]] = {}
-            for address, (passes, lost) in bounds.items():
-                for part in range(1, SIZES):
-                    if passes < (size := passes + (lost - passes) * part // SIZES) < lost:
-                        by_size.setdefault(size, []).append(address)
-            answered: dict[IPAddress, int] = {}
-            errors: list[kernel.KernelError] = []
-            async with trio.open_nursery() as nursery:
-                for size, addresses in by_size.items():
-                    nursery.start_soon(self._try_size, size, addresses, patience, answered, errors)
-            if errors:
-                raise errors[0]
-            for address, (passes, lost) in bounds.items():
-                passes = max(passes, answered.get(address, 0))
-                tried_sizes = [size for size, addresses in by_size.items() if address in addresses and size > passes]
-                bounds[address] = passes, min(tried_sizes, default=lost)
-        return [EchoSize(str(address), passes) for address, (passes, _) in bounds.items() if passes]
-
-    async def _try_size(
-        self,
-        size: int,
-        addresses: Collection[IPAddress],
-        patience: float,
-        answered: dict[IPAddress, int],
-        errors: list[kernel.KernelError],
-    ) -> None:
-        requests = EchoRequests(times=SIZE_PINGS, patience=patience, size=size, dont_fragment=True)
-        try:
-            for address in await self._kernel.ping(addresses, requests):
-                answered[address] = max(size, answered.get(address, 0))
-        except kernel.KernelError as error:
-            errors.append(error)
 
     async def _routes(
         self,
@@ -464,7 +443,7 @@ def _uplink(plan: HostPlan | None, observed: Observed) -> Link | None:
         return None
     overhead = WIREGUARD_OVERHEAD + (IPIP_OVERHEAD if plan.ipip_remotes else 0)
     # A mesh with IPv6 addresses keeps what these need, whatever the network carries.
-    least = IPV6_SMALLEST if any(address.version == 6 for address in plan.addresses) else 0
+    least = SMALLEST_MTU[6] if any(address.version == 6 for address in plan.addresses) else 0
     return uplink if link.mtu == max(uplink.mtu - overhead, least) else None
 
 

@@ -73,6 +73,10 @@ class Kernel(Protocol):
         It waits for no other call. KernelError, with the remedy, if this host may not ping.
         """
 
+    async def passes(self, address: IPAddress, size: int, patience: float) -> bool | None:
+        """Whether a packet of `size` bytes with don't-fragment set arrives there; None: it is not known; see
+        `kernel.echo.passes`. Errors as for `ping`."""
+
     async def foreign_rules(self) -> tuple[ForeignRule, ...]:
         """The policy rules of other programs, and the kernel's own."""
 

@@ -37,6 +37,12 @@ BURST, BURST_SECONDS = 64 * 1024, 0.005
 """Bytes of large requests that are sent at once, and the pause after them: a socket's buffer has no room for more
 answers."""
 
+_LARGE, _SMALL = 0, 1
+"""The sequence numbers of the two requests of `passes`."""
+
+OVERTAKEN_SECONDS = 0.05
+"""How long after the answer to a small packet that to a large one may come which was sent before it."""
+
 _HEADERS = {4: 20, 6: 40}
 """Bytes of an IP header."""
 
@@ -80,6 +86,27 @@ async def count(addresses: Collection[IPAddress], requests: EchoRequests) -> Map
     """How many of the requests are answered by those of `addresses` that answer any. Errors as for `ping`."""
     answered = await _exchange(addresses, requests, requests.times)
     return {address: len(times) for address, times in answered.items()}
+
+
+async def passes(address: IPAddress, size: int, patience: float) -> bool | None:
+    """Whether an address answers a request of `size` bytes with don't-fragment set, which a small one follows.
+
+    True: it does. False: it answers the small one alone, so neither a slow link nor a gone host is why the large one
+    was not answered. None: it answers neither of them within `patience` seconds. Errors as for `ping`.
+    """
+    version, token = address.version, os.urandom(4)
+    answered: set[int] = set()
+    with _open(version) as out, trio.move_on_after(patience) as scope:
+        _forbid_fragments(out, version)
+        _request(out, address, _LARGE, token, size)
+        _request(out, address, _SMALL, token, 0)
+        while _LARGE not in answered:
+            await trio.lowlevel.wait_readable(out)
+            while (number := _reply(out, version, token)) is not None:
+                if number == _SMALL and not answered:
+                    scope.deadline = min(scope.deadline, trio.current_time() + OVERTAKEN_SECONDS)
+                answered.add(number)
+    return True if _LARGE in answered else False if answered else None
 
 
 async def _exchange(

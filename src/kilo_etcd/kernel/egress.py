@@ -12,7 +12,7 @@ from collections.abc import Callable, Collection, Mapping
 from typing import TypeAlias
 
 from kilo_etcd.kernel.state import IPIP_OVERHEAD, WIREGUARD_OVERHEAD
-from kilo_etcd.model import Endpoint, IPAddress
+from kilo_etcd.model import SMALLEST_MTU, Endpoint, IPAddress
 from kilo_etcd.model.hostplan import HostPlan
 
 Ask: TypeAlias = Callable[[Collection[IPAddress]], Mapping[IPAddress, int | None]]
@@ -22,9 +22,6 @@ _OLD = 60.0
 """Seconds."""
 
 _ETHERNET = 1500
-IPV6_SMALLEST = 1280
-_SMALLEST = {4: 576, 6: IPV6_SMALLEST}
-"""Bytes: what each family demands of a link (RFC 791, RFC 8200)."""
 
 
 class Egress:
@@ -74,7 +71,7 @@ class Egress:
         overhead = WIREGUARD_OVERHEAD + (IPIP_OVERHEAD if plan.ipip_remotes else 0)
         families = {address.version for address in plan.addresses} or {4}
         return max(
-            min(ways or self._uplinks(), default=_ETHERNET) - overhead, max(_SMALLEST[family] for family in families)
+            min(ways or self._uplinks(), default=_ETHERNET) - overhead, max(SMALLEST_MTU[family] for family in families)
         )
 
     def ipip_mtu(self, plan: HostPlan) -> int:
@@ -84,4 +81,4 @@ class Egress:
             ways = self._ask(plan.ipip_remotes).values() if plan.ipip_remotes else ()
             mtu = min((way for way in ways if way is not None), default=_ETHERNET)
             self._inside = plan.ipip_remotes, mtu
-        return max(mtu - IPIP_OVERHEAD, _SMALLEST[4])
+        return max(mtu - IPIP_OVERHEAD, SMALLEST_MTU[4])

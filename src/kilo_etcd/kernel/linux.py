@@ -301,6 +301,10 @@ class LinuxKernel:
         """Implements `kernel.api.Kernel.count_echoes`, as `ping`."""
         return await self._allowed(lambda: echo.count(addresses, requests))
 
+    async def passes(self, address: IPAddress, size: int, patience: float) -> bool | None:
+        """Implements `kernel.api.Kernel.passes`, as `ping`."""
+        return await self._allowed(lambda: echo.passes(address, size, patience))
+
     async def _allowed(self, send: Callable[[], Awaitable[_T]]) -> _T:
         """The result of `send`, which pings."""
         failed: Sequence[tuple[Change, FailedChange]] = ()

@@ -15,6 +15,8 @@ DEFAULT_INTERFACE = "kilo0"
 PEER_QUERY_PORT = 1107
 """UDP, of peer queries; Kilo's number."""
 
+SMALLEST_MTU, LARGEST_MTU = {4: 576, 6: 1280}, 65535
+"""Bytes: what each family demands of a link (RFC 791, RFC 8200), so of the tunnel too, and the largest packet."""
 DEFAULT_PORT = 51820
 DEFAULT_SUBNET = "10.4.0.0/16"
 

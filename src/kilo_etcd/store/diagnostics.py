@@ -33,7 +33,7 @@ MOST_AT_ONCE = 100
 
 PATIENCE_SECONDS = 7.0
 """How long answers are waited for by default. Most come within a tenth of a second, or within four if echo requests are
-sent, and six if large ones get lost."""
+sent, and six and a half if large ones get lost."""
 
 TRUST_SECONDS, MORE_SECONDS = 1.5, 0.3
 """How long agents have to say that they do not follow an etcd, and after the first answer: nobody knows how many they

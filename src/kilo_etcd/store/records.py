@@ -31,6 +31,8 @@ from kilo_etcd.base.quoting import SECRET, described, shown, shown_name
 from kilo_etcd.model import (
     CHOICES,
     DEFAULT_LOCATION,
+    LARGEST_MTU,
+    SMALLEST_MTU,
     CandidateClass,
     Encapsulate,
     EncryptionStage,
@@ -577,7 +579,9 @@ def _echo_size(value: object) -> EchoSize:
     if not isinstance(value, list) or len(value) < len(EchoSize._fields):
         raise ValueError(f"{shown(value)} is no size of an echo request: a list of {', '.join(EchoSize._fields)}")
     address, size = value[: len(EchoSize._fields)]
-    return EchoSize(_string(address), _whole_number(size))
+    if not SMALLEST_MTU[4] <= _whole_number(size) <= LARGEST_MTU:
+        raise ValueError(f"{shown(size)} is no MTU of a tunnel ({SMALLEST_MTU[4]} to {LARGEST_MTU})")
+    return EchoSize(_string(address), size)
 
 
 def _taken_route(value: object) -> TakenRoute:

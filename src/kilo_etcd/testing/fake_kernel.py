@@ -106,7 +106,13 @@ class FakeHost:
         self.no_pings: str | None = None
         """Why the host may not ping."""
         self.largest = float("inf")
-        """Bytes of the largest echo request that is answered."""
+        """Bytes of the largest packet that arrives whole."""
+        self.fragments = False
+        """Whether the network divides larger packets that do not forbid it, and delivers the parts."""
+        self.passes: Callable[[IPAddress, int], bool | None] = lambda address, size: size <= self.largest
+        """Whether a packet of so many bytes arrives; None: nothing is answered meanwhile."""
+        self.large: list[tuple[IPAddress, int]] = []
+        """Addresses and sizes of the large echo requests that were sent."""
         self.clock: Callable[[], float] = trio.current_time
         """The host's own clock, which may be wrong and may jump; handshakes are dated by it."""
         self.shakes: Callable[[str], bool] = lambda public_key: False
@@ -311,7 +317,9 @@ class FakeKernel:
         if self.host.no_pings is not None:
             raise KernelError(self.host.no_pings)
         answered: dict[IPAddress, float] = {}
-        if requests.size > self.host.largest:
+        if requests.size:
+            self.host.large += ((address, requests.size) for address in addresses for _ in range(requests.times))
+        if requests.size > self.host.largest and (requests.dont_fragment or not self.host.fragments):
             await trio.sleep(SPACING * (requests.times - 1) + requests.patience)
             return answered
         for turn in range(requests.times):
@@ -323,6 +331,13 @@ class FakeKernel:
                 break
             await trio.sleep(SPACING if turn + 1 < requests.times else requests.patience)
         return answered
+
+    async def passes(self, address: IPAddress, size: int, patience: float) -> bool | None:
+        """Implements `kernel.api.Kernel.passes`, by `FakeHost.passes`; no answer costs `patience`."""
+        self.host.large.append((address, size))
+        answer = self.host.passes(address, size)
+        await trio.sleep(patience if answer is None else SPACING)
+        return answer
 
     async def foreign_rules(self) -> tuple[ForeignRule, ...]:
         """Implements `kernel.api.Kernel.foreign_rules`, by `FakeHost.foreign_rules`."""

@@ -15,11 +15,9 @@ from kilo_etcd.topology.segments import Topology
 _OVERHEAD = {4: 60, 6: 80}
 """Bytes that WireGuard and the outer headers add to a packet, by the family of the endpoint."""
 
-_IPV6_SMALLEST = 1280
-"""Bytes: what IPv6 demands of a link (RFC 8200), so of the tunnel too."""
-
 _ECHO_HEADERS = {4: 28, 6: 48}
 """Bytes that `ping -s` adds to the size that it is given, by family."""
+from kilo_etcd.model import SMALLEST_MTU
 
 
 def narrow(topology: Topology, live: Live) -> Iterator[Loss]:
@@ -106,7 +104,7 @@ def _other_mtu(live: Live, hosts: Collection[str], senders: Collection[str]) -> 
     otherwise = (
         f"give all hosts {smallest} as --mtu (KILO_MTU) and restart the agents"
         if mtu > answer.mtu
-        else f"it carries no mesh with IPv6 addresses, which needs {_IPV6_SMALLEST + _OVERHEAD[4]} bytes or more"
+        else f"it carries no mesh with IPv6 addresses, which needs {SMALLEST_MTU[6] + _OVERHEAD[4]} bytes or more"
     )
     return (
         f"the MTU of {device} on {name} is {mtu} bytes, and that of other hosts' devices {usual}: if its network "
@@ -128,9 +126,12 @@ def _loses_large_packets(name: str, answer: DiagnosticsResponse, usual: int, sen
 
 
 def _largest(topology: Topology, live: Live, sender: str, target: str) -> int:
-    """Bytes of the largest packet of a host that another one has answered; 0: it is not known."""
-    addresses = {str(address) for address in topology.snapshot.nodes[target].mesh_addresses}
-    return min((size for address, size in live.answers[sender].largest if address in addresses), default=0)
+    """Bytes of the largest packet of a host that another one has answered; 0: it is not known, or could not be the MTU
+    of its tunnel, whatever its agent says."""
+    answer, addresses = live.answers[sender], topology.snapshot.nodes[target].mesh_addresses
+    smallest = {str(address): SMALLEST_MTU[address.version] for address in addresses}
+    sizes = (size for address, size in answer.largest if address in smallest and smallest[address] <= size < answer.mtu)
+    return min(sizes, default=0)
 
 
 def _smaller(topology: Topology, live: Live, one: str, others: list[str], size: int, largest: int) -> str:
@@ -146,14 +147,14 @@ def _smaller(topology: Topology, live: Live, one: str, others: list[str], size: 
     six = any(
         address.version == 6 for node in (one, *others) for address in topology.snapshot.nodes[node].mesh_addresses
     )
-    needed = f"{_IPV6_SMALLEST}, which the mesh's IPv6 needs: the way has to carry"
-    needed += f" {_IPV6_SMALLEST + _OVERHEAD[version or 6]} bytes"
+    needed = f"{SMALLEST_MTU[6]}, which the mesh's IPv6 needs: the way has to carry"
+    needed += f" {SMALLEST_MTU[6] + _OVERHEAD[version or 6]} bytes"
     otherwise = (
         "or let large UDP packets and ICMP's fragmentation-needed pass; a firewall that drops only large echo requests "
         "looks the same"
     )
     if largest:
-        if six and largest < _IPV6_SMALLEST:
+        if six and largest < SMALLEST_MTU[6]:
             return f"{largest} is less than {needed}; {otherwise.removeprefix('or ')}"
         hosts = "both ends" if len(others) == 1 else f"{one}, {some(others)}"
         return f"give {hosts} {largest} as --mtu (KILO_MTU) and restart the agents; {otherwise}"
