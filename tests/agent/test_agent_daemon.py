@@ -18,6 +18,7 @@ from helpers import eventually
 from kilo_etcd import kernel
 from kilo_etcd.agent import status
 from kilo_etcd.etcd import api as etcd
+from kilo_etcd.kernel.firewall.table import ReplaceTable
 from kilo_etcd.kernel.state import AddRoute, Change, DeleteLink, DeleteRoute, HostAddress
 from kilo_etcd.model import CandidateClass, Endpoint
 from kilo_etcd.runtime import key_file
@@ -357,6 +358,21 @@ async def test_writes_to_etcd_are_counted_and_there_are_none_in_steady_state(wor
         world.facts = HostFacts(hostname="h1")
         await eventually(lambda: world.writes() > before, 30, every=0.1)
         assert world.metrics.registry.get_sample_value("kilo_last_etcd_contact_timestamp_seconds")
+
+
+async def test_a_leader_whose_kernel_has_no_nftables_is_healthy_without_smaller_segments(world: World) -> None:
+    sentence = "this kernel takes no table"
+    world.host.refuse = lambda change: sentence if isinstance(change, ReplaceTable) else None
+    async with running(world):
+        beside = key_file.public_key(key_file.generate())
+        world.etcd.put("/kilo/by/h2/addresses/10.4.0.2", "")
+        world.etcd.put(
+            "/kilo/by/h2/node", encode(NodeRecord(public_key=beside, internal_ips=(ip_interface("192.168.1.2/24"),)))
+        )
+        await eventually(lambda: world.logged(sentence) == 1, 30, every=0.1)
+        await trio.sleep(90)
+        assert world.logged(sentence) == 1
+        assert (world.metrics.health(), world.daemon.failures) == (None, ())
 
 
 async def test_a_host_leads_in_spite_of_a_route_that_collides_and_its_status_line_counts_the_problem(

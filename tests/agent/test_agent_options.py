@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from ipaddress import ip_network
+from ipaddress import ip_interface, ip_network
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +11,13 @@ import pytest
 from click.testing import CliRunner
 
 from kilo_etcd.agent.config import AgentConfig, ListenAddress, WireGuardKind, parse_subnets, too_small_for
+from kilo_etcd.agent.main import kernel_setup
 from kilo_etcd.agent.options import agent_flags, agent_options, all_flags
 from kilo_etcd.etcd.api import Config
 from kilo_etcd.model import Encapsulate, Endpoint, Granularity, InternalIPs
+from kilo_etcd.model.hostplan import HostPlan
+from kilo_etcd.runtime import key_file
+from kilo_etcd.testing.fake_kernel import FakeHost, open_fake_kernel
 
 
 def run(*args: str, env: dict[str, str] | None = None) -> AgentConfig:
@@ -48,6 +52,15 @@ def refusal(*args: str, env: dict[str, str] | None = None) -> str:
 def _bare_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     for flag in all_flags():
         monkeypatch.delenv(flag.env, raising=False)
+
+
+async def test_a_host_that_leads_lowers_segment_sizes_unless_its_flag_says_no() -> None:
+    forwards = HostPlan(node="h1", addresses=(ip_interface("10.4.0.1/32"),), clamps=True)
+    for flags, has_table in (((), True), (("--no-clamp-mss",), False)):
+        host, setup = FakeHost(), kernel_setup(run(*flags), key_file.generate())
+        async with open_fake_kernel(host, setup) as kernel:
+            assert (await kernel.apply(forwards)).notes == ()
+        assert (host.observed.table is not None) is has_table
 
 
 def test_without_flags_kilos_defaults_count(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -19,6 +19,7 @@ from kilo_etcd.kernel.firewall.netfilter import Netfilter
 from kilo_etcd.kernel.firewall.packet_filter import table_for, table_name
 from kilo_etcd.kernel.firewall.table import AddElements, FirewallTable, ReplaceTable, Rule
 from kilo_etcd.kernel.predict import apply_changes
+from kilo_etcd.kernel.state import Change
 from kilo_etcd.model.hostplan import ExitRoute, HostPlan, RoutePlan, Via
 from kilo_etcd.testing.fake_kernel import FakeHost, open_fake_kernel
 
@@ -132,8 +133,9 @@ def test_a_kernel_without_nftables_is_one_sentence_and_the_host_may_lead_all_the
     )
     said = failure(ReplaceTable(table(plan(clamps=True))), OSError(95, "Operation not supported"))
     assert said.text == (
-        "this kernel lacks nftables or a part of it, so TCP that is forwarded may be too large for the tunnel: load "
-        "the module nf_tables"
+        "TCP that this host forwards may be too large for the tunnel, since the kernel refuses the rules that lower "
+        "its segment size (Operation not supported): load the module nf_tables (before Linux 4.18 nft_exthdr and "
+        "nft_rt too) and restart the agent, or give --no-clamp-mss"
     )
     said = failure(ReplaceTable(table(ANSWERING)), OSError(95, "Operation not supported"))
     assert (
@@ -152,6 +154,64 @@ async def test_the_kernel_in_memory_has_a_table_too() -> None:
         assert host.observed.table == table(LOCATION)
         assert (await kernel.apply(LOCATION)).changes == ()
     assert "nft delete table inet kilo" in lines(host.cleanup())
+
+
+def without_sizes(change: Change) -> str | None:
+    return "no sizes" if isinstance(change, ReplaceTable) and "chain sizes" in str(change) else None
+
+
+async def test_a_table_that_is_refused_is_made_without_the_rules_on_segment_sizes() -> None:
+    host, both = FakeHost(), evolve(ENCAPSULATED, clamps=True)
+    host.refuse = without_sizes
+    async with open_fake_kernel(host, Setup(private_key=PRIVATE)) as kernel:
+        report = await kernel.apply(plan(clamps=True))
+        assert (report.failures, report.notes, host.observed.table) == ((), ("no sizes",), None)
+        report = await kernel.apply(both)
+        assert (report.failures, report.notes, host.observed.table) == ((), ("no sizes",), table(ENCAPSULATED))
+        assert await kernel.preview(both) == (), "nothing is undone"
+        assert (await kernel.apply(both, fresh=True)).changes == ()
+        assert (await kernel.apply(ENCAPSULATED)).notes == (), "nothing is missing"
+        host.refuse = lambda change: None
+        report = await kernel.apply(both, fresh=True)
+        assert (report.notes, host.observed.table) == ((), table(both))
+
+
+@pytest.mark.root
+@pytest.mark.usefixtures("own_namespaces")
+async def test_a_kernel_that_refuses_the_rules_on_segment_sizes_gets_the_rest(monkeypatch: pytest.MonkeyPatch) -> None:
+    replace, both = Netfilter.replace, evolve(LOCATION, clamps=True)
+
+    def lacking(netfilter: Netfilter, wanted: FirewallTable) -> None:
+        if without_sizes(ReplaceTable(wanted)):
+            raise OSError(95, "Operation not supported")
+        replace(netfilter, wanted)
+
+    monkeypatch.setattr(Netfilter, "replace", lacking)
+    async with open_kernel(Setup(private_key=PRIVATE)) as kernel:
+        report = await kernel.apply(plan(clamps=True))
+        assert (report.failures, [note.split(",")[0] for note in report.notes]) == (
+            (), ["TCP that this host forwards may be too large for the tunnel"]
+        )  # fmt: skip
+        for _ in range(2):
+            report = await kernel.apply(both, fresh=True)
+            assert (report.failures, len(report.notes)) == ((), 1)
+            assert (await kernel.observe()).table == table(LOCATION)
+            assert await kernel.preview(both) == ()
+        writes = kernel.writes
+        assert (await kernel.apply(both)).changes == ()
+        assert kernel.writes == writes, "what is refused is not tried all the time"
+        monkeypatch.setattr(Netfilter, "replace", replace)
+        assert (await kernel.apply(both, fresh=True)).notes == ()
+        assert (await kernel.observe()).table == table(both)
+
+
+@pytest.mark.root
+@pytest.mark.usefixtures("own_namespaces")
+async def test_the_kernel_gets_no_rules_on_segment_sizes_if_the_operator_does_not_want_them() -> None:
+    async with open_kernel(Setup(private_key=PRIVATE, clamp_mss=False)) as kernel:
+        report = await kernel.apply(evolve(LOCATION, clamps=True))
+        assert (report.failures, report.notes) == ((), ())
+        assert (await kernel.observe()).table == table(LOCATION)
 
 
 # -- what the kernel holds ------------------------------------------------------------------------------------

@@ -876,6 +876,7 @@ class Daemon:
             *(problem.text for problem in plan.problems),
         )
         self.once.errors("plan", self.failures, revision=snapshot.revision)
+        self.once.errors("notes", report.notes, level="warning", revision=snapshot.revision)
         self.metrics.reconciled(
             trouble=str(report.failures[0]) if report.failures else None,
             writes=self.kernel.writes - before,

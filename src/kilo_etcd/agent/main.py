@@ -92,7 +92,7 @@ def cleanup(config: AgentConfig) -> None:
 @click.pass_obj
 def trial_command(config: AgentConfig, etcd_answers: bool) -> None:
     """Try whether this code runs, and change nothing: what a reload does first."""
-    _run(partial(trial.trial, setup=_setup, etcd_answers=etcd_answers), config)
+    _run(partial(trial.trial, setup=kernel_setup, etcd_answers=etcd_answers), config)
 
 
 def _run(work: Callable[[AgentConfig], Awaitable[None]], config: AgentConfig) -> None:
@@ -156,7 +156,7 @@ async def _only_agent(config: AgentConfig) -> None:
     log.info("starting", version=__version__, node=config.hostname, interface=config.interface)
     async with (
         open_client(config.etcd) as client,
-        kernel.open_kernel(_setup(config, private)) as device,
+        kernel.open_kernel(kernel_setup(config, private)) as device,
     ):
         metrics = Metrics()
         async with metrics.serve(config.listen):
@@ -187,7 +187,7 @@ def _all_is_loaded() -> None:
 
 async def _dry_run(config: AgentConfig) -> None:
     async with open_client(config.etcd) as client:
-        await dry_run(config, client, _setup)
+        await dry_run(config, client, kernel_setup)
 
 
 async def _cleanup(config: AgentConfig) -> None:
@@ -225,7 +225,8 @@ async def _cleanup(config: AgentConfig) -> None:
             click.echo(f"the records of {config.hostname} are removed from etcd")
 
 
-def _setup(config: AgentConfig, private: str) -> kernel.Setup:
+def kernel_setup(config: AgentConfig, private: str) -> kernel.Setup:
+    """What the kernel layer is to know of the flags; `private` is the host's WireGuard key."""
     return kernel.Setup(
         interface=config.interface,
         private_key=private,

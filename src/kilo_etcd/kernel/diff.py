@@ -56,6 +56,7 @@ from attrs import evolve, frozen
 
 from kilo_etcd.base.mappings import changes as changed_keys
 from kilo_etcd.kernel.errors import collision, shadow
+from kilo_etcd.kernel.firewall import sizes
 from kilo_etcd.kernel.firewall.forward import AddForward, DeleteForward, comment_prefix, rules_for
 from kilo_etcd.kernel.firewall.openings import AddOpening, DeleteOpening, openings_for
 from kilo_etcd.kernel.firewall.packet_filter import table_for
@@ -312,6 +313,11 @@ def _table(planned: FirewallTable | None, table: FirewallTable | None) -> Iterat
         yield ReplaceTable(planned)
     else:
         yield from moved
+
+
+def wants_sizes(plan: HostPlan, observed: Observed, target: DeviceTarget) -> bool:
+    """Whether the plan has TCP made to fit into the tunnel if the kernel takes the rules for it."""
+    return sizes.is_in(_wanted_table(plan, observed, evolve(target, clamp_mss=True)))
 
 
 def _wanted_table(plan: HostPlan, observed: Observed, target: DeviceTarget) -> FirewallTable | None:

@@ -10,6 +10,7 @@ import errno
 import os
 
 from kilo_etcd.base import descriptors
+from kilo_etcd.kernel.firewall import sizes
 from kilo_etcd.kernel.firewall.openings import AddOpening, DeleteOpening
 from kilo_etcd.kernel.firewall.table import ReplaceTable
 from kilo_etcd.kernel.routing import encrypted
@@ -142,6 +143,13 @@ def _sentence(change: Change, error: OSError) -> str:
     code = error.errno or 0
     if descriptors.is_shortage(error) and not isinstance(error, NetlinkError):
         return f"`{change}` was not done: {why_not(error)}"
+    if isinstance(change, ReplaceTable) and sizes.is_in(change.table):
+        # It is tried without that chain.
+        return (
+            "TCP that this host forwards may be too large for the tunnel, since the kernel refuses the rules that "
+            f"lower its segment size ({why_not(error)}): load the module nf_tables (before Linux 4.18 nft_exthdr and "
+            "nft_rt too) and restart the agent, or give --no-clamp-mss"
+        )
     if isinstance(change, KeepAdvertisements):
         return (
             f"{_sysctl(change)} could not be set to 2{_why_not_set(code)}: a host that forwards IPv6 loses what it has "
@@ -208,7 +216,6 @@ def _sentence(change: Change, error: OSError) -> str:
             "postrouting": "hosts without an agent do not answer the mesh",
             "output": "connections to this host's own IPv6 addresses get no answer as long as it has an exit node",
             "encrypted": "what comes in clear from other nodes is taken",
-            "sizes": "TCP that is forwarded may be too large for the tunnel",
         }
         chains = [chain.name for chain in change.table.chains]
         lacking = " and ".join(lost[name] for name in chains if name in lost)

@@ -31,10 +31,12 @@ from kilo_etcd.kernel.diff import (
     remember,
     shadows,
     superseded,
+    wants_sizes,
 )
 from kilo_etcd.kernel.drift import AddressEvents, DriftWatch, affects_path, device_period
 from kilo_etcd.kernel.egress import Egress
 from kilo_etcd.kernel.errors import NO_PERMISSION, KernelError, NetlinkError, cannot_ping, taken, unreadable, why_not
+from kilo_etcd.kernel.firewall import sizes
 from kilo_etcd.kernel.firewall.chains import Obstacle, Refusal
 from kilo_etcd.kernel.firewall.forward import DeleteForward, comment_prefix
 from kilo_etcd.kernel.firewall.netfilter import Reports
@@ -208,6 +210,8 @@ class LinuxKernel:
         self._public_key = public_key_of(raw(setup.private_key))
         self._lock = trio.Lock()
         self._memory = Memory()
+        self._sizes_refused = ""
+        """Why the kernel takes no rules that have TCP fit into the tunnel; empty: it does, as far as is known."""
         self._observed: Observed | None = None
         self._plan: HostPlan | None = None
         self._watch: DriftWatch | None = None
@@ -519,6 +523,8 @@ class LinuxKernel:
         if not may_change_the_network():
             raise KernelError(f"{self._setup.interface} cannot be set up: {NO_PERMISSION}")
         self._look_for(plan)
+        if fresh:
+            self._sizes_refused = ""
         if fresh or must_look(plan, self._allocated, self._memory):
             self._observed = None
         self._plan = plan
@@ -538,6 +544,10 @@ class LinuxKernel:
         all_made.extend(made)
         if failed:
             # What was believed may have been wrong, or one change in another's way: look again, once.
+            for change, why in failed:
+                if sizes.refused_in([change]):
+                    self._sizes_refused = why.text
+            failed = [(change, why) for change, why in failed if not sizes.refused_in([change])]
             observed = self._read()
             settled, target = None, self._target(plan)
             done = set(made)
@@ -564,6 +574,7 @@ class LinuxKernel:
         return ApplyReport(
             changes=tuple(all_made),
             failures=(*todo.failures, *(failure for _, failure in failed)),
+            notes=(self._sizes_refused,) if self._sizes_refused and wants_sizes(plan, observed, target) else (),
         )
 
     def _make(self, changes: Sequence[Change]) -> tuple[list[Change], list[tuple[Change, FailedChange]]]:
@@ -627,7 +638,7 @@ class LinuxKernel:
             backend=self._backend,
             userspace_command=self._setup.userspace_command,
             forward_rules=self._setup.forward_rules,
-            clamp_mss=self._setup.clamp_mss,
+            clamp_mss=self._setup.clamp_mss and not self._sizes_refused,
             protocol=self._setup.protocol,
         )
 

@@ -617,6 +617,8 @@ class ApplyReport:
 
     changes: tuple[Change, ...] = ()
     failures: tuple[FailedChange, ...] = ()
+    notes: tuple[str, ...] = ()
+    """What the host does without, as the kernel refuses it: no failures, since the mesh works. All that hold now."""
 
 
 class AddressScope(StrEnum):

@@ -21,10 +21,19 @@ import trio
 from attrs import evolve
 
 from kilo_etcd.kernel.api import Kernel
-from kilo_etcd.kernel.diff import Difference, difference, is_drift, may_go_back, remember, superseded
+from kilo_etcd.kernel.diff import (
+    Difference,
+    difference,
+    is_drift,
+    may_go_back,
+    remember,
+    superseded,
+    wants_sizes,
+)
 from kilo_etcd.kernel.drift import device_period
 from kilo_etcd.kernel.echo import SPACING, EchoRequests
 from kilo_etcd.kernel.errors import KernelError
+from kilo_etcd.kernel.firewall import sizes
 from kilo_etcd.kernel.firewall.chains import Obstacle, Refusal
 from kilo_etcd.kernel.firewall.forward import AddForward, DeleteForward
 from kilo_etcd.kernel.firewall.openings import AddOpening, DeleteOpening
@@ -193,6 +202,7 @@ class FakeKernel:
         self._setup = setup
         self._delay = delay
         self._memory = Memory()
+        self._sizes_refused = ""
         self._public_key = public_key_of(raw(setup.private_key))
         self._lock = trio.Lock()
         self._failed: frozenset[Change] = frozenset()
@@ -233,13 +243,17 @@ class FakeKernel:
             await trio.lowlevel.checkpoint()
             if self.host.broken is not None:
                 raise KernelError(self.host.broken)
+            if fresh:
+                self._sizes_refused = ""
             if fresh or self.plan is None:
                 self._read()
             # What is done by somebody from here on is drift again.
             self._drift = None
             observed = self._now()
-            todo = self._decide(plan, observed, reset)
-            refused = {change: why for change in todo.changes if (why := self.host.refuse(change)) is not None}
+            todo, refused = self._decide_and_ask(plan, observed, reset)
+            if sizes.refused_in(refused):
+                self._sizes_refused = next(why for change, why in refused.items() if sizes.refused_in([change]))
+                todo, refused = self._decide_and_ask(plan, observed, reset)
             made = possible(todo.changes, refused)
             self._failed = frozenset(refused)
             made += superseded([change for change in todo.changes if change not in made], self._now())
@@ -256,7 +270,15 @@ class FakeKernel:
                 plan, self._memory, made=made, failed=refused, observed=observed, now=self.host.clock()
             )
             failures = (*todo.failures, *(_failure(change, why) for change, why in refused.items()))
-            return ApplyReport(changes=made, failures=failures)
+            wanted = self._sizes_refused and wants_sizes(plan, observed, self._target(plan))
+            return ApplyReport(changes=made, failures=failures, notes=(self._sizes_refused,) if wanted else ())
+
+    def _decide_and_ask(
+        self, plan: HostPlan, observed: Observed, reset: Collection[str]
+    ) -> tuple[Difference, dict[Change, str]]:
+        """What is to be done, and what of it the host refuses, with its reasons."""
+        todo = self._decide(plan, observed, reset)
+        return todo, {change: why for change in todo.changes if (why := self.host.refuse(change)) is not None}
 
     def _decide(self, plan: HostPlan, observed: Observed, reset: Collection[str]) -> Difference:
         return difference(plan, observed, self._memory, self._target(plan), reset=reset)
@@ -396,7 +418,7 @@ class FakeKernel:
             private_key=self._setup.private_key,
             mtu=self._setup.mtu or 1500 - overhead,
             forward_rules=self._setup.forward_rules,
-            clamp_mss=self._setup.clamp_mss,
+            clamp_mss=self._setup.clamp_mss and not self._sizes_refused,
             protocol=self._setup.protocol,
         )
 

@@ -4,20 +4,33 @@ A host that forwards between the tunnel and another network joins two sides whos
 ends (path MTU discovery), if nobody on the way drops these. So the segment size that each end of a TCP connection names
 in its handshake is lowered to what the routes of both directions take. A size that fits already is left alone, so the
 rules change nothing between sides of one MTU.
+
+A kernel may refuse the chain, or any table. Forwarding goes on without it, as it does where the operator does not want
+it, so that is no failure; the rest of the table must not be lost with it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterable, Iterator
 
 from kilo_etcd.kernel.firewall import nftables as nft
-from kilo_etcd.kernel.firewall.table import Chain, Rule
+from kilo_etcd.kernel.firewall.table import Chain, FirewallTable, ReplaceTable, Rule
 from kilo_etcd.kernel.netlink.formats import NF_PRIORITIES
 
 _SYN, _RST = 0x02, 0x04
 """Flags of TCP (RFC 9293)."""
 
 CHAIN = Chain(name="sizes", kind="filter", hook="forward", priority=NF_PRIORITIES["mangle"])
+
+
+def is_in(table: FirewallTable | None) -> bool:
+    """Whether the table has the chain."""
+    return table is not None and CHAIN in table.chains
+
+
+def refused_in(changes: Iterable[object]) -> bool:
+    """Whether a table with the chain is among changes that were refused: it is to be tried without."""
+    return any(isinstance(change, ReplaceTable) and is_in(change.table) for change in changes)
 
 
 def rules(devices: Collection[str]) -> Iterator[Rule]:
