@@ -9,6 +9,7 @@ from operator import attrgetter
 from kilo_etcd.ctl.reports.arrivals import Loss, by_host, by_mesh_address, hops_between, limiting_hosts, some
 from kilo_etcd.ctl.reports.live import Live, tunnels
 from kilo_etcd.ctl.reports.lossy import SOME, counted_ways
+from kilo_etcd.model import SMALLEST_MTU
 from kilo_etcd.store.records import DiagnosticsResponse
 from kilo_etcd.topology.segments import Topology
 
@@ -17,7 +18,6 @@ _OVERHEAD = {4: 60, 6: 80}
 
 _ECHO_HEADERS = {4: 28, 6: 48}
 """Bytes that `ping -s` adds to the size that it is given, by family."""
-from kilo_etcd.model import SMALLEST_MTU
 
 
 def narrow(topology: Topology, live: Live) -> Iterator[Loss]:
