@@ -395,6 +395,16 @@ class Client(Protocol):
         """The members of the cluster, as the member in use knows them."""
         ...
 
+    @property
+    def endpoints(self) -> tuple[str, ...]:
+        """The endpoints that it may connect to, as URLs; discovered ones as soon as they are known."""
+        ...
+
+    def prefer(self, endpoints: Sequence[str]) -> None:
+        """Connect to these from now on, and to those of the configuration only if none of them can be connected to.
+        A connection that stands is kept. Raises BadRequest for an endpoint that is none."""
+        ...
+
     async def status(self, endpoint: str | None = None) -> Status:
         """The status of a member: the one in use, or the one at `endpoint`."""
         ...
@@ -411,10 +421,25 @@ class Tls:
 
 
 @frozen(kw_only=True)
+class Discovery:
+    """Where the SRV records are that name etcd's endpoints, as etcdctl looks for them."""
+
+    domain: str
+    service_name: str = ""
+    """What the names of the services end in."""
+    insecure: bool = False
+    """Whether endpoints without TLS are taken too. If not, a certificate must be good for `domain`."""
+
+
+@frozen(kw_only=True)
 class Config:
     """How to reach etcd. Endpoints are URLs (`http://`, `https://`) or `host:port` as etcdctl takes them."""
 
     endpoints: tuple[str, ...] = ("127.0.0.1:2379",)
+    """None if they are discovered."""
+    more_endpoints: tuple[str, ...] = ()
+    """Tried if none of the others can be connected to."""
+    discovery: Discovery | None = None
     tls: Tls | None = None
     user: str | None = None
     """In messages: `shown_user`."""

@@ -10,7 +10,7 @@ without quorum answers; only an answer from etcd clears the failures.
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 from attrs import define
 
@@ -39,38 +39,52 @@ class Balancer:
 
     def __init__(self, endpoints: Sequence[EtcdEndpoint], rng: random.Random | None = None) -> None:
         self._rng = rng or random.Random()
-        self._records = {endpoint: _EndpointState(endpoint) for endpoint in endpoints}
+        self._records: dict[EtcdEndpoint, _EndpointState] = {}
         self._used = 0
-        # Clients with one list of endpoints spread over them.
-        shuffled = list(self._records.values())
-        self._rng.shuffle(shuffled)
-        for place, record in enumerate(shuffled):
-            record.last_used = place - len(shuffled)
+        self.replace(endpoints)
 
-    def order(self, now: float) -> list[tuple[float, EtcdEndpoint]]:
-        """Every endpoint with the seconds it has yet to rest (0: may be tried now), best first."""
+    def replace(self, endpoints: Sequence[EtcdEndpoint]) -> None:
+        """These are the endpoints from now on. What is known of those that stay is kept."""
+        known = self._records
+        self._records = {endpoint: known.get(endpoint) or _EndpointState(endpoint) for endpoint in endpoints}
+        # Clients with one list of endpoints spread over them.
+        new = [record for endpoint, record in self._records.items() if endpoint not in known]
+        self._rng.shuffle(new)
+        for place, record in enumerate(new):
+            record.last_used = place - len(new)
+
+    def order(self, now: float, among: Collection[EtcdEndpoint] | None = None) -> list[tuple[float, EtcdEndpoint]]:
+        """Every endpoint (`among` these) with the seconds it has yet to rest (0: may be tried now), best first."""
 
         def rank(record: _EndpointState) -> tuple[float, int, int]:
             return max(0.0, record.rests_until - now), record.failures, record.last_used
 
-        return [(max(0.0, r.rests_until - now), r.endpoint) for r in sorted(self._records.values(), key=rank)]
+        records = [r for r in self._records.values() if among is None or r.endpoint in among]
+        return [(max(0.0, r.rests_until - now), r.endpoint) for r in sorted(records, key=rank)]
+
+    def all_failed(self, endpoints: Collection[EtcdEndpoint]) -> bool:
+        """Whether each of these has failed since it last answered."""
+        return all(r.failures > 0 for r in self._records.values() if r.endpoint in endpoints)
 
     def chosen(self, endpoint: EtcdEndpoint) -> None:
         """`endpoint` is being used: among equals it comes last the next time."""
         self._used += 1
-        self._records[endpoint].last_used = self._used
+        if (record := self._records.get(endpoint)) is not None:
+            record.last_used = self._used
 
     def failed(self, endpoint: EtcdEndpoint, now: float) -> None:
         """A call or a connection to `endpoint` failed: it rests, longer with each failure in a row."""
-        record = self._records[endpoint]
+        record = self._records.get(endpoint)
+        if record is None:
+            return  # It is none of the endpoints any more.
         record.failures += 1
         record.rests_until = now + backoff(record.failures, self._rng.random())
 
     def succeeded(self, endpoint: EtcdEndpoint) -> None:
         """`endpoint` answered: it need not rest, and its failures are forgotten."""
-        record = self._records[endpoint]
-        record.failures = 0
-        record.rests_until = 0.0
+        if (record := self._records.get(endpoint)) is not None:
+            record.failures = 0
+            record.rests_until = 0.0
 
     def __repr__(self) -> str:
         parts = [f"{r.endpoint}{f' ({r.failures} failures)' if r.failures else ''}" for r in self._records.values()]

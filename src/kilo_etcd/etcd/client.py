@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import AbstractAsyncContextManager, asynccontextmanager, suppress
 from typing import TYPE_CHECKING
 
@@ -11,7 +11,6 @@ import trio
 from . import api, values
 from .calls import Caller, M, Message
 from .channel import Channel, EndpointsUnreachable
-from .endpoint import parse_endpoint
 from .grpc import Doing, StatusError, TransportFailed
 from .lease import keep_alive
 from .pb import etcd_pb2 as pb
@@ -26,17 +25,27 @@ PAGE = 500
 class EtcdClient:
     """Implements `api.Client`; made by `open_client`."""
 
-    def __init__(self, config: api.Config, nursery: trio.Nursery) -> None:
-        if not config.endpoints:
+    def __init__(
+        self, config: api.Config, nursery: trio.Nursery, *, on_remark: Callable[[str], object] = lambda _sentence: None
+    ) -> None:
+        if not config.endpoints and config.discovery is None:
             raise api.BadRequest("no etcd endpoint is given; use --endpoints")
         self._config = config
-        endpoints = dict.fromkeys(parse_endpoint(text, tls=config.tls is not None) for text in config.endpoints)
-        self._caller = Caller(config, Channel(config, tuple(endpoints), nursery))
+        self._caller = Caller(config, Channel(config, nursery, on_remark=on_remark))
 
     @property
     def endpoint(self) -> str | None:
         """The endpoint in use; None while there is none."""
         return self._caller.channel.endpoint
+
+    @property
+    def endpoints(self) -> tuple[str, ...]:
+        """Implements `api.Client.endpoints`."""
+        return tuple(map(str, self._caller.channel.endpoints))
+
+    def prefer(self, endpoints: Sequence[str]) -> None:
+        """Implements `api.Client.prefer`."""
+        self._caller.channel.prefer(endpoints)
 
     async def get(self, key: api.Text, *, serializable: bool = False) -> api.KeyValue | None:
         """Implements `api.Client.get`."""
@@ -199,7 +208,7 @@ class EtcdClient:
             return values.status(
                 await self._caller.unary(path, pb.StatusRequest(), pb.StatusResponse, doing, idempotent=True)
             )
-        parsed = parse_endpoint(endpoint, tls=self._config.tls is not None)
+        parsed = self._caller.channel.parse(endpoint)
         connection = None
         try:
             connection = await self._caller.channel.dial_one(parsed)
@@ -239,11 +248,13 @@ class EtcdClient:
 
 
 @asynccontextmanager
-async def open_client(config: api.Config) -> AsyncIterator[EtcdClient]:
-    """A client for the length of the block. Connects when first used, so etcd need not be there. Raises BadRequest for
-    endpoints that are none."""
+async def open_client(
+    config: api.Config, *, on_remark: Callable[[str], object] = lambda _sentence: None
+) -> AsyncIterator[EtcdClient]:
+    """A client for the length of the block. Connects when first used, so etcd need not be there. `on_remark` is called
+    with sentences on discovered endpoints that are left out. Raises BadRequest for endpoints that are none."""
     async with background() as nursery:
-        yield EtcdClient(config, nursery)
+        yield EtcdClient(config, nursery, on_remark=on_remark)
 
 
 if TYPE_CHECKING:

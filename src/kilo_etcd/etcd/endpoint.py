@@ -21,6 +21,8 @@ class EtcdEndpoint:
     host: str
     port: int
     tls: bool
+    server_name: str = ""
+    """What the certificate must be good for; empty: `host`."""
 
     @property
     def authority(self) -> str:

@@ -107,7 +107,7 @@ async def connect(endpoint: EtcdEndpoint, tls: Tls | None, lookups: Lookups) -> 
     if context is None:
         return plain
     stream: trio.SSLStream[trio.SocketStream] = trio.SSLStream(
-        plain, context, server_hostname=endpoint.host, https_compatible=True
+        plain, context, server_hostname=endpoint.server_name or endpoint.host, https_compatible=True
     )
     try:
         await stream.do_handshake()

@@ -408,6 +408,8 @@ class FakeClient:
         """The names of the unary calls made, for tests that count them."""
         self.lag: Callable[[], float] | None = None
         """Seconds that a request, an answer or a watch's batch takes besides the server's `delay`; asked for each."""
+        self.preferred: tuple[str, ...] = ()
+        """The endpoints that were preferred last."""
         self._speaks = True
         self._hears = True
         self._refusal: EtcdError | None = None
@@ -661,6 +663,15 @@ class FakeClient:
     async def members(self) -> tuple[Member, ...]:
         """Implements `etcd.api.Client.members`."""
         return await self._call("members", lambda: self.server.members)
+
+    @property
+    def endpoints(self) -> tuple[str, ...]:
+        """Implements `etcd.api.Client.endpoints`."""
+        return self.preferred
+
+    def prefer(self, endpoints: Sequence[str]) -> None:
+        """Implements `etcd.api.Client.prefer`; only noted."""
+        self.preferred = tuple(endpoints)
 
     def watch_prefix(self, prefix: Text, *, start_revision: int = 0) -> AbstractAsyncContextManager[Watch]:
         """Implements `etcd.api.Client.watch_prefix`."""
