@@ -19,7 +19,7 @@ from contextlib import asynccontextmanager
 from {FakeEtcd.__module__} import FakeEtcd
 
 @asynccontextmanager
-async def opened(config):
+async def opened(config, **_):
     yield FakeEtcd().client()
 
 kilo_etcd.etcd.client.open_client = opened

@@ -31,7 +31,7 @@ def fake(monkeypatch: pytest.MonkeyPatch, virtual_time: None) -> FakeEtcd:
     fake = FakeEtcd()
 
     @asynccontextmanager
-    async def opened(config: Config) -> AsyncIterator[Client]:
+    async def opened(config: Config, **_: object) -> AsyncIterator[Client]:
         yield fake.client()
 
     monkeypatch.setattr("kilo_etcd.etcd.client.open_client", opened)

@@ -14,6 +14,8 @@ from kilo_etcd.ctl.context import Mesh
 from kilo_etcd.ctl.environment_file import parse
 from kilo_etcd.ctl.group import first_sentence
 from kilo_etcd.ctl.main import main
+from kilo_etcd.etcd.api import Config
+from kilo_etcd.runtime.etcd_members import keep
 from kilo_etcd.runtime.options import etcd_config
 
 FILE = """
@@ -140,3 +142,27 @@ def test_help_lists_commands_with_whole_sentences_and_a_wrong_one_is_answered_wi
     assert first_sentence("One\nthing") == "One thing"
     result = CliRunner().invoke(main, ["sattus"])
     assert (result.exit_code, "Did you mean 'status'?" in result.output) == (2, True)
+
+
+def test_a_variable_of_etcdctls_that_is_not_taken_is_refused(path: Path) -> None:
+    path.write_text("ETCDCTL_ENDPOINTS=127.0.0.1:1\nETCDCTL_KEEPALIVE_TIME=10s\n")
+    result = CliRunner().invoke(main, ["status"])
+    assert result.exit_code == 2
+    assert f"{path}: ETCDCTL_KEEPALIVE_TIME is set, which kgctl does not take" in result.output
+    path.unlink()
+    result = CliRunner().invoke(main, ["status"], env={"ETCDCTL_API": "2"})
+    assert result.exit_code == 2
+    assert "ETCDCTL_API=2: kgctl speaks etcd's API 3 only; write ETCDCTL_API=3 or unset it." in result.output
+    assert CliRunner().invoke(main, ["completion", "bash"], env={"ETCDCTL_API": "2"}).exit_code == 0
+
+
+def test_the_members_that_the_agent_has_found_are_tried_too(path: Path, tmp_path: Path) -> None:
+    given = Config(endpoints=("127.0.0.1:1",))
+    keep(given, tmp_path, ("http://127.0.0.1:2",))
+    text = f"ETCDCTL_ENDPOINTS=127.0.0.1:1\nKILO_STATE_DIR={tmp_path}\nETCDCTL_COMMAND_TIMEOUT=300ms\n"
+    path.write_text(text)
+    assert "127.0.0.1:2" not in CliRunner().invoke(main, ["status"]).output
+    path.write_text(f"{text}KILO_ENDPOINTS_FROM_CLUSTER=true\n")
+    output = CliRunner().invoke(main, ["status"]).output
+    assert "http://127.0.0.1:1: connection refused" in output
+    assert "http://127.0.0.1:2: connection refused" in output

@@ -188,7 +188,7 @@ def test_a_label_is_written_and_taken_away(fake: FakeEtcd) -> None:
 
 def test_several_failures_of_etcd_at_once_are_one_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
     @asynccontextmanager
-    async def failing(config: Config) -> AsyncIterator[Client]:
+    async def failing(config: Config, **_: object) -> AsyncIterator[Client]:
         raise ExceptionGroup("tasks", [Unavailable("etcd is away"), Unavailable("etcd is away")])
         yield
 
@@ -199,7 +199,7 @@ def test_several_failures_of_etcd_at_once_are_one_sentence(monkeypatch: pytest.M
 
 def test_a_mistake_of_ours_is_not_dressed_up_as_the_operator_s(monkeypatch: pytest.MonkeyPatch) -> None:
     @asynccontextmanager
-    async def broken(config: Config) -> AsyncIterator[Client]:
+    async def broken(config: Config, **_: object) -> AsyncIterator[Client]:
         raise ExceptionGroup("tasks", [Unavailable("etcd is away"), ZeroDivisionError()])
         yield
 

@@ -119,7 +119,7 @@ def mesh(monkeypatch: pytest.MonkeyPatch, virtual_time: None) -> Mesh:
     made = Mesh()
 
     @asynccontextmanager
-    async def opened(config: Config) -> AsyncIterator[Client]:
+    async def opened(config: Config, **_: object) -> AsyncIterator[Client]:
         client = made.etcd.client()
         async with trio.open_nursery() as nursery:
             for name in made.snapshot.nodes.keys() - made.silent:

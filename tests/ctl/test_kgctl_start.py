@@ -35,7 +35,7 @@ for key, value in {world!r}.items():
     fake.put_kept(key, value)
 
 @asynccontextmanager
-async def opened(config):
+async def opened(config, **_):
     yield fake.client()
 
 kilo_etcd.etcd.client.open_client = opened

@@ -9,7 +9,7 @@ import click
 import pytest
 from click.testing import CliRunner
 
-from kilo_etcd.etcd.api import Config, Tls
+from kilo_etcd.etcd.api import Config, Discovery, Tls
 from kilo_etcd.runtime.options import etcd_config, etcd_flags, etcd_options, prefix_option
 
 
@@ -70,6 +70,24 @@ def test_https_without_a_ca_takes_the_systems() -> None:
     assert etcd_config(endpoints="a:1", insecure_skip_tls_verify=True).tls == Tls(insecure_skip_verify=True)
 
 
+def test_host_and_port_alone_are_without_tls_unless_that_is_refused() -> None:
+    assert etcd_config(endpoints="a:1").tls is None
+    assert etcd_config(endpoints="a:1", insecure_transport=False).tls == Tls()
+    assert run({"ETCDCTL_INSECURE_TRANSPORT": "false"}).tls == Tls()
+    assert run({"ETCDCTL_INSECURE_TRANSPORT": "true"}).tls is None
+
+
+def test_endpoints_may_be_discovered() -> None:
+    assert run(
+        {
+            "ETCDCTL_DISCOVERY_SRV": "example.com",
+            "ETCDCTL_DISCOVERY_SRV_NAME": "mesh",
+            "ETCDCTL_INSECURE_DISCOVERY": "true",
+        }
+    ) == Config(endpoints=(), discovery=Discovery(domain="example.com", service_name="mesh", insecure=True))
+    assert run({"ETCDCTL_INSECURE_DISCOVERY": "true"}) == Config()
+
+
 def test_one_call_does_not_wait_longer_for_an_attempt_than_for_the_whole() -> None:
     assert etcd_config(command_timeout="1s").attempt_timeout == 1.0
 
@@ -86,6 +104,17 @@ def test_one_call_does_not_wait_longer_for_an_attempt_than_for_the_whole() -> No
         ({"user": ":x"}, "no password"),
         ({"password": "x"}, "without --user"),
         ({"dial_timeout": "0"}, "'0' is no timeout"),
+        ({"discovery_srv": "a..b"}, "'a..b' is no domain; write for instance example.com"),
+        ({"discovery_srv": "http://a"}, "is no domain"),
+        ({"discovery_srv": "a." * 101}, "is no domain"),
+        ({"discovery_srv": "a", "discovery_srv_name": "b.c"}, "'b.c' is no part of a name in DNS"),
+        ({"discovery_srv_name": "b"}, "--discovery-srv-name is given without --discovery-srv"),
+        ({"discovery_srv": "a", "endpoints": "b:1"}, "are both given; give one"),
+        ({"endpoints": "http://b:1", "insecure_transport": False}, "http://b:1 is without TLS"),
+        (
+            {"discovery_srv": "a", "insecure_discovery": True, "insecure_transport": False},
+            "takes endpoints without TLS",
+        ),
         ({"command_timeout": "ever"}, "'ever' is no duration"),
     ],
 )

@@ -234,4 +234,4 @@ async def test_names_can_be_looked_up_once() -> None:
 
 async def test_etcds_networks_are_single_addresses() -> None:
     etcd = Config(endpoints=("https://[2001:db8::1]:2379", "192.0.2.1:2379", "http://no-such-name.invalid:1"))
-    assert set(await etcd_networks(etcd)) == {ip_network("2001:db8::1/128"), ip_network("192.0.2.1/32")}
+    assert set(await etcd_networks(etcd.endpoints)) == {ip_network("2001:db8::1/128"), ip_network("192.0.2.1/32")}

@@ -18,7 +18,7 @@ from attrs import frozen
 from kilo_etcd.base.quoting import shown_path
 from kilo_etcd.ctl.commands import complete
 from kilo_etcd.ctl.commands.peer import checked, parse_allowed, parse_peer_name
-from kilo_etcd.ctl.context import Failure, Mesh
+from kilo_etcd.ctl.context import Failure, Mesh, remark
 from kilo_etcd.store.keys import encode_name
 from kilo_etcd.store.records import parse_keepalive
 
@@ -236,7 +236,7 @@ async def _connect(mesh: Mesh, options: Options) -> None:
             clean_up=options.clean_up,
             replace=options.yes,
         )
-        async with open_client(mesh.etcd) as client:
+        async with open_client(mesh.etcd, on_remark=remark) as client:
             registration = PeerRegistration(client, Keys(mesh.prefix), desired, lambda: None)
             decision, before, after = await registration.prospect()
             if options.exit_node is not None and (trouble := unusable(build_topology(after), options.exit_node)):
@@ -245,7 +245,7 @@ async def _connect(mesh: Mesh, options: Options) -> None:
             settings = Settings(
                 interface=options.interface,
                 listen_port=options.port or (endpoint.port if endpoint is not None else free_port()),
-                endpoints=mesh.etcd.endpoints,
+                endpoints=tuple(dict.fromkeys((*mesh.etcd.endpoints, *client.endpoints))),
                 dns_hosts=options.dns_hosts,
                 exit_node=options.exit_node,
             )
@@ -270,7 +270,7 @@ async def _connect(mesh: Mesh, options: Options) -> None:
                     if options.dry_run:
                         from kilo_etcd.connect.dryrun import show
 
-                        await show(before, after, desired, settings, device, edges, mesh.etcd, mesh.prefix)
+                        await show(before, after, desired, settings, device, edges, mesh.prefix)
                         return
                     await PeerConnection(desired, settings, client, mesh.prefix, device, edges).run()
 

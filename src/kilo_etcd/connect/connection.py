@@ -248,7 +248,8 @@ class PeerConnection:
             )
             return
         self.once.clear("peer", f"peer {self.desired.name} is in force")
-        endpoints = self.settings.endpoints
+        # Discovered ones may be others by now.
+        endpoints = dict.fromkeys((*self.settings.endpoints, *self.client.endpoints))
         surroundings = self.facts.surroundings(
             self.resolver.networks(endpoints), self.resolver.table, self.resolver.failed
         )  # fmt: skip

@@ -10,7 +10,6 @@ from kilo_etcd.connect.registration import DesiredPeer
 from kilo_etcd.ctl.context import Failure
 from kilo_etcd.ctl.impact import impact, new_trouble
 from kilo_etcd.ctl.reports.render import clean
-from kilo_etcd.etcd import api as etcd
 from kilo_etcd.model import Snapshot
 from kilo_etcd.planning.peerplan import peer_plan
 from kilo_etcd.planning.pipeline import peer_plans
@@ -21,7 +20,7 @@ from kilo_etcd.topology.segments import build_topology
 
 async def show(
     before: Snapshot, after: Snapshot, desired: DesiredPeer, settings: Settings, device: kernel.Kernel, edges: Edges,
-    config: etcd.Config, prefix: str,
+    prefix: str,
 ) -> None:  # fmt: skip
     """Print it; `before` and `after` are the mesh without and with this machine's record. Failure: it is refused."""
     if trouble := new_trouble(before, after):
@@ -31,7 +30,7 @@ async def show(
     facts = await edges.look()
     topology = build_topology(after)
     table, failed = await resolve_once(peer_plan(topology, desired.name))
-    surroundings = facts.surroundings(await etcd_networks(config), table, failed)
+    surroundings = facts.surroundings(await etcd_networks(settings.endpoints), table, failed)
     plans = peer_plans(topology, desired.name, peer_options(topology, desired, settings, facts), surroundings)
     for problem in plans.final.problems:
         click.echo(f"# {clean(problem.text)}")

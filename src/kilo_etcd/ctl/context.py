@@ -43,10 +43,15 @@ class Mesh:
         from kilo_etcd.store.keys import Keys
 
         async def session() -> T:
-            async with open_client(self.etcd) as client:
+            async with open_client(self.etcd, on_remark=remark) as client:
                 return await work(client, Keys(self.prefix))
 
         return run(session)
+
+
+def remark(sentence: str) -> None:
+    """Say on standard error what is left out of what etcd is looked for at."""
+    click.echo(f"kgctl: {sentence}", err=True)
 
 
 def run(work: Callable[[], Awaitable[T]]) -> T:

@@ -7,17 +7,20 @@ by `etcd_config`. Passwords are never shown in help or errors.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator
+import os
+import re
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, NoReturn, TypeVar
 from urllib.parse import urlsplit
 
 import click
 from attrs import frozen
 
 from kilo_etcd.base.quoting import shown_path
-from kilo_etcd.etcd.api import Config, Tls
+from kilo_etcd.etcd.api import Config, Discovery, Tls
 from kilo_etcd.model import DEFAULT_PREFIX
+from kilo_etcd.runtime.etcdctl_variables import refusal
 from kilo_etcd.runtime.parsing import environment_name, parse_duration, parse_prefix, read
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -54,17 +57,42 @@ def kilo_flag(name: str, default: str, help: str, **rest: Any) -> Flag:
 PREFIX = kilo_flag("--prefix", DEFAULT_PREFIX, "The prefix in etcd under which the mesh lives.")
 
 
+DEFAULT_ENDPOINTS = "127.0.0.1:2379"
+_DOMAIN = re.compile(r"[A-Za-z0-9_-]{1,63}(\.[A-Za-z0-9_-]{1,63})*\.?")
+_LABEL = re.compile(r"[A-Za-z0-9_-]{1,40}")
+
+
+def _variable(flag: str) -> str:
+    return "ETCDCTL_" + flag.removeprefix("--").replace("-", "_").upper()
+
+
 def _etcd(name: str, default: str, help: str, **rest: Any) -> Flag:
-    return Flag(name=name, env="ETCDCTL_" + name[2:].replace("-", "_").upper(), default=default, help=help, **rest)
+    return Flag(name=name, env=_variable(name), default=default, help=help, **rest)
 
 
 _ETCD = (
-    _etcd("--endpoints", "127.0.0.1:2379", "etcd's endpoints, comma-separated: host:port, http://... or https://..."),
+    _etcd("--endpoints", DEFAULT_ENDPOINTS, "etcd's endpoints, comma-separated: host:port, http://... or https://..."),
+    _etcd("--discovery-srv", "", "The domain whose SRV records name etcd's endpoints, instead of --endpoints."),
+    _etcd("--discovery-srv-name", "", "The service name in these records: _etcd-client-ssl-NAME._tcp."),
+    _etcd(
+        "--insecure-discovery",
+        "false",
+        "Take endpoints without TLS from these records too, and certificates that are good for an endpoint's own name "
+        "and not for the domain.",
+        switch=True,
+    ),
     _etcd("--cacert", "", "The CA that signed etcd's certificates, PEM (default: the system's)."),
     _etcd("--cert", "", "The client certificate, PEM."),
     _etcd("--key", "", "The private key of the client certificate, PEM."),
     _etcd("--user", "", "The etcd user, as name[:password].", secret=True),
     _etcd("--password", "", "The etcd user's password; better given in the environment.", secret=True),
+    _etcd(
+        "--insecure-transport",
+        "true",
+        "Speak to endpoints that are given as host:port without TLS, if no certificate is given.",
+        switch=True,
+        negative="--no-insecure-transport",
+    ),
     _etcd("--insecure-skip-tls-verify", "false", "Do not verify etcd's certificate (for tests only).", switch=True),
     _etcd("--dial-timeout", "2s", "How long one attempt to connect may take."),
     _etcd("--command-timeout", "5s", "How long one call may take, all attempts together."),
@@ -81,6 +109,13 @@ def etcd_options(command: F) -> F:
     return with_flags(command, _ETCD, "etcd", lambda values: etcd_config(**values))
 
 
+def refuse_variables(program: str, environment: Mapping[str, str] | None = None) -> None:
+    """click.UsageError if the environment (None: this process's) has variables of etcdctl's that are not taken."""
+    known = {flag.env for flag in _ETCD}
+    if sentence := refusal(os.environ if environment is None else environment, known, program):
+        raise click.UsageError(sentence)
+
+
 def prefix_option(command: F) -> F:
     """Give a click command `--prefix`; it is called with `prefix`, checked. `kg` has it in its own table."""
     return with_flags(
@@ -90,28 +125,43 @@ def prefix_option(command: F) -> F:
 
 def etcd_config(
     *,
-    endpoints: str = "127.0.0.1:2379",
+    endpoints: str = DEFAULT_ENDPOINTS,
+    discovery_srv: str = "",
+    discovery_srv_name: str = "",
+    insecure_discovery: bool = False,
     cacert: str = "",
     cert: str = "",
     key: str = "",
     user: str = "",
     password: str = "",
+    insecure_transport: bool = True,
     insecure_skip_tls_verify: bool = False,
     dial_timeout: str = "2s",
     command_timeout: str = "5s",
 ) -> Config:
     """How to reach etcd, from the flags' texts. click.BadParameter with one sentence where one is wrong."""
-    urls = _read("--endpoints", lambda: _endpoints(endpoints))
+    discovery = _discovery(endpoints, discovery_srv.strip(), discovery_srv_name.strip(), insecure_discovery)
+    urls = () if discovery is not None else _read("--endpoints", lambda: _endpoints(endpoints))
     for flag, path in (("--cacert", cacert), ("--cert", cert), ("--key", key)):
         _read(flag, functools.partial(_check_file, path))
     if bool(cert) != bool(key):
         given, missing = ("--cert", "--key") if cert else ("--key", "--cert")
         raise click.UsageError(f"{given} is given but {missing} is not; a client certificate needs both.")
-    tls_wanted = cacert or cert or insecure_skip_tls_verify or any(url.startswith("https://") for url in urls)
+    if not insecure_transport and (plain := next((url for url in urls if url.startswith("http://")), None)):
+        raise click.UsageError(f"{plain} is without TLS, which --no-insecure-transport refuses; write https://.")
+    if not insecure_transport and discovery is not None and discovery.insecure:
+        raise click.UsageError(
+            "--insecure-discovery takes endpoints without TLS; --no-insecure-transport refuses them."
+        )
+    tls_wanted = (
+        cacert or cert or insecure_skip_tls_verify or not insecure_transport
+        or any(url.startswith("https://") for url in urls)
+    )  # fmt: skip
     call_timeout = _read("--command-timeout", lambda: _positive(command_timeout))
     name, secret = _user(user, password)
     return Config(
         endpoints=urls,
+        discovery=discovery,
         tls=Tls(ca=cacert or None, cert=cert or None, key=key or None, insecure_skip_verify=insecure_skip_tls_verify)
         if tls_wanted
         else None,
@@ -167,7 +217,11 @@ def _option(flag: Flag, passed_as: str) -> Callable[[Any], Any]:
 
 
 def _read(flag: str, parse: Callable[[], Any]) -> Any:
-    return read(flag, parse, env="ETCDCTL_" + flag[2:].replace("-", "_").upper())
+    return read(flag, parse, env=_variable(flag))
+
+
+def _refuse(flag: str, reason: str) -> NoReturn:
+    raise click.BadParameter(reason, param_hint=f"{flag} ({_variable(flag)})")
 
 
 def _endpoints(text: str) -> tuple[str, ...]:
@@ -188,6 +242,23 @@ def _endpoints(text: str) -> tuple[str, ...]:
         if not sound:
             raise ValueError(f"{url!r} is no etcd endpoint; {write}")
     return urls
+
+
+def _discovery(endpoints: str, domain: str, service_name: str, insecure: bool) -> Discovery | None:
+    """Where endpoints are discovered; None: they are given."""
+    if not domain:
+        if service_name:
+            raise click.UsageError("--discovery-srv-name is given without --discovery-srv.")
+        return None
+    if endpoints != DEFAULT_ENDPOINTS:
+        raise click.UsageError(
+            "--endpoints (ETCDCTL_ENDPOINTS) and --discovery-srv (ETCDCTL_DISCOVERY_SRV) are both given; give one."
+        )
+    if len(domain) > 200 or not _DOMAIN.fullmatch(domain):
+        _refuse("--discovery-srv", f"{domain!r} is no domain; write for instance example.com")
+    if service_name and not _LABEL.fullmatch(service_name):
+        _refuse("--discovery-srv-name", f"{service_name!r} is no part of a name in DNS; write letters, digits and -")
+    return Discovery(domain=domain, service_name=service_name, insecure=insecure)
 
 
 def _check_file(path: str) -> None:

@@ -21,7 +21,6 @@ import trio
 from attrs import frozen
 
 from kilo_etcd.base import descriptors
-from kilo_etcd.etcd.api import Config
 from kilo_etcd.model import IPAddress, IPNetwork
 from kilo_etcd.model.hostplan import HostPlan
 from kilo_etcd.planning.names import Reasons, Table, plan_names
@@ -105,7 +104,7 @@ def network_of(address: IPAddress) -> IPNetwork:
     return ip_network(address)
 
 
-async def etcd_networks(etcd: Config) -> tuple[IPNetwork, ...]:
+async def etcd_networks(endpoints: Iterable[str]) -> tuple[IPNetwork, ...]:
     """The addresses of etcd's endpoints as networks of one address; names that do not resolve now are left out."""
     networks: list[IPNetwork] = []
 
@@ -114,7 +113,7 @@ async def etcd_networks(etcd: Config) -> tuple[IPNetwork, ...]:
             networks.extend(map(network_of, await lookup(name)))
 
     async with trio.open_nursery() as nursery:
-        for host in endpoint_hosts(etcd.endpoints):
+        for host in endpoint_hosts(endpoints):
             if isinstance(host, str):
                 nursery.start_soon(find, host)
             else:

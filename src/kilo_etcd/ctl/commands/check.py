@@ -714,8 +714,8 @@ async def _members(client: Client, endpoints: tuple[str, ...]) -> tuple[MemberSt
 
 async def examine(client: Client, keys: Keys, endpoints: tuple[str, ...]) -> Examined:
     """Ask etcd's members, etcd and the agents. EtcdError: etcd as a whole does not answer."""
-    members = await _members(client, endpoints)
     living = await operator.statuses(client, keys)
+    members = await _members(client, endpoints or client.endpoints)
     before = build_topology((await operator.snapshot(client, keys))[0])
     live = await gather(client, keys, living.keys(), tries=TRIES)
     snapshot, view = await operator.snapshot(client, keys)

@@ -18,12 +18,12 @@ from functools import partial
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
-from attrs import frozen
+from attrs import evolve, frozen
 
 from kilo_etcd.base.quoting import first_of, sentence
 from kilo_etcd.ctl.change import Edit, Prepared, change_options, confirm, prepare
 from kilo_etcd.ctl.commands.peer import parse_peer_name
-from kilo_etcd.ctl.context import Failure, Mesh, run
+from kilo_etcd.ctl.context import Failure, Mesh, remark, run
 from kilo_etcd.ctl.environment_file import used
 from kilo_etcd.ctl.reports.render import clean
 from kilo_etcd.ctl.watch_changes import watch_changes
@@ -149,11 +149,16 @@ def _sides(context: click.Context, options: dict[str, Any]) -> tuple[Side, Side]
         values.update(dict.fromkeys(values.keys() & _CREDENTIALS, ""))
     values.update({name.removeprefix("other_"): value for name, value in options.items() if value is not None
                    and name.removeprefix("other_") in values})  # fmt: skip
+    if options["other_endpoints"]:
+        values.update(discovery_srv="", discovery_srv_name="")
     try:
         prefix = parse_prefix(options["other_prefix"]) if options["other_prefix"] else mesh.prefix
     except ValueError as error:
         raise click.BadParameter(sentence(error), param_hint="--other-prefix") from None
-    other = Mesh(etcd_config(**values), prefix)
+    config = etcd_config(**values)
+    if not options["other_endpoints"]:
+        config = evolve(config, more_endpoints=mesh.etcd.more_endpoints)
+    other = Mesh(config, prefix)
     if other == mesh:
         raise click.UsageError("These are one and the same mesh: give --other-prefix, or --other-endpoints.")
     labels = [options["label"] or default_label(mesh.prefix), options["other_label"] or default_label(prefix)]
@@ -290,7 +295,7 @@ def _follow(one: Side, other: Side) -> None:
         async def watch(side: Side) -> None:
             from kilo_etcd.etcd.client import open_client
 
-            async with open_client(side.mesh.etcd) as client:
+            async with open_client(side.mesh.etcd, on_remark=remark) as client:
                 await watch_changes(client, Keys(side.mesh.prefix).root, changed_now, retry=RETRY_SECONDS)
 
         def changed_now() -> None:
