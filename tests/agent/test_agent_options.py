@@ -224,3 +224,16 @@ def test_etcds_flags_are_among_them() -> None:
     assert run("--endpoints", "a:1,b:2").etcd == run(env={"ETCDCTL_ENDPOINTS": "a:1,b:2"}).etcd
     assert run("--endpoints", "a:1,b:2").etcd == Config(endpoints=("a:1", "b:2"))
     assert "'ftp://a' is no etcd endpoint" in refusal("--endpoints", "ftp://a")
+
+
+def test_a_variable_of_etcdctls_that_is_not_taken_is_refused() -> None:
+    assert "ETCDCTL_API=2: kg speaks etcd's API 3 only" in refusal(env={"ETCDCTL_API": "2"})
+    assert "ETCDCTL_PEERS is set, which kg does not take: write ETCDCTL_ENDPOINTS" in refusal(
+        env={"ETCDCTL_PEERS": "a:1"}
+    )
+
+
+def test_endpoints_may_follow_the_member_list() -> None:
+    assert not run().endpoints_from_cluster
+    assert run("--endpoints-from-cluster").endpoints_from_cluster
+    assert run(env={"KILO_ENDPOINTS_FROM_CLUSTER": "true"}).endpoints_from_cluster

@@ -20,6 +20,7 @@ from kilo_etcd.model import (
     DEFAULT_INTERFACE,
     DEFAULT_PORT,
     DEFAULT_PREFIX,
+    DEFAULT_STATE_DIR,
     DEFAULT_SUBNET,
     LARGEST_MTU,
     PEER_QUERY_PORT,
@@ -47,8 +48,6 @@ LEASE_TTL_FLOOR = 2.0
 DEFAULT_LISTEN = "127.0.0.1:1107"
 """Kilo's port, but on loopback: a mesh host is often on the open internet, where an unauthenticated page
 about it should be the operator's decision (`--listen :1107`), not ours."""
-
-DEFAULT_STATE_DIR = "/var/lib/kilo-etcd"
 
 
 class WireGuardKind(StrEnum):
@@ -134,6 +133,8 @@ class AgentConfig:
     dry_run: bool = False
     etcd: Config = field(factory=Config)
     """How to reach etcd (etcdctl's flags)."""
+    endpoints_from_cluster: bool = False
+    """Whether the agent connects to the members that etcd lists."""
 
     @property
     def wanted_subnets(self) -> tuple[IPNetwork, ...]:
@@ -175,6 +176,7 @@ class AgentConfig:
         endpoint: str = "",
         persistent_keepalive: str = "0",
         dry_run: bool = False,
+        endpoints_from_cluster: bool = False,
         etcd: Config | None = None,
     ) -> AgentConfig:
         """The configuration that these texts mean, one parameter per flag; click.BadParameter where one is wrong."""
@@ -217,6 +219,7 @@ class AgentConfig:
             endpoint=read("--endpoint", lambda: Endpoint.parse(endpoint, listen_port) if endpoint.strip() else None),
             persistent_keepalive=read("--persistent-keepalive", lambda: _keepalive(persistent_keepalive)),
             dry_run=dry_run,
+            endpoints_from_cluster=endpoints_from_cluster,
             etcd=Config() if etcd is None else etcd,
         )
 

@@ -28,6 +28,7 @@ from kilo_etcd.agent.config import AgentConfig, too_small_for
 from kilo_etcd.agent.diagnostics import AppliedPlan, DiagnosticsServer
 from kilo_etcd.agent.dnshosts import DnsHosts, WriteNames
 from kilo_etcd.agent.encrypting import Encrypting
+from kilo_etcd.agent.etcd_members import EtcdMembers
 from kilo_etcd.agent.instrumented import instrumented
 from kilo_etcd.agent.leader_hints.hints import LeaderHints, followed
 from kilo_etcd.agent.leader_hints.peer_query import DatagramTransport, PeerQuery
@@ -211,7 +212,7 @@ class Daemon:
         )
         self.registration = HostRegistration(
             config, public_key, self.session, self.log, self.once,
-            etcd=self._etcd_networks, former=self.namesakes.former,
+            endpoints=self._etcd_endpoints, etcd=self._etcd_networks, former=self.namesakes.former,
         )  # fmt: skip
         identity = Identity(prefix=config.prefix, node=self.name, public_key=public_key)
         self.cache = SnapshotCache(disk, identity, self.once)
@@ -329,6 +330,16 @@ class Daemon:
             self.name,
             on_traversal_failures=self._note_traversal_failures,
             reset_session=self._reset_session,
+        )
+        self._etcd_members = EtcdMembers(
+            config,
+            client,
+            self.log,
+            self.once,
+            disk=disk,
+            trusted=self._etcd_is_followed,
+            on_change=self._nudge,
+            rng=self._rng,
         )
         self._exit_node_monitor = ExitNodeMonitor(device, self._note_exit_node)
         self._dns_hosts = write_names and DnsHosts(
@@ -543,6 +554,8 @@ class Daemon:
             self._follows_etcd = True
             await nursery.start(self.resolver.run)
             await nursery.start(self.mirror.run)
+            if self.config.endpoints_from_cluster:
+                nursery.start_soon(self._etcd_members.run)
 
     async def _forward_unjoined(self, nursery: trio.Nursery, failure: etcd.EtcdError | RecordError | None) -> bool:
         """Forward although etcd does not let this host join (None: it has not answered in time): by what etcd holds,
@@ -699,6 +712,7 @@ class Daemon:
             try:
                 await self.cache.forget()
                 await self._encrypting.forget()
+                await self._etcd_members.forget()
             except OSError as failure:
                 self.log.warning("the cached snapshot could not be removed from disk", error=str(failure))
             self.log.info("cleaned up", changes=len(changes))
@@ -911,7 +925,7 @@ class Daemon:
         topology.segment_of(self.name)
         silent = await self._never_answered(topology)
         encryption = await self._encryption_inputs(topology, silent)
-        endpoints = self.config.etcd.endpoints
+        endpoints = self._etcd_endpoints()
         surroundings = self.registration.facts.surroundings(
             self._etcd_networks(), self.resolver.table, self.resolver.failed, self.resolver.unresolved(endpoints)
         )
@@ -996,7 +1010,14 @@ class Daemon:
         return f"this host is not among the mesh's nodes: {reasons or f'see the rejected records of {self.name}'}"
 
     def _etcd_networks(self) -> tuple[IPNetwork, ...]:
-        return self.resolver.networks(self.config.etcd.endpoints)
+        return self.resolver.networks(self._etcd_endpoints())
+
+    def _etcd_endpoints(self) -> tuple[str, ...]:
+        """Where etcd is, as far as is known: given, discovered, or by its member list."""
+        return tuple(dict.fromkeys((*self.config.etcd.endpoints, *self.client.endpoints)))
+
+    def _etcd_is_followed(self) -> bool:
+        return self.mirror.connected and self.mirror.untrusted_reason is None
 
     def _report_snapshot(self, snapshot: Snapshot) -> None:
         self.once.errors("rejected", snapshot.rejected, noun="rejected records", revision=snapshot.revision)

@@ -38,12 +38,13 @@ async def dry_run(config: AgentConfig, client: etcd.Client, setup: Callable[[Age
         click.echo(f"# no key in {config.state_dir} yet: the agent will make one")
         private = key_file.generate()
     facts = await discover.gather(config)
-    etcd_at = await etcd_networks(config.etcd)
     chosen = discover.choose(facts, config)
     for reason in chosen.reasons:
         click.echo(f"# {reason}")
     keys = Keys(config.prefix)
     snapshot, view = await operator.snapshot(client, keys)
+    # The client knows discovered endpoints as soon as it has connected.
+    etcd_at = await etcd_networks(dict.fromkeys((*config.etcd.endpoints, *client.endpoints)))
     if not snapshot.subnets:
         click.echo(f"# no mesh in etcd under {config.prefix} yet: the agent will make one")
         snapshot = evolve(

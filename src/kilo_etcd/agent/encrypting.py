@@ -315,8 +315,13 @@ class Encrypting:
             self._newest, self._nodes, self._underway = 0, {}, set()
             self._wanted_stage = self._wanted_stage and StageRecord()
         self._cluster, self._on = cluster, on
+        etcd_now = evolve(
+            self._config.etcd,
+            endpoints=tuple(dict.fromkeys((*self._config.etcd.endpoints, *self._client.endpoints))),
+        )
         around = outside(
-            self._config, self._members, sources, table, addresses=addresses, listening=self._listening
+            evolve(self._config, etcd=etcd_now), self._members, sources, table,
+            addresses=addresses, listening=self._listening,
         )  # fmt: skip
         return EncryptionInputs(
             outside=evolve(around, silent=silent), living=self.living, stage_report=self._reported_stage

@@ -14,6 +14,7 @@ import sys
 import time
 import traceback
 from collections.abc import Awaitable, Callable
+from contextlib import AbstractAsyncContextManager
 from functools import partial
 
 import click
@@ -33,8 +34,8 @@ from kilo_etcd.agent.options import agent_options
 from kilo_etcd.agent.restore import REFUSALS
 from kilo_etcd.base.descriptors import OutOfDescriptors
 from kilo_etcd.etcd import api as etcd
-from kilo_etcd.etcd.client import open_client
-from kilo_etcd.runtime import key_file
+from kilo_etcd.etcd.client import EtcdClient, open_client
+from kilo_etcd.runtime import etcd_members, key_file
 from kilo_etcd.runtime.hostsfile import HostsFileError
 from kilo_etcd.runtime.lock_file import AlreadyRunning, agent_lock
 from kilo_etcd.runtime.logs import get_logger, setup_logging
@@ -92,7 +93,7 @@ def cleanup(config: AgentConfig) -> None:
 @click.pass_obj
 def trial_command(config: AgentConfig, etcd_answers: bool) -> None:
     """Try whether this code runs, and change nothing: what a reload does first."""
-    _run(partial(trial.trial, setup=kernel_setup, etcd_answers=etcd_answers), config)
+    _run(partial(trial.trial, setup=kernel_setup, client=_client, etcd_answers=etcd_answers), config)
 
 
 def _run(work: Callable[[AgentConfig], Awaitable[None]], config: AgentConfig) -> None:
@@ -155,7 +156,7 @@ async def _only_agent(config: AgentConfig) -> None:
     private = key_file.load_or_create(config.state_dir)
     log.info("starting", version=__version__, node=config.hostname, interface=config.interface)
     async with (
-        open_client(config.etcd) as client,
+        _client(config) as client,
         kernel.open_kernel(kernel_setup(config, private)) as device,
     ):
         metrics = Metrics()
@@ -186,7 +187,7 @@ def _all_is_loaded() -> None:
 
 
 async def _dry_run(config: AgentConfig) -> None:
-    async with open_client(config.etcd) as client:
+    async with _client(config) as client:
         await dry_run(config, client, kernel_setup)
 
 
@@ -207,13 +208,14 @@ async def _cleanup(config: AgentConfig) -> None:
         try:
             cachefile.remove(config.state_dir)
             remove_members(config.state_dir)
+            etcd_members.remove(config.state_dir)
         except OSError as error:
             click.echo(f"kg: the cached snapshot stays in {config.state_dir}: {error.strerror}", err=True)
         if unusable is not None:
             raise unusable
         if public is None:
             return
-        async with open_client(config.etcd) as client:
+        async with _client(config) as client:
             session = Session(client, Keys(config.prefix), config.hostname, public)
             try:
                 await session.forget()
@@ -223,6 +225,14 @@ async def _cleanup(config: AgentConfig) -> None:
                     "run kg cleanup again when etcd can be reached"
                 ) from None
             click.echo(f"the records of {config.hostname} are removed from etcd")
+
+
+def _client(config: AgentConfig) -> AbstractAsyncContextManager[EtcdClient]:
+    """A client of etcd, also if none of its members is left at the endpoints that were given."""
+    known = (
+        etcd_members.with_known_members(config.etcd, config.state_dir) if config.endpoints_from_cluster else config.etcd
+    )
+    return open_client(known, on_remark=lambda sentence: get_logger().warning(sentence))
 
 
 def kernel_setup(config: AgentConfig, private: str) -> kernel.Setup:

@@ -11,17 +11,18 @@ import socket
 from collections.abc import Callable, Iterator
 from typing import Any, TypeVar
 
-from kilo_etcd.agent.config import DEFAULT_LISTEN, DEFAULT_STATE_DIR, AgentConfig, Probe, WireGuardKind
+from kilo_etcd.agent.config import DEFAULT_LISTEN, AgentConfig, Probe, WireGuardKind
 from kilo_etcd.model import (
     DEFAULT_INTERFACE,
     DEFAULT_PORT,
+    DEFAULT_STATE_DIR,
     DEFAULT_SUBNET,
     PEER_QUERY_PORT,
     Encapsulate,
     Granularity,
     InternalIPs,
 )
-from kilo_etcd.runtime.options import PREFIX, Flag, etcd_config, etcd_flags, kilo_flag, with_flags
+from kilo_etcd.runtime.options import PREFIX, Flag, etcd_config, etcd_flags, kilo_flag, refuse_variables, with_flags
 from kilo_etcd.runtime.parsing import LOG_LEVELS
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -130,6 +131,13 @@ _AGENT = (
     ),
     kilo_flag("--userspace-command", "wireguard-go", "The userspace WireGuard to start if one is needed."),
     PREFIX,
+    kilo_flag(
+        "--endpoints-from-cluster",
+        "false",
+        "Follow etcd's member list: connect to the members' client URLs, and to --endpoints if none of them answers.",
+        switch=True,
+        negative="--no-endpoints-from-cluster",
+    ),
     kilo_flag("--lease-ttl", "5s", "How long a silent leader keeps its place; at least 2s, in whole seconds."),
     kilo_flag("--forget-after", "24h", "How long a node that is gone stays a member."),
     kilo_flag("--state-dir", DEFAULT_STATE_DIR, "Where the private key and the cached snapshot are kept."),
@@ -161,6 +169,7 @@ def agent_options(command: F) -> F:
     """Give a click command all flags of `kg`, etcd's among them; it is called with `config`, an AgentConfig."""
 
     def build(values: dict[str, Any]) -> AgentConfig:
+        refuse_variables("kg")
         etcd = etcd_config(**{flag.parameter: values.pop(flag.parameter) for flag in etcd_flags()})
         values["hostname"] = values["hostname"] or socket.gethostname()
         return AgentConfig.build(**values, etcd=etcd)

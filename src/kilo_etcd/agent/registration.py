@@ -56,8 +56,9 @@ class PassingNetworks:
 
 
 class HostRegistration:
-    """This host's record, and what else is known of its place. `subnets` are the mesh's, once they are known; `etcd`
-    gives etcd's addresses as far as they are known, `former` what is set for former names of the host."""
+    """This host's record, and what else is known of its place. `subnets` are the mesh's, once they are known.
+    `endpoints` are etcd's, `etcd` gives their addresses as far as they are known, `former` what is set for former names
+    of the host."""
 
     def __init__(
         self,
@@ -67,6 +68,7 @@ class HostRegistration:
         log: Logger,
         once: Once,
         *,
+        endpoints: Callable[[], tuple[str, ...]] = tuple,
         etcd: Callable[[], tuple[IPNetwork, ...]] = tuple,
         former: Callable[[], FormerSettings] = FormerSettings,
     ) -> None:
@@ -75,6 +77,7 @@ class HostRegistration:
         self._session = session
         self._log = log
         self._once = once
+        self._endpoints = endpoints
         self._etcd = etcd
         self._former = former
         self._reached = Reached()
@@ -99,7 +102,7 @@ class HostRegistration:
 
     async def look(self) -> NodeRecord:
         """The record that the host should have, for the caller to register. OSError, KernelError."""
-        record, reasons = await self._find(await etcd_networks(self._config.etcd))
+        record, reasons = await self._find(await etcd_networks(self._endpoints()))
         self._keep(record, reasons if record != self.record else ())
         return record
 

@@ -13,6 +13,7 @@ import re
 import subprocess
 import sys
 from collections.abc import Callable
+from contextlib import AbstractAsyncContextManager
 from importlib import import_module
 
 import trio
@@ -21,7 +22,6 @@ import kilo_etcd
 from kilo_etcd import kernel
 from kilo_etcd.agent.config import AgentConfig
 from kilo_etcd.etcd import api as etcd
-from kilo_etcd.etcd.client import open_client
 from kilo_etcd.planning.plan import host_plan
 from kilo_etcd.runtime import key_file
 from kilo_etcd.store import operator
@@ -38,7 +38,13 @@ ROOMS = ("agent", "base", "etcd", "kernel", "model", "planning", "runtime", "sto
 _PLACE = re.compile(r'File "(.+?)", line (\d+)')
 
 
-async def trial(config: AgentConfig, setup: Callable[[AgentConfig, str], kernel.Setup], *, etcd_answers: bool) -> None:
+async def trial(
+    config: AgentConfig,
+    setup: Callable[[AgentConfig, str], kernel.Setup],
+    client: Callable[[AgentConfig], AbstractAsyncContextManager[etcd.Client]],
+    *,
+    etcd_answers: bool,
+) -> None:
     """Do what an agent does at its start, without a change. Raises whatever fails; EtcdError only if `etcd_answers`:
     else etcd is no test."""
     for room in ROOMS:
@@ -46,10 +52,10 @@ async def trial(config: AgentConfig, setup: Callable[[AgentConfig, str], kernel.
         for module in pkgutil.walk_packages(package.__path__, f"{package.__name__}."):
             import_module(module.name)
     private = key_file.peek(config.state_dir) or key_file.generate()
-    async with open_client(config.etcd) as client, kernel.open_kernel(setup(config, private)) as device:
+    async with client(config) as connected, kernel.open_kernel(setup(config, private)) as device:
         await device.observe()
         try:
-            snapshot, _ = await operator.snapshot(client, Keys(config.prefix))
+            snapshot, _ = await operator.snapshot(connected, Keys(config.prefix))
         except etcd.EtcdError:
             if etcd_answers:
                 raise

@@ -14,7 +14,9 @@ from pathlib import Path
 import click
 from click.core import ParameterSource
 
-from kilo_etcd.runtime.options import etcd_and_prefix, etcd_flags
+from kilo_etcd.etcd.api import Config
+from kilo_etcd.model import DEFAULT_STATE_DIR
+from kilo_etcd.runtime.options import etcd_and_prefix, etcd_flags, refuse_variables
 
 PATH = Path("/etc/kilo-etcd/kilo-etcd.env")
 """The file that `kilo-etcd.service` names in EnvironmentFile."""
@@ -63,6 +65,7 @@ def use_environment_file(context: click.Context) -> None:
         return
     before = context.params.copy()
     try:
+        refuse_variables("kgctl", variables)
         _set_parameters(context, variables, {name: flag.env for name, flag in names.items()})
         etcd_and_prefix(context)
     except (click.UsageError, ValueError) as error:
@@ -74,9 +77,21 @@ def use_environment_file(context: click.Context) -> None:
         text = error.format_message() if isinstance(error, click.UsageError) else str(error)
         raise click.UsageError(f"{PATH}: {text}", context) from None
     context.meta[_USED] = True
+    if variables.get("KILO_ENDPOINTS_FROM_CLUSTER", "").lower() in ("1", "true", "t", "yes", "y", "on"):
+        context.meta[_STATE_DIR] = Path(variables.get("KILO_STATE_DIR") or DEFAULT_STATE_DIR)
 
 
-_USED = "kilo_etcd.environment_file"
+_USED, _STATE_DIR = "kilo_etcd.environment_file", "kilo_etcd.state_dir"
+
+
+def with_agents_endpoints(context: click.Context, etcd: Config) -> Config:
+    """`etcd`, with the endpoints at which the agent of the file has found etcd's members, if it follows them."""
+    state_dir: Path | None = context.find_root().meta.get(_STATE_DIR)
+    if state_dir is None:
+        return etcd
+    from kilo_etcd.runtime.etcd_members import with_known_members
+
+    return with_known_members(etcd, state_dir)
 
 
 def used(context: click.Context) -> bool:

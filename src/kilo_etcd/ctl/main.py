@@ -14,9 +14,9 @@ from click.shell_completion import CompletionItem
 
 from kilo_etcd import __version__
 from kilo_etcd.ctl.context import Mesh
-from kilo_etcd.ctl.environment_file import use_environment_file
+from kilo_etcd.ctl.environment_file import use_environment_file, with_agents_endpoints
 from kilo_etcd.etcd.api import Config
-from kilo_etcd.runtime.options import etcd_options, prefix_option
+from kilo_etcd.runtime.options import etcd_options, prefix_option, refuse_variables
 
 _COMMANDS = {
     "annotate": (
@@ -100,6 +100,8 @@ class _Lazy(click.Group):
         # click keeps the name of the command apart from its arguments.
         command = getattr(ctx, "_protected_args", rest)[:1]
         if _WITHOUT_ETCD.isdisjoint((*command, *(word for word in given if word in ("-h", "--help")))):
+            if not ctx.resilient_parsing:
+                refuse_variables("kgctl")
             use_environment_file(ctx)
         return rest
 
@@ -130,7 +132,7 @@ def main(context: click.Context, etcd: Config, prefix: str) -> None:
     The options of etcd are etcdctl's, and so are their environment variables. If none is given, those in
     /etc/kilo-etcd/kilo-etcd.env count, which the agent on this host uses.
     """
-    context.obj = Mesh(etcd, prefix)
+    context.obj = Mesh(with_agents_endpoints(context, etcd), prefix)
 
 
 if __name__ == "__main__":

@@ -12,6 +12,7 @@ from kilo_etcd.model.addresses import IPNetwork
 DEFAULT_LOCATION = ""
 DEFAULT_PREFIX = "/kilo"
 DEFAULT_INTERFACE = "kilo0"
+DEFAULT_STATE_DIR = "/var/lib/kilo-etcd"
 PEER_QUERY_PORT = 1107
 """UDP, of peer queries; Kilo's number."""
 

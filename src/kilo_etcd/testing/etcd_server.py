@@ -274,6 +274,38 @@ class EtcdCluster:
         """The member at an endpoint, as `EtcdServer.endpoint` writes it. StopIteration if there is none."""
         return next(member for member in self.members if member.endpoint == endpoint)
 
+    async def add(self) -> EtcdServer:
+        """A further member, healthy, with the options of the others."""
+        one = next(member for member in self.members if member.running)
+        client_port, peer_port = _free_ports(2)
+        name, peer = f"member-{client_port}-{one.token}", f"http://127.0.0.1:{peer_port}"
+        for attempt in range(100):
+            try:
+                await one.etcdctl("member", "add", name, f"--peer-urls={peer}")
+                break
+            except subprocess.CalledProcessError:
+                # It wants all members to have been connected for some seconds.
+                if attempt == 99:
+                    raise
+                await trio.sleep(0.2)
+        cluster = ",".join(f"{each.name}=http://127.0.0.1:{each.peer_port}" for each in self.members)
+        new = evolve(
+            one, name=name, client_port=client_port, peer_port=peer_port, cluster=f"{cluster},{name}={peer}",
+            process=None,
+        )  # fmt: skip
+        self.members.append(new)
+        await new.start()
+        return new
+
+    async def remove(self, member: EtcdServer) -> None:
+        """Have the cluster without `member`, which ends."""
+        other = next(each for each in self.members if each.running and each is not member)
+        listed = await other.etcdctl("member", "list")
+        number = next(line.partition(",")[0] for line in listed.splitlines() if f", {member.name}, " in line)
+        await other.etcdctl("member", "remove", number)
+        self.members.remove(member)
+        await member.kill()
+
     async def _begin(self) -> None:
         for member in self.members:
             await member.start(initial=True, wait=False)

@@ -1,0 +1,92 @@
+"""`--endpoints-from-cluster`: the agent's endpoints follow etcd's member list while it runs.
+
+Members of etcd are replaced one after the other, until none is left at the endpoints that the agent was given. So it
+asks for the list again and again, which costs etcd less than the agent's keepalives do, connects to its members first,
+and keeps a copy on disk for its next start (`runtime.etcd_members`). An etcd that is not followed says nothing of where
+the right one is.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+
+import trio
+
+from kilo_etcd.agent.config import AgentConfig
+from kilo_etcd.agent.snapshot_cache import Disk
+from kilo_etcd.etcd import api as etcd
+from kilo_etcd.runtime.etcd_members import keep, remove, usable
+from kilo_etcd.runtime.logs import Logger, Once
+
+PERIOD = 5.0
+"""Seconds between two looks at the list at most: members may be replaced by a script."""
+
+
+class EtcdMembers:
+    """Of one agent. `trusted` says whether the etcd that answers is the one that is followed; `on_change` is called
+    when the endpoints are others."""
+
+    def __init__(
+        self,
+        config: AgentConfig,
+        client: etcd.Client,
+        log: Logger,
+        once: Once,
+        *,
+        disk: Disk | None,
+        trusted: Callable[[], bool],
+        on_change: Callable[[], object],
+        rng: random.Random,
+    ) -> None:
+        self._config, self._client, self._log, self._once = config, client, log, once
+        self._disk, self._trusted, self._on_change, self._rng = disk, trusted, on_change, rng
+        self.endpoints: tuple[str, ...] = ()
+        """Those of the member list, once it is known."""
+
+    async def run(self) -> None:
+        """Follow the list, until cancelled."""
+        while True:
+            await self.look()
+            await trio.sleep(PERIOD * self._rng.uniform(0.6, 1.0))
+
+    async def look(self) -> None:
+        """Ask for the list once, and go by it."""
+        if not self._trusted():
+            return
+        try:
+            members = await self._client.members()
+        except etcd.Unavailable:
+            return  # That etcd does not answer is said elsewhere.
+        except etcd.EtcdError as error:
+            self._once.warning(
+                "etcd member list", "etcd's members cannot be listed, so the endpoints stay what they are",
+                error=str(error),
+            )  # fmt: skip
+            return
+        if not self._trusted():
+            return  # It was learnt while the list was on its way.
+        self._once.clear("etcd member list", "etcd's members can be listed again")
+        found = usable(members, self._config.etcd)
+        self._once.errors("etcd members left out", found.remarks, level="warning")
+        if not found.endpoints or found.endpoints == self.endpoints:
+            return
+        self.endpoints = found.endpoints
+        self._client.prefer(found.endpoints)
+        self._log.info("etcd endpoints follow the member list", endpoints=",".join(found.endpoints))
+        if (disk := self._disk) is not None:
+            path = disk.state_dir
+            try:
+                await disk.run(lambda: keep(self._config.etcd, path, found.endpoints))
+            except OSError as error:
+                self._once.warning("etcd endpoints copy", "etcd's endpoints cannot be kept on disk",
+                                   error=error.strerror)  # fmt: skip
+            else:
+                self._once.clear("etcd endpoints copy", "etcd's endpoints are kept on disk again")
+        self._on_change()
+
+    async def forget(self) -> None:
+        """Remove the copy. OSError."""
+        if self._disk is not None:
+            path = self._disk.state_dir
+            await self._disk.run(lambda: remove(path))
