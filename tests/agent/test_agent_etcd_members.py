@@ -24,7 +24,7 @@ from kilo_etcd.agent.snapshot_cache import Disk
 from kilo_etcd.etcd.api import Config, PermissionDenied, Unavailable
 from kilo_etcd.etcd.client import open_client
 from kilo_etcd.etcd.values import Member
-from kilo_etcd.runtime.etcd_members import FILE
+from kilo_etcd.runtime.etcd_members import FILE, keep
 from kilo_etcd.runtime.logs import Once
 from kilo_etcd.testing.etcd_server import EtcdCluster, EtcdServer
 from kilo_etcd.testing.fake_etcd import FakeClient, FakeEtcd
@@ -41,8 +41,9 @@ class World:
         self.trusted = True
         self.changes = 0
         log = structlog.get_logger()
+        self.config = AgentConfig(hostname="h1", etcd=Config(endpoints=("10.0.0.1:2379",)))
         self.members = EtcdMembers(
-            AgentConfig(hostname="h1", etcd=Config(endpoints=("10.0.0.1:2379",))),
+            self.config,
             self.client,
             log,
             Once(log),
@@ -100,6 +101,34 @@ async def test_what_is_of_no_use_is_said_once_and_the_endpoints_stay() -> None:
     first, second = (entry["event"] for entry in logs)
     assert "http://localhost:2379 of etcd member m0 is left out" in first
     assert "http://0.0.0.0:2379 of etcd member m1 is left out" in second
+
+
+@pytest.mark.autojump
+async def test_a_list_without_usable_members_removes_the_copy_and_writing_is_tried_again(tmp_path: Path) -> None:
+    failing = True
+
+    async def run(work: object) -> object:
+        if failing:
+            raise OSError(28, "No space left on device")
+        return await _at_once(work)
+
+    world = World(Disk(tmp_path, run=run))
+    keep(world.config.etcd, tmp_path, ("http://10.0.0.7:2379",))
+    world.have("http://localhost:2379")
+    await world.members.look()
+    assert (tmp_path / FILE).exists()
+    failing = False
+    await world.members.look()
+    assert not (tmp_path / FILE).exists()
+    world.have("http://10.0.0.1:2379")
+    await world.members.look()
+    world.have("http://localhost:2379")
+    await world.members.look()
+    assert not (tmp_path / FILE).exists()
+    assert world.client.preferred == ("http://10.0.0.1:2379",)
+    world.have("http://10.0.0.1:2379")
+    await world.members.look()
+    assert json.loads((tmp_path / FILE).read_text())["members"] == ["http://10.0.0.1:2379"]
 
 
 @pytest.mark.autojump
@@ -221,6 +250,7 @@ async def test_all_members_are_replaced_and_the_agent_goes_on_and_starts_again(t
         with host.agent() as process:
             await host.said("cannot reach etcd")
             assert process.poll() is None
+        assert not (tmp_path / "state" / FILE).exists()
 
 
 @pytest.mark.root

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -15,6 +16,10 @@ PLAIN = Config(endpoints=("10.0.0.1:2379",))
 WITH_TLS = Config(endpoints=("https://10.0.0.1:2379",), tls=Tls())
 HERE = Config(endpoints=("http://127.0.0.1:2379",))
 SECURE_SRV = Config(endpoints=(), discovery=Discovery(domain="example.com"))
+INSECURE_SRV = Config(endpoints=(), discovery=Discovery(domain="example.com", insecure=True))
+
+
+GIVEN = '{"endpoints": ["http://10.0.0.1:2379"], "tls": false}'
 
 
 def member(*urls: str, name: str = "a", learner: bool = False, number: int = 171) -> Member:
@@ -94,13 +99,44 @@ def test_the_copy_counts_for_the_endpoints_that_it_was_made_for(tmp_path: Path) 
 @pytest.mark.parametrize(
     "content",
     [
-        "", "[]", "1", "null", "{}", '{"given": ["10.0.0.1:2379"]}', '{"given": ["10.0.0.1:2379"], "members": 1}',
-        '{"given": ["10.0.0.1:2379"], "members": ["x y"]}', '{"given": ["10.0.0.1:2379"], "members": [{}]}', "[" * 9999,
+        "", "[]", "1", "null", "{}", f'{{"given": {GIVEN}}}', f'{{"given": {GIVEN}, "members": 1}}',
+        f'{{"given": {GIVEN}, "members": ["x y"]}}', f'{{"given": {GIVEN}, "members": [{{}}]}}', "[" * 9999,
         "\udcff",
     ],
 )  # fmt: skip
 def test_a_file_that_is_no_copy_is_as_good_as_none(tmp_path: Path, content: str) -> None:
     (tmp_path / FILE).write_bytes(content.encode(errors="surrogateescape"))
+    assert with_known_members(PLAIN, tmp_path) == PLAIN
+
+
+@pytest.mark.parametrize(
+    ("before", "now"),
+    [
+        (PLAIN, evolve(PLAIN, tls=Tls())),
+        (evolve(WITH_TLS, endpoints=("10.0.0.1:2379",)), PLAIN),
+        (evolve(SECURE_SRV, discovery=Discovery(domain="example.com", insecure=True)), SECURE_SRV),
+        (INSECURE_SRV, evolve(INSECURE_SRV, tls=Tls())),
+    ],
+)
+def test_a_copy_of_another_way_to_etcd_does_not_count(tmp_path: Path, before: Config, now: Config) -> None:
+    keep(before, tmp_path, ("http://10.0.0.2:2379", "https://10.0.0.3:2379"))
+    assert with_known_members(before, tmp_path).more_endpoints
+    assert with_known_members(now, tmp_path) == now
+
+
+@pytest.mark.parametrize("config", [WITH_TLS, SECURE_SRV, evolve(INSECURE_SRV, tls=Tls())])
+def test_urls_of_the_copy_are_judged_as_those_of_the_list(tmp_path: Path, config: Config) -> None:
+    urls = ("http://10.0.0.2:2379", "https://10.0.0.3:2379", "https://127.0.0.1:2379", "https://0.0.0.0:2379")
+    keep(config, tmp_path, urls)
+    assert with_known_members(config, tmp_path).more_endpoints == ("https://10.0.0.3:2379",)
+    assert usable([member(*urls)], config).endpoints == ("https://10.0.0.3:2379",)
+
+
+@pytest.mark.parametrize("members", ["abc", {"a": 1}, {"http://10.0.0.2:2379": 1}, [["10.0.0.2"]]])
+def test_members_that_are_no_list_of_texts_are_none(tmp_path: Path, members: object) -> None:
+    keep(PLAIN, tmp_path, ("http://10.0.0.2:2379",))
+    document = json.loads((tmp_path / FILE).read_text())
+    (tmp_path / FILE).write_text(json.dumps({**document, "members": members}))
     assert with_known_members(PLAIN, tmp_path) == PLAIN
 
 

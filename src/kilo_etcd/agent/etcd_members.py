@@ -43,6 +43,8 @@ class EtcdMembers:
         self._disk, self._trusted, self._on_change, self._rng = disk, trusted, on_change, rng
         self.endpoints: tuple[str, ...] = ()
         """Those of the member list, once it is known."""
+        self._written: tuple[str, ...] | None = None
+        """What the copy has; None: that is not known."""
 
     async def run(self) -> None:
         """Follow the list, until cancelled."""
@@ -69,21 +71,28 @@ class EtcdMembers:
         self._once.clear("etcd member list", "etcd's members can be listed again")
         found = usable(members, self._config.etcd)
         self._once.errors("etcd members left out", found.remarks, level="warning")
+        await self._write(found.endpoints)
         if not found.endpoints or found.endpoints == self.endpoints:
             return
         self.endpoints = found.endpoints
         self._client.prefer(found.endpoints)
         self._log.info("etcd endpoints follow the member list", endpoints=",".join(found.endpoints))
-        if (disk := self._disk) is not None:
-            path = disk.state_dir
-            try:
-                await disk.run(lambda: keep(self._config.etcd, path, found.endpoints))
-            except OSError as error:
-                self._once.warning("etcd endpoints copy", "etcd's endpoints cannot be kept on disk",
-                                   error=error.strerror)  # fmt: skip
-            else:
-                self._once.clear("etcd endpoints copy", "etcd's endpoints are kept on disk again")
         self._on_change()
+
+    async def _write(self, endpoints: tuple[str, ...]) -> None:
+        """Have the copy be of these; a copy that a list without usable members contradicts is removed."""
+        disk, config = self._disk, self._config
+        if disk is None or endpoints == self._written:
+            return
+        path = disk.state_dir
+        try:
+            await disk.run(lambda: keep(config.etcd, path, endpoints) if endpoints else remove(path))
+        except OSError as error:
+            self._once.warning("etcd endpoints copy", "etcd's endpoints cannot be kept on disk",
+                               error=error.strerror)  # fmt: skip
+            return
+        self._written = endpoints
+        self._once.clear("etcd endpoints copy", "etcd's endpoints are kept on disk again")
 
     async def forget(self) -> None:
         """Remove the copy. OSError."""

@@ -155,6 +155,8 @@ async def _only_agent(config: AgentConfig) -> None:
     log = get_logger()
     private = key_file.load_or_create(config.state_dir)
     log.info("starting", version=__version__, node=config.hostname, interface=config.interface)
+    if not config.endpoints_from_cluster:
+        _forget_members(config)
     async with (
         _client(config) as client,
         kernel.open_kernel(kernel_setup(config, private)) as device,
@@ -175,6 +177,14 @@ async def _only_agent(config: AgentConfig) -> None:
                 transport=UdpTransport(config.peer_query_port),
                 write_names=writer(config),
             ).run()
+
+
+def _forget_members(config: AgentConfig) -> None:
+    """The copy of former days must not count if the members are followed again some day."""
+    try:
+        etcd_members.remove(config.state_dir)
+    except OSError as error:
+        get_logger().warning("the copy of etcd's endpoints cannot be removed", error=error.strerror)
 
 
 def _all_is_loaded() -> None:

@@ -28,6 +28,39 @@ MOST_BYTES = 2**16
 
 
 @frozen(kw_only=True)
+class _Reach:
+    """How a host reaches etcd, as far as its members' URLs are judged by it."""
+
+    with_tls: bool
+    here: bool
+    """At the host itself."""
+
+    @classmethod
+    def of(cls, config: Config) -> _Reach:
+        given = [parse_endpoint(text, tls=config.tls is not None) for text in config.endpoints]
+        with_tls = any(endpoint.tls for endpoint in given)
+        if config.discovery is not None:
+            with_tls = config.tls is not None or not config.discovery.insecure
+        return cls(with_tls=with_tls, here=any(map(_is_here, given)))
+
+    def unusable(self, endpoint: EtcdEndpoint) -> str | None:
+        """Why an endpoint cannot be used, as a clause without its subject; None: it can."""
+        if self.with_tls and not endpoint.tls:
+            return "is without TLS, with which this host reaches etcd"
+        if _is_here(endpoint) and not self.here:
+            return "is reached on the member's own host only"
+        try:
+            address = ip_address(endpoint.host)
+        except ValueError:
+            return None
+        if address.is_unspecified:
+            return "is no address to connect to"
+        if address.is_link_local:
+            return "is reached on the member's own link only"
+        return None
+
+
+@frozen(kw_only=True)
 class Usable:
     """The endpoints that the member list gives, and sentences on the client URLs that are left out."""
 
@@ -37,11 +70,7 @@ class Usable:
 
 def usable(members: Iterable[Member], config: Config) -> Usable:
     """What a host that reaches etcd by `config` can use of these members."""
-    given = [parse_endpoint(text, tls=config.tls is not None) for text in config.endpoints]
-    with_tls = any(endpoint.tls for endpoint in given)
-    if config.discovery is not None:
-        with_tls = not config.discovery.insecure
-    here = any(_is_here(endpoint) for endpoint in given)
+    reach = _Reach.of(config)
     endpoints, remarks = dict[str, None](), list[str]()
     for member in sorted(members, key=lambda member: member.id):
         name = f"etcd member {member.name or format(member.id, 'x')}"
@@ -56,29 +85,12 @@ def usable(members: Iterable[Member], config: Config) -> Usable:
                 except BadRequest:
                     why: str | None = "is no endpoint"
                 else:
-                    why = _unusable(endpoint, with_tls=with_tls, here=here)
+                    why = reach.unusable(endpoint)
                 if why is None:
                     endpoints[str(endpoint)] = None
                 else:
                     remarks.append(f"{url} of {name} is left out: it {why} (etcd --advertise-client-urls)")
     return Usable(endpoints=tuple(endpoints), remarks=tuple(remarks))
-
-
-def _unusable(endpoint: EtcdEndpoint, *, with_tls: bool, here: bool) -> str | None:
-    """Why an endpoint cannot be used, as a clause without its subject; None: it can."""
-    if with_tls and not endpoint.tls:
-        return "is without TLS, with which this host reaches etcd"
-    if _is_here(endpoint) and not here:
-        return "is reached on the member's own host only"
-    try:
-        address = ip_address(endpoint.host)
-    except ValueError:
-        return None
-    if address.is_unspecified:
-        return "is no address to connect to"
-    if address.is_link_local:
-        return "is reached on the member's own link only"
-    return None
 
 
 def _is_here(endpoint: EtcdEndpoint) -> bool:
@@ -91,7 +103,7 @@ def _is_here(endpoint: EtcdEndpoint) -> bool:
 
 def with_known_members(config: Config, state_dir: Path) -> Config:
     """`config`, with the endpoints of the copy to be tried if none of its own can be connected to."""
-    return evolve(config, more_endpoints=_read(state_dir / FILE, _given(config)))
+    return evolve(config, more_endpoints=_read(state_dir / FILE, config))
 
 
 def keep(config: Config, state_dir: Path, endpoints: tuple[str, ...]) -> None:
@@ -104,18 +116,29 @@ def remove(state_dir: Path) -> None:
     (state_dir / FILE).unlink(missing_ok=True)
 
 
-def _given(config: Config) -> list[str]:
-    """What says where etcd is, in `config`."""
-    discovery = config.discovery
-    return sorted(config.endpoints) if discovery is None else [discovery.domain, discovery.service_name]
+def _given(config: Config) -> dict[str, object]:
+    """What says where etcd is, in `config`, and whether it is reached with TLS."""
+    discovery, tls = config.discovery, config.tls is not None
+    if discovery is None:
+        return {"endpoints": sorted(str(parse_endpoint(text, tls=tls)) for text in config.endpoints), "tls": tls}
+    return {
+        "discovery": [discovery.domain, discovery.service_name],
+        "insecure": discovery.insecure,
+        "tls": tls,
+    }
 
 
-def _read(path: Path, given: list[str]) -> tuple[str, ...]:
-    """The members' endpoints if they were kept for the same `given`; a file that is of no use is as good as none."""
+def _read(path: Path, config: Config) -> tuple[str, ...]:
+    """The members' endpoints if they were kept for the same `config`, those that it can use today; a file that is of no
+    use is as good as none."""
     try:
         with open_regular(path, follow=False) as file:
             document: Any = json.loads(file.read(MOST_BYTES))
-        members = document["members"] if document["given"] == given else []
-        return tuple(str(parse_endpoint(text, tls=False)) for text in members)
-    except (OSError, NotRegular, ValueError, KeyError, TypeError, AttributeError, RecursionError, BadRequest):
+        members = document["members"] if document["given"] == _given(config) else []
+        if not isinstance(members, list) or not all(isinstance(text, str) for text in members):
+            return ()
+        endpoints = [parse_endpoint(text, tls=False) for text in members]
+    except (OSError, NotRegular, ValueError, KeyError, TypeError, RecursionError, BadRequest):
         return ()
+    reach = _Reach.of(config)
+    return tuple(str(endpoint) for endpoint in endpoints if reach.unusable(endpoint) is None)
