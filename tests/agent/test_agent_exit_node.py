@@ -169,6 +169,40 @@ async def test_nothing_is_touched_before_etcds_name_is_known(world: World, monke
 
 
 @pytest.mark.autojump
+async def test_names_of_etcd_that_do_not_serve_hold_no_route(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    known: dict[str, IPAddress] = {}
+
+    async def lookup(name: str) -> tuple[IPAddress, ...]:
+        await trio.lowlevel.checkpoint()
+        if name not in known:
+            raise OSError("no answer")
+        return (known[name],)
+
+    advertise(world)
+    use_exit_node(world)
+    monkeypatch.setattr("kilo_etcd.agent.daemon.Resolver", lambda: Resolver(lookup=lookup))
+    client = world.client
+    client.prefer(("http://10.9.9.9:2379", "http://member.example.org:2379"))
+    client.endpoint = "http://serves.example.org:2379"
+    async with running(world, etcd=Config(endpoints=("http://given.example.org:2379",))):
+        await eventually(lambda: EXIT in world.host.observed.peers, 10, every=0.1)
+        await trio.sleep(10)
+        assert [text for text in errors(world) if "the DNS name" in text] == [
+            next(text for text in errors(world) if "serves.example.org is not resolved" in text)
+        ]
+        assert world.host.observed.policy.rules == frozenset()
+        known["serves.example.org"] = ip_interface("192.0.2.77").ip
+        await eventually(lambda: world.host.observed.policy.rules, 60, every=0.1)
+        made = [str(change) for change in world.host.history]
+        for address in ("192.0.2.77", "10.9.9.9"):
+            assert any(text.startswith(f"ip route add throw {address}/32") for text in made)
+        client.endpoint = None
+        world.etcd.put("/kilo/locations/h1", "elsewhere")
+        await trio.sleep(10)
+        assert errors(world) == []
+
+
+@pytest.mark.autojump
 async def test_an_exit_node_blocks_its_own_network_and_says_which_family_it_lacks(world: World) -> None:
     world.etcd.put("/kilo/mesh/subnets", "10.4.0.0/16,fd00:4::/64")
     world.facts = evolve(

@@ -222,6 +222,20 @@ async def test_etcds_names_are_looked_up_and_kept() -> None:
 
 
 @pytest.mark.autojump
+async def test_etcds_names_that_left_its_endpoints_are_looked_up_no_more() -> None:
+    world = World(old_example=(A,), new_example=(B,), peer_example=(C,))
+    async with running(world) as resolver:
+        resolver.networks(["https://peer.example:2380"], purpose="encryption")
+        for name in ("old.example", "new.example"):
+            resolver.networks([f"https://{name}:2379"])
+            await trio.testing.wait_all_tasks_blocked()
+            assert resolver.table.keys() == {name, "peer.example"}
+        asked = len(world.times("old.example"))
+        await trio.sleep(100)
+        assert len(world.times("old.example")) == asked
+
+
+@pytest.mark.autojump
 async def test_names_can_be_looked_up_once() -> None:
     world = World(a_example=(A,), fails_example=OSError("no"), hangs_example=None)
     given = plan(a="a.example:1", b="fails.example:1", c="hangs.example:1", d=None)

@@ -201,6 +201,8 @@ class Daemon:
             guard=_MirrorGuard(self),
         )
         self.resolver = Resolver()
+        self._served_by: str | None = None
+        """The endpoint of the connection to etcd, or of the last one."""
         # Asked for at each scrape, so that nothing has to poll.
         metrics.untrusted_when(self._etcd_trouble)
         metrics.untrusted_when(self._own_trouble)
@@ -925,9 +927,11 @@ class Daemon:
         topology.segment_of(self.name)
         silent = await self._never_answered(topology)
         encryption = await self._encryption_inputs(topology, silent)
-        endpoints = self._etcd_endpoints()
+        networks = self._etcd_networks()
+        # Before the first connection it is not known which of them serves.
+        needed = (self._served_by,) if self._served_by else self.config.etcd.endpoints or self.client.endpoints
         surroundings = self.registration.facts.surroundings(
-            self._etcd_networks(), self.resolver.table, self.resolver.failed, self.resolver.unresolved(endpoints)
+            networks, self.resolver.table, self.resolver.failed, self.resolver.unresolved(needed)
         )
         return evolve(surroundings, silent=silent, encryption=encryption)
 
@@ -950,7 +954,7 @@ class Daemon:
         if not self._encrypting.concerns(topology):
             return None
         await self._encrypting.prepare(topology, etcd_away=not self._joined)
-        self.resolver.networks(self._encrypting.etcd_urls)
+        self.resolver.networks(self._encrypting.etcd_urls, purpose="encryption")
         leader, facts = topology.segment_of(self.name).leader.name, self.registration.facts
         return self._encrypting.inputs(
             topology, sources=facts.sources(), addresses=facts.own_addresses(),
@@ -1014,7 +1018,9 @@ class Daemon:
 
     def _etcd_endpoints(self) -> tuple[str, ...]:
         """Where etcd is, as far as is known: given, discovered, or by its member list."""
-        return tuple(dict.fromkeys((*self.config.etcd.endpoints, *self.client.endpoints)))
+        self._served_by = self.client.endpoint or self._served_by
+        served_by = (self._served_by,) if self._served_by else ()
+        return tuple(dict.fromkeys((*self.config.etcd.endpoints, *self.client.endpoints, *served_by)))
 
     def _etcd_is_followed(self) -> bool:
         return self.mirror.connected and self.mirror.untrusted_reason is None

@@ -248,8 +248,9 @@ class PeerConnection:
             )
             return
         self.once.clear("peer", f"peer {self.desired.name} is in force")
-        # Discovered ones may be others by now.
-        endpoints = dict.fromkeys((*self.settings.endpoints, *self.client.endpoints))
+        # Discovered ones may be others by now, and the connection may be to one of those before.
+        in_use = (self.client.endpoint,) if self.client.endpoint else ()
+        endpoints = dict.fromkeys((*self.settings.endpoints, *self.client.endpoints, *in_use))
         surroundings = self.facts.surroundings(
             self.resolver.networks(endpoints), self.resolver.table, self.resolver.failed
         )  # fmt: skip

@@ -400,6 +400,11 @@ class Client(Protocol):
         """The endpoints that it may connect to, as URLs; discovered ones as soon as they are known."""
         ...
 
+    @property
+    def endpoint(self) -> str | None:
+        """The endpoint of the connection in use, as a URL; None while there is none."""
+        ...
+
     def prefer(self, endpoints: Sequence[str]) -> None:
         """Connect to these from now on, and to those of the configuration only if none of them can be connected to.
         A connection that stands is kept. Raises BadRequest for an endpoint that is none."""

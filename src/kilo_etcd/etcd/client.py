@@ -35,7 +35,7 @@ class EtcdClient:
 
     @property
     def endpoint(self) -> str | None:
-        """The endpoint in use; None while there is none."""
+        """Implements `api.Client.endpoint`."""
         return self._caller.channel.endpoint
 
     @property

@@ -143,7 +143,7 @@ class Resolver:
         self._lookup = lookup
         self._rng = random.Random()
         self._wanted: frozenset[str] = frozenset()
-        self._kept: frozenset[str] = frozenset()
+        self._kept: dict[str, frozenset[str]] = {}
         self._table: dict[str, tuple[IPAddress, ...]] = {}
         self._failed: dict[str, str] = {}
         self._renewed = trio.Event()
@@ -167,15 +167,15 @@ class Resolver:
             self._wanted = names
             self._renewed.set()
 
-    def networks(self, endpoints: Iterable[str]) -> tuple[IPNetwork, ...]:
+    def networks(self, endpoints: Iterable[str], *, purpose: str = "etcd") -> tuple[IPNetwork, ...]:
         """The addresses of etcd's endpoints as networks of one address, as far as they are known by now.
 
-        Names among them are looked up forever after.
+        Names among them are looked up until this is called for the same purpose without them.
         """
         hosts = endpoint_hosts(endpoints)
         names = frozenset(host for host in hosts if isinstance(host, str))
-        if not names <= self._kept:
-            self._kept |= names
+        if names != self._kept.get(purpose, frozenset()):
+            self._kept[purpose] = names
             self._renewed.set()
         addresses = [
             address
@@ -200,7 +200,7 @@ class Resolver:
         async with trio.open_nursery() as nursery:
             task_status.started()
             while True:
-                needed = self._wanted | self._kept
+                needed = self._wanted.union(*self._kept.values())
                 for name in [name for name in self._tasks if name not in needed]:
                     self._tasks.pop(name).scope.cancel()
                     self._table.pop(name, None)
@@ -223,7 +223,7 @@ class Resolver:
                 except (OSError, trio.TooSlowError) as error:
                     reason = _reason(error)
                     held = self._table.get(name, ())
-                    if held or name in self._kept:
+                    if held or any(name in names for names in self._kept.values()):
                         self._once.warning(
                             name, "the DNS name of an endpoint is not resolved",
                             name=name, error=reason, still=held or None,

@@ -410,6 +410,8 @@ class FakeClient:
         """Seconds that a request, an answer or a watch's batch takes besides the server's `delay`; asked for each."""
         self.preferred: tuple[str, ...] = ()
         """The endpoints that were preferred last."""
+        self.endpoint: str | None = None
+        """The endpoint of the connection in use, for a test to set."""
         self._speaks = True
         self._hears = True
         self._refusal: EtcdError | None = None
