@@ -25,7 +25,8 @@ from kilo_etcd.ctl.reports.hops import suspicions
 from kilo_etcd.ctl.reports.live import Live, ago, amount
 from kilo_etcd.ctl.reports.report import Report
 from kilo_etcd.ctl.reports.trace import Plans, explain
-from kilo_etcd.etcd.api import Client, Config, PermissionDenied
+from kilo_etcd.etcd.api import Client, Config, PermissionDenied, Status, Unavailable
+from kilo_etcd.etcd.values import Member
 from kilo_etcd.kernel.errors import cannot_ping, failure
 from kilo_etcd.kernel.state import AllowPings, SetForwarding
 from kilo_etcd.model import Snapshot
@@ -42,7 +43,7 @@ from kilo_etcd.store.records import (
     decode_status,
     encode,
 )
-from kilo_etcd.testing.fake_etcd import FakeEtcd
+from kilo_etcd.testing.fake_etcd import FakeClient, FakeEtcd
 from kilo_etcd.topology.graph import LEGEND
 from kilo_etcd.topology.segments import build_topology
 
@@ -464,6 +465,40 @@ def test_check_of_etcds_members() -> None:
         "the endpoints belong to different clusters",
     ]
     assert list(_etcd((MemberState(endpoint="a:2379", cluster_id=1),))) == []
+
+
+async def _checked(config: Config, members: dict[str, str], alive: set[str]) -> list[tuple[str, str]]:
+    """Severity and subject of what check finds at etcd, whose `members` have these client URLs."""
+    from kilo_etcd.ctl.commands.check import _etcd, _members
+
+    class Etcd(FakeClient):
+        async def status(self, endpoint: str | None = None) -> Status:
+            if endpoint not in alive:
+                raise Unavailable(f"cannot reach etcd at {endpoint}: connection refused")
+            return await super().status(endpoint)
+
+    etcd = FakeEtcd()
+    etcd.members = tuple(
+        Member(id=number, name=name, peer_urls=(), client_urls=(url,), is_learner=False)
+        for number, (name, url) in enumerate(members.items())
+    )
+    return [(finding.severity, finding.subject) for finding in _etcd(await _members(Etcd(etcd), config))]
+
+
+async def test_check_asks_etcds_members_where_the_agent_follows_them() -> None:
+    given = Config(endpoints=("10.0.0.1:2379",), more_endpoints=("http://10.0.0.8:2379",))
+    a, b = "http://10.0.0.8:2379", "http://10.0.0.9:2379"
+    members = {"a": a, "b": b}
+    assert await _checked(given, members, {a, b}) == [("note", "etcd 10.0.0.1:2379")]
+    assert await _checked(given, members, {a}) == [("error", f"etcd {b}"), ("note", "etcd 10.0.0.1:2379")]
+    # A given endpoint that is a member's is asked once, as that.
+    assert await _checked(evolve(given, endpoints=("10.0.0.9:2379",)), members, {a}) == [("error", f"etcd {b}")]
+    # The member without a usable URL may be the one that is given.
+    assert await _checked(given, {"a": a, "b": "http://localhost:2379"}, {a}) == [("error", "etcd 10.0.0.1:2379")]
+    # The list is of no use, so the copy counts.
+    assert await _checked(given, {}, set()) == [("error", f"etcd {a}"), ("note", "etcd 10.0.0.1:2379")]
+    alone = evolve(given, more_endpoints=())
+    assert await _checked(alone, members, {a, b}) == [("error", "etcd 10.0.0.1:2379")]
 
 
 def test_check_and_explain_name_the_leader_that_passes_nothing_on(mesh: Mesh) -> None:

@@ -11,6 +11,7 @@ import os
 import re
 from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from enum import StrEnum
 from functools import partial
 
@@ -61,8 +62,10 @@ from kilo_etcd.ctl.reports.report import (
 )
 from kilo_etcd.ctl.reports.trace import Plans
 from kilo_etcd.ctl.trust import distrust
-from kilo_etcd.etcd.api import Client, EtcdError
+from kilo_etcd.etcd.api import Client, Config, EtcdError
+from kilo_etcd.etcd.endpoint import parse_endpoint
 from kilo_etcd.model import InternalIPs, IPNetwork
+from kilo_etcd.runtime.etcd_members import Usable, usable
 from kilo_etcd.store import operator
 from kilo_etcd.store.keys import Keys
 from kilo_etcd.store.records import StatusRecord
@@ -122,6 +125,8 @@ class MemberState:
     cluster_id: int = 0
     has_leader: bool = True
     seconds: float = 0.0
+    former: bool = False
+    """It is given, and no member of etcd has it among its client URLs."""
     errors: tuple[str, ...] = ()
     """What the member itself says is wrong, such as NOSPACE."""
 
@@ -187,6 +192,12 @@ def _names(finding: Finding, name: str) -> bool:
 def _etcd(members: tuple[MemberState, ...]) -> Iterator[Finding]:
     for member in members:
         subject = f"etcd {member.endpoint}"
+        if member.error and member.former:
+            yield Finding(
+                severity=Severity.NOTE, subject=subject, text=member.error,
+                remedy="etcd's members are reached elsewhere: leave it out of --endpoints",
+            )  # fmt: skip
+            continue
         if member.error:
             yield Finding(
                 severity=Severity.ERROR, subject=subject, text=member.error,
@@ -683,12 +694,13 @@ def check_command(mesh: Mesh, output: str) -> None:
 
 def mesh_findings(mesh: Mesh) -> tuple[Finding, ...]:
     """What `kgctl check` finds. Failure: etcd cannot be asked at all."""
-    return findings(mesh.ask(lambda client, keys: examine(client, keys, mesh.etcd.endpoints)))
+    return findings(mesh.ask(lambda client, keys: examine(client, keys, mesh.etcd)))
 
 
-async def _members(client: Client, endpoints: tuple[str, ...]) -> tuple[MemberState, ...]:
+async def _members(client: Client, config: Config) -> tuple[MemberState, ...]:
     import trio
 
+    endpoints, former = await _asked(client, config)
     states: dict[str, MemberState] = {}
 
     async def look(endpoint: str) -> None:
@@ -696,13 +708,14 @@ async def _members(client: Client, endpoints: tuple[str, ...]) -> tuple[MemberSt
         try:
             response = await client.status(endpoint)
         except EtcdError as error:
-            states[endpoint] = MemberState(endpoint=endpoint, error=str(error))
+            states[endpoint] = MemberState(endpoint=endpoint, error=str(error), former=endpoint in former)
         else:
             states[endpoint] = MemberState(
                 endpoint=endpoint,
                 cluster_id=response.header.cluster_id,
                 has_leader=response.leader != 0,
                 seconds=trio.current_time() - started,
+                former=endpoint in former,
                 errors=response.errors,
             )
 
@@ -712,10 +725,30 @@ async def _members(client: Client, endpoints: tuple[str, ...]) -> tuple[MemberSt
     return tuple(states[endpoint] for endpoint in endpoints)
 
 
-async def examine(client: Client, keys: Keys, endpoints: tuple[str, ...]) -> Examined:
+async def _asked(client: Client, config: Config) -> tuple[tuple[str, ...], frozenset[str]]:
+    """The endpoints to ask, and those of them that are given and not among the members' client URLs. The members are
+    asked if this host's agent follows their list."""
+    given = config.endpoints or client.endpoints
+    if not config.more_endpoints:
+        return given, frozenset()
+    # The copy may be older than the list.
+    found = Usable(endpoints=config.more_endpoints)
+    with suppress(EtcdError):
+        listed = usable(await client.members(), config)
+        found = listed if listed.endpoints else found
+    others = tuple(text for text in given if _url(text, config) not in found.endpoints)
+    # A given endpoint may be how a member is reached whose own URL is of no use.
+    return (*found.endpoints, *others), frozenset() if found.remarks else frozenset(others)
+
+
+def _url(endpoint: str, config: Config) -> str:
+    return str(parse_endpoint(endpoint, tls=config.tls is not None))
+
+
+async def examine(client: Client, keys: Keys, config: Config) -> Examined:
     """Ask etcd's members, etcd and the agents. EtcdError: etcd as a whole does not answer."""
     living = await operator.statuses(client, keys)
-    members = await _members(client, endpoints or client.endpoints)
+    members = await _members(client, config)
     before = build_topology((await operator.snapshot(client, keys))[0])
     live = await gather(client, keys, living.keys(), tries=TRIES)
     snapshot, view = await operator.snapshot(client, keys)
