@@ -6,7 +6,7 @@ Every failure is an `EtcdError`; each subclass is one thing that a caller can ac
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from contextlib import AbstractAsyncContextManager
 from enum import Enum
 from typing import TYPE_CHECKING, Protocol, TypeAlias
@@ -403,6 +403,10 @@ class Client(Protocol):
     @property
     def endpoint(self) -> str | None:
         """The endpoint of the connection in use, as a URL; None while there is none."""
+        ...
+
+    async def wait_endpoints(self, seen: Collection[str]) -> tuple[str, ...]:
+        """`endpoints`, as soon as they are others than `seen`, in whichever order."""
         ...
 
     def prefer(self, endpoints: Sequence[str]) -> None:

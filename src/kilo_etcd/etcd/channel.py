@@ -7,8 +7,9 @@ connections as well. A connection that is left while calls run on it is retired:
 ping says that it is dead.
 
 Endpoints come in groups, and one of a later group is tried only if none of those before can be connected to: those that
-were preferred since (`prefer`), those that were given or discovered, and `Config.more_endpoints`. Discovered ones are
-looked up again as soon as none of them answers, beside the attempts to connect.
+were preferred since (`prefer`), those that were given or discovered, and `Config.more_endpoints`. A group of which none
+has answered since it failed is not waited for: it is begun, or left to rest, and the next one is tried beside it.
+Discovered endpoints are looked up again as soon as none of them answers, beside the attempts to connect.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from collections.abc import Callable, Collection, Sequence
 import trio
 from attrs import define, evolve, field
 
-from .api import Config, ConnectionRefusedByTls, EtcdError, Unavailable
+from .api import Config, ConnectionRefusedByTls, Discovery, EtcdError, Unavailable
 from .balancer import Balancer
 from .connection import Connection
 from .discovery import discover
@@ -68,7 +69,7 @@ class Channel:
     def __init__(
         self, config: Config, nursery: trio.Nursery, *, on_remark: Callable[[str], object] = lambda _sentence: None
     ) -> None:
-        """`on_remark` is called with sentences on discovered endpoints that are left out. Raises BadRequest for an
+        """`on_remark` is called with sentences on endpoints that are left out or lead nowhere. Raises BadRequest for an
         endpoint that is none."""
         self._config = config
         self._nursery = nursery
@@ -77,9 +78,16 @@ class Channel:
         self._first = self._parse(config.endpoints)
         """The given ones, or the discovered ones."""
         self._more = self._parse(config.more_endpoints)
-        self._looking_up = False
+        self._looking_up: trio.Event | None = None
+        """Set at the end of the look-up under way."""
         self._looked_up_at = -math.inf
+        self._look_up_failure: TransportFailed | None = None
+        """Why the last look-up has failed."""
         self._remarks: tuple[str, ...] = ()
+        self._preferred_settled = False
+        """One of the preferred ones was connected to, or it was said that none can be."""
+        self._preferred_failures: dict[EtcdEndpoint, TransportFailed] = {}
+        self._changed = trio.Event()
         self._balancer = Balancer(self.endpoints)
         self._current: Connection | None = None
         self._dialling: _Dial | None = None
@@ -94,7 +102,20 @@ class Channel:
     def prefer(self, endpoints: Sequence[str]) -> None:
         """Try these before all others from now on. Raises BadRequest."""
         self._preferred = self._parse(endpoints)
+        self._preferred_settled = self._current is not None and self._current.endpoint in self._preferred
+        self._preferred_failures.clear()
+        self._replaced()
+
+    async def wait_endpoints(self, seen: Collection[str]) -> tuple[str, ...]:
+        """The endpoints, as soon as they are others than these, in whichever order."""
+        while set(now := tuple(map(str, self.endpoints))) == set(seen):
+            await self._changed.wait()
+        return now
+
+    def _replaced(self) -> None:
         self._balancer.replace(self.endpoints)
+        self._changed.set()
+        self._changed = trio.Event()
 
     def _parse(self, endpoints: Sequence[str]) -> tuple[EtcdEndpoint, ...]:
         return tuple(dict.fromkeys(map(self.parse, endpoints)))
@@ -171,58 +192,100 @@ class Channel:
 
     async def _dial(self, dial: _Dial) -> None:
         try:
-            if self._config.discovery is not None:
-                await self._renew_discovered(dial)
-            tried = set[EtcdEndpoint]()
-            for group in (self._preferred, self._first, self._more):
-                if (left := set(group) - tried) and dial.connection is None:
-                    tried |= left
-                    await self._dial_some(dial, left)
+            await self._renew_discovered()
+            async with trio.open_nursery() as attempts:
+                await self._try_groups(dial, attempts)
+            if dial.connection is None and self._look_up_failure is not None:
+                dial.failures[self._discovered] = self._look_up_failure
+            self._note_members(dial)
         finally:
             self._current = dial.connection
             self._dialling = None
             dial.done.set()
 
-    async def _dial_some(self, dial: _Dial, endpoints: Collection[EtcdEndpoint]) -> None:
-        async with trio.open_nursery() as attempts:
-            started = trio.current_time()
-            for rest, endpoint in self._balancer.order(started, endpoints):
-                await trio.sleep_until(max(started + rest, trio.current_time()))
-                over = trio.Event()
-                attempts.start_soon(self._attempt, dial, endpoint, over, attempts.cancel_scope)
-                with trio.move_on_after(STAGGER):
-                    await over.wait()
+    async def _try_groups(self, dial: _Dial, attempts: trio.Nursery) -> None:
+        """Begin the attempts in their order, until the first that succeeds cancels the rest."""
+        started = trio.current_time()
+        tried, postponed, under_way = set[EtcdEndpoint](), list[tuple[float, EtcdEndpoint]](), list[trio.Event]()
 
-    async def _renew_discovered(self, dial: _Dial) -> None:
-        """Look the endpoints up if none is known, or none has answered since it failed; the latter beside the dial,
-        since DNS may be away too."""
-        due = self._looked_up_at + LOOK_UP_PAUSE
-        if not self._first:
-            if not self._preferred and not self._more:
+        async def begin(rest: float, endpoint: EtcdEndpoint) -> None:
+            await trio.sleep_until(max(started + rest, trio.current_time()))
+            over = trio.Event()
+            under_way.append(over)
+            attempts.start_soon(self._attempt, dial, endpoint, over, attempts.cancel_scope)
+            with trio.move_on_after(STAGGER):
+                await over.wait()
+
+        for group in (self._preferred, self._first, self._more):
+            left = set(group) - tried
+            if not left:
+                continue
+            for over in under_way:
+                await over.wait()
+            tried |= left
+            doubtful = self._balancer.all_failed(left)
+            for rest, endpoint in self._balancer.order(started, left):
+                if doubtful and rest > 0:
+                    postponed.append((rest, endpoint))
+                else:
+                    await begin(rest, endpoint)
+            if doubtful:
+                under_way.clear()
+        for rest, endpoint in sorted(postponed, key=lambda pair: pair[0]):
+            await begin(rest, endpoint)
+
+    def _note_members(self, dial: _Dial) -> None:
+        """Say once that none of the preferred endpoints can be connected to, while another can."""
+        preferred, failures = self._preferred, self._preferred_failures
+        if dial.connection is None or self._preferred_settled or not preferred or not failures.keys() >= {*preferred}:
+            return
+        self._preferred_settled = True
+        reasons = "; ".join(f"{endpoint}: {failures[endpoint].reason}" for endpoint in preferred)
+        self._on_remark(
+            "none of etcd's members can be connected to at the client URLs that it lists (etcd "
+            f"--advertise-client-urls), so {dial.connection.endpoint} is used: {reasons}"
+        )
+
+    @property
+    def _discovered(self) -> str:
+        assert self._config.discovery is not None
+        return f"the endpoints of {self._config.discovery.domain}"
+
+    async def _renew_discovered(self) -> None:
+        """Look the endpoints up if none is known, or none has answered since it failed: beside the dial, since DNS may
+        be away too. The dial waits for them only as far as there are no others."""
+        if self._config.discovery is None:
+            return
+        known = bool(self.endpoints)
+        if self._looking_up is None and self._balancer.all_failed(self._first):
+            due = self._looked_up_at + LOOK_UP_PAUSE
+            if not known:
                 await trio.sleep_until(due)
-            await self._look_up(dial)
-        elif not self._looking_up and due <= trio.current_time() and self._balancer.all_failed(self._first):
-            self._nursery.start_soon(self._look_up, dial)
+            if due <= trio.current_time():
+                self._looking_up = trio.Event()
+                self._nursery.start_soon(self._look_up, self._config.discovery, self._looking_up)
+        if self._looking_up is not None and not self._first and not self._preferred:
+            with trio.move_on_after(STAGGER if known else math.inf):
+                await self._looking_up.wait()
 
-    async def _look_up(self, dial: _Dial) -> None:
-        discovery = self._config.discovery
-        assert discovery is not None
-        self._looking_up = True
+    async def _look_up(self, discovery: Discovery, over: trio.Event) -> None:
         try:
             found = await discover(discovery)
         except TransportFailed as failure:
-            dial.failures[f"the endpoints of {discovery.domain}"] = failure
+            self._look_up_failure = failure
         else:
+            self._look_up_failure = None
             if set(found.endpoints) != set(self._first):
                 self._first = found.endpoints
-                self._balancer.replace(self.endpoints)
+                self._replaced()
             for remark in found.remarks:
                 if remark not in self._remarks:
                     self._on_remark(remark)
             self._remarks = found.remarks
         finally:
-            self._looking_up = False
+            self._looking_up = None
             self._looked_up_at = trio.current_time()
+            over.set()
 
     async def _attempt(self, dial: _Dial, endpoint: EtcdEndpoint, over: trio.Event, won: trio.CancelScope) -> None:
         self._balancer.chosen(endpoint)
@@ -230,8 +293,11 @@ class Channel:
             connection = await self.dial_one(endpoint)
         except TransportFailed as failure:
             dial.failures[endpoint] = failure
+            if endpoint in self._preferred:
+                self._preferred_failures[endpoint] = failure
             self._balancer.failed(endpoint, trio.current_time())
         else:
+            self._preferred_settled |= endpoint in self._preferred
             if dial.connection is None:
                 dial.connection = connection
                 won.cancel()

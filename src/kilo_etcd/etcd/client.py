@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Collection, Sequence
 from contextlib import AbstractAsyncContextManager, asynccontextmanager, suppress
 from typing import TYPE_CHECKING
 
@@ -46,6 +46,10 @@ class EtcdClient:
     def prefer(self, endpoints: Sequence[str]) -> None:
         """Implements `api.Client.prefer`."""
         self._caller.channel.prefer(endpoints)
+
+    async def wait_endpoints(self, seen: Collection[str]) -> tuple[str, ...]:
+        """Implements `api.Client.wait_endpoints`."""
+        return await self._caller.channel.wait_endpoints(seen)
 
     async def get(self, key: api.Text, *, serializable: bool = False) -> api.KeyValue | None:
         """Implements `api.Client.get`."""

@@ -28,7 +28,7 @@ MOST_BYTES = 2**16
 
 
 @frozen(kw_only=True)
-class _Reach:
+class _Access:
     """How a host reaches etcd, as far as its members' URLs are judged by it."""
 
     with_tls: bool
@@ -36,7 +36,7 @@ class _Reach:
     """At the host itself."""
 
     @classmethod
-    def of(cls, config: Config) -> _Reach:
+    def of(cls, config: Config) -> _Access:
         given = [parse_endpoint(text, tls=config.tls is not None) for text in config.endpoints]
         with_tls = any(endpoint.tls for endpoint in given)
         if config.discovery is not None:
@@ -70,7 +70,7 @@ class Usable:
 
 def usable(members: Iterable[Member], config: Config) -> Usable:
     """What a host that reaches etcd by `config` can use of these members."""
-    reach = _Reach.of(config)
+    access = _Access.of(config)
     endpoints, remarks = dict[str, None](), list[str]()
     for member in sorted(members, key=lambda member: member.id):
         name = f"etcd member {member.name or format(member.id, 'x')}"
@@ -85,7 +85,7 @@ def usable(members: Iterable[Member], config: Config) -> Usable:
                 except BadRequest:
                     why: str | None = "is no endpoint"
                 else:
-                    why = reach.unusable(endpoint)
+                    why = access.unusable(endpoint)
                 if why is None:
                     endpoints[str(endpoint)] = None
                 else:
@@ -140,5 +140,5 @@ def _read(path: Path, config: Config) -> tuple[str, ...]:
         endpoints = [parse_endpoint(text, tls=False) for text in members]
     except (OSError, NotRegular, ValueError, KeyError, TypeError, RecursionError, BadRequest):
         return ()
-    reach = _Reach.of(config)
-    return tuple(str(endpoint) for endpoint in endpoints if reach.unusable(endpoint) is None)
+    access = _Access.of(config)
+    return tuple(str(endpoint) for endpoint in endpoints if access.unusable(endpoint) is None)

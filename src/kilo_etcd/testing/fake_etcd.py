@@ -17,7 +17,7 @@ It does not know authentication, TLS or members.
 from __future__ import annotations
 
 from bisect import bisect_left, insort
-from collections.abc import AsyncIterator, Callable, Iterable, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Collection, Iterable, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from typing import TYPE_CHECKING, TypeVar
 
@@ -410,6 +410,7 @@ class FakeClient:
         """Seconds that a request, an answer or a watch's batch takes besides the server's `delay`; asked for each."""
         self.preferred: tuple[str, ...] = ()
         """The endpoints that were preferred last."""
+        self._preferred_anew = trio.Event()
         self.endpoint: str | None = None
         """The endpoint of the connection in use, for a test to set."""
         self._speaks = True
@@ -674,6 +675,14 @@ class FakeClient:
     def prefer(self, endpoints: Sequence[str]) -> None:
         """Implements `etcd.api.Client.prefer`; only noted."""
         self.preferred = tuple(endpoints)
+        self._preferred_anew.set()
+        self._preferred_anew = trio.Event()
+
+    async def wait_endpoints(self, seen: Collection[str]) -> tuple[str, ...]:
+        """Implements `etcd.api.Client.wait_endpoints`."""
+        while set(self.endpoints) == set(seen):
+            await self._preferred_anew.wait()
+        return self.endpoints
 
     def watch_prefix(self, prefix: Text, *, start_revision: int = 0) -> AbstractAsyncContextManager[Watch]:
         """Implements `etcd.api.Client.watch_prefix`."""
