@@ -196,6 +196,10 @@ async def test_names_of_etcd_that_do_not_serve_hold_no_route(world: World, monke
         made = [str(change) for change in world.host.history]
         for address in ("192.0.2.77", "10.9.9.9"):
             assert any(text.startswith(f"ip route add throw {address}/32") for text in made)
+        # Endpoints that are discovered, or in the member list, bypass it as soon as they are known.
+        client.prefer(("http://10.9.9.8:2379",))
+        await trio.sleep(0.5)
+        assert any(str(change).startswith("ip route add throw 10.9.9.8/32") for change in world.host.history)
         client.endpoint = None
         world.etcd.put("/kilo/locations/h1", "elsewhere")
         await trio.sleep(10)

@@ -340,7 +340,6 @@ class Daemon:
             self.once,
             disk=disk,
             trusted=self._etcd_is_followed,
-            on_change=self._nudge,
             rng=self._rng,
         )
         self._exit_node_monitor = ExitNodeMonitor(device, self._note_exit_node)
@@ -556,6 +555,7 @@ class Daemon:
             self._follows_etcd = True
             await nursery.start(self.resolver.run)
             await nursery.start(self.mirror.run)
+            nursery.start_soon(self._follow_etcd_endpoints)
             if self.config.endpoints_from_cluster:
                 nursery.start_soon(self._etcd_members.run)
 
@@ -1021,6 +1021,13 @@ class Daemon:
         self._served_by = self.client.endpoint or self._served_by
         served_by = (self._served_by,) if self._served_by else ()
         return tuple(dict.fromkeys((*self.config.etcd.endpoints, *self.client.endpoints, *served_by)))
+
+    async def _follow_etcd_endpoints(self) -> None:
+        """What is discovered, or by the member list, bypasses the exit node too."""
+        seen = self.client.endpoints
+        while True:
+            seen = await self.client.wait_endpoints(seen)
+            self._nudge()
 
     def _etcd_is_followed(self) -> bool:
         return self.mirror.connected and self.mirror.untrusted_reason is None

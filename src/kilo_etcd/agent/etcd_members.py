@@ -24,8 +24,7 @@ PERIOD = 5.0
 
 
 class EtcdMembers:
-    """Of one agent. `trusted` says whether the etcd that answers is the one that is followed; `on_change` is called
-    when the endpoints are others."""
+    """Of one agent. `trusted` says whether the etcd that answers is the one that is followed."""
 
     def __init__(
         self,
@@ -36,11 +35,10 @@ class EtcdMembers:
         *,
         disk: Disk | None,
         trusted: Callable[[], bool],
-        on_change: Callable[[], object],
         rng: random.Random,
     ) -> None:
         self._config, self._client, self._log, self._once = config, client, log, once
-        self._disk, self._trusted, self._on_change, self._rng = disk, trusted, on_change, rng
+        self._disk, self._trusted, self._rng = disk, trusted, rng
         self.endpoints: tuple[str, ...] = ()
         """Those of the member list, once it is known."""
         self._written: tuple[str, ...] | None = None
@@ -77,7 +75,6 @@ class EtcdMembers:
         self.endpoints = found.endpoints
         self._client.prefer(found.endpoints)
         self._log.info("etcd endpoints follow the member list", endpoints=",".join(found.endpoints))
-        self._on_change()
 
     async def _write(self, endpoints: tuple[str, ...]) -> None:
         """Have the copy be of these; a copy that a list without usable members contradicts is removed."""

@@ -163,6 +163,7 @@ class PeerConnection:
             await applied(self.client, self.keys, timeout=KNOWN_SECONDS)
         for task in (
             self._follow_snapshots,
+            self._follow_etcd_endpoints,
             self.exit_node_monitor.run,
             self._reconciler.run,
         ):
@@ -195,6 +196,12 @@ class PeerConnection:
         snapshot: Snapshot | None = None
         while True:
             snapshot = await self.mirror.wait_newer(snapshot)
+            self._nudge()
+
+    async def _follow_etcd_endpoints(self) -> None:
+        seen = self.client.endpoints
+        while True:
+            seen = await self.client.wait_endpoints(seen)
             self._nudge()
 
     async def _look(self) -> None:
