@@ -39,6 +39,7 @@ from kilo_etcd.runtime import etcd_members, key_file
 from kilo_etcd.runtime.hostsfile import HostsFileError
 from kilo_etcd.runtime.lock_file import AlreadyRunning, agent_lock
 from kilo_etcd.runtime.logs import get_logger, setup_logging
+from kilo_etcd.runtime.options import unknown_variables
 from kilo_etcd.store.keys import Keys
 from kilo_etcd.store.session.session import Session
 
@@ -155,6 +156,8 @@ async def _only_agent(config: AgentConfig) -> None:
     log = get_logger()
     private = key_file.load_or_create(config.state_dir)
     log.info("starting", version=__version__, node=config.hostname, interface=config.interface)
+    if names := unknown_variables():
+        log.warning("variables that etcdctl does not have are without effect", names=",".join(names))
     if not config.endpoints_from_cluster:
         _forget_members(config)
     async with (

@@ -1,48 +1,50 @@
-"""The variables of etcdctl that `kg` and `kgctl` do not take: an environment that was made for etcdctl must not reach
-another etcd here, or reach it in another way, without a word.
+"""The variables of etcdctl that `kg` and `kgctl` do not take. An environment that was made for etcdctl must not reach
+another etcd here, nor the same one as somebody else, without a word.
 
-A variable of which `kg` and `kgctl` have the flag is read as that. Those that say only what etcdctl prints are left to
-it. Any other one is refused in a sentence, that of a later etcdctl or a mistyped one too.
+A variable of which `kg` and `kgctl` have the flag is read as that. One that etcdctl has as a way to etcd or as
+credentials is refused in a sentence. All others have no effect: they say how long etcdctl waits or what it prints, or
+etcdctl does not know them either.
 """
 
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
 
-OUTPUT = frozenset({"ETCDCTL_DEBUG", "ETCDCTL_HEX", "ETCDCTL_WRITE_OUT"})
-"""What etcdctl prints, and how. They are without effect on `kg` and `kgctl`."""
-
-_WATCH = frozenset({"ETCDCTL_WATCH_KEY", "ETCDCTL_WATCH_RANGE_END"})
-"""What `etcdctl watch` watches."""
-
-_LOST = "an etcd member that does not answer is left after 2.5 s, which is not for setting"
+WITHOUT_EFFECT = frozenset({
+    "ETCDCTL_DEBUG", "ETCDCTL_HEX", "ETCDCTL_KEEPALIVE_TIME", "ETCDCTL_KEEPALIVE_TIMEOUT", "ETCDCTL_WATCH_KEY",
+    "ETCDCTL_WATCH_RANGE_END", "ETCDCTL_WRITE_OUT",
+    # etcd's API 2.
+    "ETCDCTL_NO_SYNC", "ETCDCTL_OUTPUT", "ETCDCTL_TIMEOUT", "ETCDCTL_TOTAL_TIMEOUT",
+})  # fmt: skip
+"""Variables of etcdctl's that do not say which etcd is reached, or as whom."""
 
 _INSTEAD = {
-    "ETCDCTL_KEEPALIVE_TIME": _LOST,
-    "ETCDCTL_KEEPALIVE_TIMEOUT": _LOST,
+    "ETCDCTL_AUTH_JWT_TOKEN": "write ETCDCTL_USER and ETCDCTL_PASSWORD",
     # etcd's API 2.
     "ETCDCTL_CA_FILE": "write ETCDCTL_CACERT",
     "ETCDCTL_CERT_FILE": "write ETCDCTL_CERT",
     "ETCDCTL_ENDPOINT": "write ETCDCTL_ENDPOINTS",
     "ETCDCTL_KEY_FILE": "write ETCDCTL_KEY",
     "ETCDCTL_PEERS": "write ETCDCTL_ENDPOINTS",
-    "ETCDCTL_TIMEOUT": "write ETCDCTL_DIAL_TIMEOUT",
-    "ETCDCTL_TOTAL_TIMEOUT": "write ETCDCTL_COMMAND_TIMEOUT",
     "ETCDCTL_USERNAME": "write ETCDCTL_USER",
 }
+"""Ways to etcd and credentials -> what to write instead."""
 
 
-def refusal(environment: Mapping[str, str], known: Collection[str], program: str) -> str | None:
-    """Why `program`, which has flags for the variables `known`, does not go by this environment, in a sentence; None:
-    it does. An empty value is as good as none."""
-    for name in sorted(environment):
-        value = environment[name]
-        if not name.startswith("ETCDCTL_") or not value or name in known or name in OUTPUT or name in _WATCH:
-            continue
-        if name == "ETCDCTL_API":
-            if value.strip() == "3":
-                continue
-            return f"ETCDCTL_API={value}: {program} speaks etcd's API 3 only; write ETCDCTL_API=3 or unset it."
-        instead = _INSTEAD.get(name, f"it may say another way to etcd than {program} would take")
-        return f"{name} is set, which {program} does not take: {instead}; unset it for {program}."
-    return None
+def refusal(environment: Mapping[str, str], program: str) -> str | None:
+    """Why `program` does not go by this environment, in a sentence; None: it does. An empty value is as good as
+    none."""
+    version = environment.get("ETCDCTL_API", "")
+    if version and version.strip() != "3":
+        return f"ETCDCTL_API={version}: {program} speaks etcd's API 3 only; write ETCDCTL_API=3 or unset it."
+    name = next((name for name in sorted(_INSTEAD) if environment.get(name)), None)
+    if name is None:
+        return None
+    return f"{name} is set, which {program} does not take: {_INSTEAD[name]}; unset it for {program}."
+
+
+def unknown(environment: Mapping[str, str], known: Collection[str]) -> tuple[str, ...]:
+    """The variables that look like etcdctl's and are none, such as a mistyped one. `known` are those that are taken."""
+    others = {"ETCDCTL_API", *known, *WITHOUT_EFFECT, *_INSTEAD}
+    given = (name for name, value in environment.items() if name.startswith("ETCDCTL_") and value)
+    return tuple(sorted(name for name in given if name not in others))

@@ -20,7 +20,7 @@ from attrs import frozen
 from kilo_etcd.base.quoting import shown_path
 from kilo_etcd.etcd.api import Config, Discovery, Tls
 from kilo_etcd.model import DEFAULT_PREFIX
-from kilo_etcd.runtime.etcdctl_variables import refusal
+from kilo_etcd.runtime.etcdctl_variables import refusal, unknown
 from kilo_etcd.runtime.parsing import environment_name, parse_duration, parse_prefix, read
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -111,9 +111,13 @@ def etcd_options(command: F) -> F:
 
 def refuse_variables(program: str, environment: Mapping[str, str] | None = None) -> None:
     """click.UsageError if the environment (None: this process's) has variables of etcdctl's that are not taken."""
-    known = {flag.env for flag in _ETCD}
-    if sentence := refusal(os.environ if environment is None else environment, known, program):
+    if sentence := refusal(os.environ if environment is None else environment, program):
         raise click.UsageError(sentence)
+
+
+def unknown_variables() -> tuple[str, ...]:
+    """The variables of this process that look like etcdctl's and are none."""
+    return unknown(os.environ, {flag.env for flag in _ETCD})
 
 
 def prefix_option(command: F) -> F:
