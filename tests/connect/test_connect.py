@@ -446,6 +446,21 @@ async def test_etcd_bypasses_the_exit_node_before_anything_goes_through_it(
         assert outside < min(at for at, text in enumerate(made) if "rule add" in text)
 
 
+async def test_names_of_etcd_that_do_not_serve_are_not_waited_for(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:  # fmt: skip
+    async def lookup(_name: str) -> tuple[IPAddress, ...]:
+        await trio.sleep(1)
+        raise OSError("no such name")
+
+    monkeypatch.setattr("kilo_etcd.connect.connection.Resolver", partial(Resolver, lookup=lookup))
+    await world.client.put("/kilo/annotations/gcp-1/advertise-exit-node", "true")
+    world.client.endpoint = "http://192.0.2.77:2379"
+    async with connected(world, exit_node="gcp-1", endpoints=("https://etcd.example.org:2379",)):
+        made = [str(change) for change in world.host.history]
+        assert any(text.startswith("ip route add throw 192.0.2.77/32") for text in made)
+
+
 async def test_with_an_exit_node_etcd_whose_name_is_not_resolved_is_refused(
     world: World, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -171,11 +171,13 @@ class PeerConnection:
 
     async def _find_etcd(self) -> None:
         """Have etcd's names looked up: its addresses are kept outside the tunnel, which takes all else. Failure."""
-        self.resolver.networks(self.settings.endpoints)
+        # The names of endpoints that do not serve need not be known.
+        needed = (self.client.endpoint,) if self.client.endpoint else self.settings.endpoints
+        self.resolver.networks((*self.settings.endpoints, *needed))
         with trio.move_on_after(LOOKUP_TIMEOUT):
-            while self.resolver.unresolved(self.settings.endpoints):
+            while self.resolver.unresolved(needed):
                 await self.resolver.wait_changed()
-        if missing := self.resolver.unresolved(self.settings.endpoints):
+        if missing := self.resolver.unresolved(needed):
             raise Failure(
                 f"etcd's name {missing[0]} is not resolved within {LOOKUP_TIMEOUT:g} s, so etcd could not "
                 "bypass the exit node by its address: mend the name or the resolver, or give --endpoints as addresses"
