@@ -13,8 +13,8 @@ from kilo_etcd.etcd.api import Config, Discovery, Tls
 from kilo_etcd.runtime.options import etcd_config, etcd_flags, etcd_options, prefix_option
 
 
-def run(env: dict[str, str]) -> Config:
-    """How to reach etcd, of a command with this environment."""
+def run(env: dict[str, str], *arguments: str) -> Config:
+    """How to reach etcd, of a command with this environment and these flags."""
     seen: list[Config] = []
 
     @click.command()
@@ -22,7 +22,7 @@ def run(env: dict[str, str]) -> Config:
     def show(etcd: Config) -> None:
         seen.append(etcd)
 
-    result = CliRunner().invoke(show, [], env=env, catch_exceptions=False)
+    result = CliRunner().invoke(show, arguments, env=env, catch_exceptions=False)
     assert result.exit_code == 0, result.output
     return seen[0]
 
@@ -86,6 +86,30 @@ def test_endpoints_may_be_discovered() -> None:
         }
     ) == Config(endpoints=(), discovery=Discovery(domain="example.com", service_name="mesh", insecure=True))
     assert run({"ETCDCTL_INSECURE_DISCOVERY": "true"}) == Config()
+
+
+def test_a_flag_that_says_where_etcd_is_beats_a_variable_that_says_it_in_the_other_way() -> None:
+    variables = {"ETCDCTL_DISCOVERY_SRV": "example.com", "ETCDCTL_DISCOVERY_SRV_NAME": "mesh"}
+    for endpoints in ("10.0.0.1:2379", "127.0.0.1:2379"):
+        assert run(variables, "--endpoints", endpoints) == Config(endpoints=(endpoints,))
+    assert run({"ETCDCTL_ENDPOINTS": "10.0.0.1:2379"}, "--discovery-srv", "a").discovery == Discovery(domain="a")
+    assert run(variables, "--discovery-srv", "a").discovery == Discovery(domain="a", service_name="mesh")
+    for env, arguments in (
+        ({**variables, "ETCDCTL_ENDPOINTS": "10.0.0.1:2379"}, ()),
+        ({}, ("--endpoints", "10.0.0.1:2379", "--discovery-srv", "a")),
+    ):
+        with pytest.raises(AssertionError, match="are both given"):
+            run(env, *arguments)
+
+
+@pytest.mark.parametrize(
+    "given",
+    [{"discovery_srv": "http://u:secret@a"}, {"discovery_srv": "a", "discovery_srv_name": "u:secret@a"}],
+)
+def test_what_may_hold_a_password_is_not_repeated(given: dict[str, Any]) -> None:
+    with pytest.raises(click.BadParameter) as refused:
+        etcd_config(**given)
+    assert "secret" not in refused.value.format_message()
 
 
 def test_one_call_does_not_wait_longer_for_an_attempt_than_for_the_whole() -> None:

@@ -16,6 +16,7 @@ from urllib.parse import urlsplit
 
 import click
 from attrs import frozen
+from click.core import ParameterSource
 
 from kilo_etcd.base.quoting import shown_path
 from kilo_etcd.etcd.api import Config, Discovery, Tls
@@ -185,7 +186,23 @@ def etcd_and_prefix(context: click.Context) -> tuple[Config, str]:
 
 def etcd_values(context: click.Context) -> dict[str, Any]:
     """What was given for etcd's flags, as `etcd_config` takes it, from the context of a command with `etcd_options`."""
-    return {flag.parameter: context.params[f"_etcd_{flag.parameter}"] for flag in _ETCD}
+    return _settled(context, "etcd", {flag.parameter: context.params[f"_etcd_{flag.parameter}"] for flag in _ETCD})
+
+
+_DISCOVERY: dict[str, str | bool] = {"discovery_srv": "", "discovery_srv_name": "", "insecure_discovery": False}
+
+
+def _settled(context: click.Context, argument: str, values: dict[str, Any]) -> dict[str, Any]:
+    """`values`, without variables that say where etcd is in another way than a flag of the command line does."""
+
+    def given(parameter: str, source: ParameterSource) -> bool:
+        return context.get_parameter_source(f"_{argument}_{parameter}") is source
+
+    for flag, others in (("endpoints", _DISCOVERY), ("discovery_srv", {"endpoints": DEFAULT_ENDPOINTS})):
+        if given(flag, ParameterSource.COMMANDLINE):
+            overridden = {name: default for name, default in others.items() if given(name, ParameterSource.ENVIRONMENT)}
+            values = {**values, **overridden}
+    return values
 
 
 def with_flags(command: F, flags: tuple[Flag, ...], argument: str, build: Callable[[dict[str, Any]], Any]) -> F:
@@ -196,7 +213,7 @@ def with_flags(command: F, flags: tuple[Flag, ...], argument: str, build: Callab
     @functools.wraps(command)
     def folded(*args: Any, **kwargs: Any) -> Any:
         values = {parameter: kwargs.pop(passed) for passed, parameter in own.items()}
-        kwargs[argument] = build(values)
+        kwargs[argument] = build(_settled(click.get_current_context(), argument, values))
         return command(*args, **kwargs)
 
     decorated: Any = folded
@@ -259,10 +276,17 @@ def _discovery(endpoints: str, domain: str, service_name: str, insecure: bool) -
             "--endpoints (ETCDCTL_ENDPOINTS) and --discovery-srv (ETCDCTL_DISCOVERY_SRV) are both given; give one."
         )
     if len(domain) > 200 or not _DOMAIN.fullmatch(domain):
-        _refuse("--discovery-srv", f"{domain!r} is no domain; write for instance example.com")
+        _refuse("--discovery-srv", f"{_shown(domain)} is no domain; write for instance example.com")
     if service_name and not _LABEL.fullmatch(service_name):
-        _refuse("--discovery-srv-name", f"{service_name!r} is no part of a name in DNS; write letters, digits and -")
+        _refuse(
+            "--discovery-srv-name", f"{_shown(service_name)} is no part of a name in DNS; write letters, digits and -"
+        )
     return Discovery(domain=domain, service_name=service_name, insecure=insecure)
+
+
+def _shown(text: str) -> str:
+    """`text` in a sentence. Nothing of it is repeated if it may have a user and a password in it."""
+    return "it" if "@" in text else repr(text)
 
 
 def _check_file(path: str) -> None:
