@@ -7,7 +7,7 @@ import signal
 import socket
 import subprocess
 import sys
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from ipaddress import ip_interface
 from pathlib import Path
@@ -69,6 +69,21 @@ def test_a_wrong_command_line_exits_with_2_and_says_what_is_wrong(arguments: lis
     assert result.exit_code == 2
     assert says in " ".join(result.stderr.split())
     assert "Traceback" not in result.stderr
+
+
+def test_what_is_left_out_of_etcds_endpoints_is_a_note_of_check_and_printed_by_no_other_command(
+    fake: FakeEtcd, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    @asynccontextmanager
+    async def opened(_config: Config, *, on_remark: Callable[[str], object] = print) -> AsyncIterator[Client]:
+        on_remark("http://b:2379 is left out")
+        yield fake.client()
+
+    monkeypatch.setattr("kilo_etcd.etcd.client.open_client", opened)
+    status = run("status")
+    assert "is left out" not in status.output + status.stderr
+    found = json.loads(run("check", "-o", "json").stdout)
+    assert [one["severity"] for one in found if one["text"] == "http://b:2379 is left out"] == ["note"]
 
 
 async def test_ctrl_c_is_quiet() -> None:

@@ -18,7 +18,7 @@ from attrs import frozen
 from kilo_etcd.base.quoting import shown_path
 from kilo_etcd.ctl.commands import complete
 from kilo_etcd.ctl.commands.peer import checked, parse_allowed, parse_peer_name
-from kilo_etcd.ctl.context import Failure, Mesh, remark
+from kilo_etcd.ctl.context import Failure, Mesh
 from kilo_etcd.store.keys import encode_name
 from kilo_etcd.store.records import parse_keepalive
 
@@ -236,7 +236,9 @@ async def _connect(mesh: Mesh, options: Options) -> None:
             clean_up=options.clean_up,
             replace=options.yes,
         )
-        async with open_client(mesh.etcd, on_remark=remark) as client:
+        async with open_client(
+            mesh.etcd, on_remark=lambda sentence: click.echo(f"kgctl: {sentence}", err=True)
+        ) as client:
             registration = PeerRegistration(client, Keys(mesh.prefix), desired, lambda: None)
             decision, before, after = await registration.prospect()
             if options.exit_node is not None and (trouble := unusable(build_topology(after), options.exit_node)):
@@ -273,6 +275,10 @@ async def _connect(mesh: Mesh, options: Options) -> None:
                         await show(before, after, desired, settings, device, edges, mesh.prefix)
                         return
                     await PeerConnection(desired, settings, client, mesh.prefix, device, edges).run()
+
+
+def _remark(sentence: str) -> None:
+    click.echo(f"kgctl: {sentence}", err=True)
 
 
 def _may_change_the_network(options: Options) -> None:

@@ -36,22 +36,23 @@ class Mesh:
     etcd: Config
     prefix: str
 
-    def ask(self, work: Callable[[Client, Keys], Awaitable[T]]) -> T:
-        """Run `work` with a client, in a trio of its own. Failure, KeyboardInterrupt, or whatever `work` raises."""
+    def ask(
+        self,
+        work: Callable[[Client, Keys], Awaitable[T]],
+        *,
+        on_remark: Callable[[str], object] = lambda _sentence: None,
+    ) -> T:
+        """Run `work` with a client, in a trio of its own. `on_remark`: as `open_client` has it. Failure,
+        KeyboardInterrupt, or whatever `work` raises."""
 
         from kilo_etcd.etcd.client import open_client
         from kilo_etcd.store.keys import Keys
 
         async def session() -> T:
-            async with open_client(self.etcd, on_remark=remark) as client:
+            async with open_client(self.etcd, on_remark=on_remark) as client:
                 return await work(client, Keys(self.prefix))
 
         return run(session)
-
-
-def remark(sentence: str) -> None:
-    """Say on standard error what is left out of what etcd is looked for at."""
-    click.echo(f"kgctl: {sentence}", err=True)
 
 
 def run(work: Callable[[], Awaitable[T]]) -> T:

@@ -694,7 +694,9 @@ def check_command(mesh: Mesh, output: str) -> None:
 
 def mesh_findings(mesh: Mesh) -> tuple[Finding, ...]:
     """What `kgctl check` finds. Failure: etcd cannot be asked at all."""
-    return findings(mesh.ask(lambda client, keys: examine(client, keys, mesh.etcd)))
+    remarks: list[str] = []
+    found = findings(mesh.ask(lambda client, keys: examine(client, keys, mesh.etcd), on_remark=remarks.append))
+    return (*found, *(Finding(severity=Severity.NOTE, subject="etcd", text=sentence) for sentence in remarks))
 
 
 async def _members(client: Client, config: Config) -> tuple[MemberState, ...]:

@@ -23,7 +23,7 @@ from attrs import evolve, frozen
 from kilo_etcd.base.quoting import first_of, sentence
 from kilo_etcd.ctl.change import Edit, Prepared, change_options, confirm, prepare
 from kilo_etcd.ctl.commands.peer import parse_peer_name
-from kilo_etcd.ctl.context import Failure, Mesh, remark, run
+from kilo_etcd.ctl.context import Failure, Mesh, run
 from kilo_etcd.ctl.environment_file import used
 from kilo_etcd.ctl.reports.render import clean
 from kilo_etcd.ctl.watch_changes import watch_changes
@@ -295,7 +295,7 @@ def _follow(one: Side, other: Side) -> None:
         async def watch(side: Side) -> None:
             from kilo_etcd.etcd.client import open_client
 
-            async with open_client(side.mesh.etcd, on_remark=remark) as client:
+            async with open_client(side.mesh.etcd) as client:
                 await watch_changes(client, Keys(side.mesh.prefix).root, changed_now, retry=RETRY_SECONDS)
 
         def changed_now() -> None:
