@@ -252,7 +252,10 @@ async def test_all_members_are_replaced_and_the_agent_goes_on_and_starts_again(t
 @pytest.mark.root
 @pytest.mark.etcd
 @pytest.mark.usefixtures("own_namespaces")
-async def test_an_agent_finds_etcd_by_srv_records_and_follows_them(tmp_path: Path) -> None:
+async def test_an_agent_finds_etcd_by_srv_records_and_follows_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("ETCDCTL_VERSION", "v3.5.9")
     async with EtcdCluster.run(3) as cluster, dns_server(53) as dns:
         resolv = tmp_path / "resolv.conf"
         resolv.write_text("nameserver 127.0.0.1\n")
@@ -263,6 +266,8 @@ async def test_an_agent_finds_etcd_by_srv_records_and_follows_them(tmp_path: Pat
         host = Host(tmp_path, "--discovery-srv", "example.com", "--insecure-discovery")
         with host.agent():
             await host.said("this host is a segment|leader elected")
+            assert "without effect" in host.log
+            assert host.log.count("ETCDCTL_VERSION") == 1
             dns.records[name] = [("localhost.", second.client_port)]
             await first.kill()
             await host.applies(third, "there")
