@@ -791,7 +791,7 @@ def test_an_endpoint_that_is_private_and_no_internal_ip_is_known(etcd: FakeEtcd)
 def test_live_has_endpoints_in_the_tunnels_tried_too(etcd: FakeEtcd) -> None:
     def tried(target: str) -> tuple[str, ...]:
         topology = build_topology(trio.run(operator.snapshot, etcd.client(), Keys())[0])
-        return ends(explain(Plans(topology, {}), "gcp-1", target), topology.snapshot)
+        return ends(explain(Plans(topology, {}), "gcp-1", target), topology)
 
     etcd.put("/kilo/mesh/granularity", "full")
     encrypts(etcd, home_1={"underlay": PUBLIC})

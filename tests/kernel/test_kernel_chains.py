@@ -177,7 +177,7 @@ class Chains(Netfilter):
         super().__init__()
         self._chains = chains
 
-    def forward_chains(self) -> tuple[BaseChain, ...]:
+    def passed_chains(self) -> tuple[BaseChain, ...]:
         return self._chains
 
 
@@ -267,7 +267,7 @@ def test_a_ruleset_that_changes_while_it_is_read_is_read_again(monkeypatch: pyte
     netfilter = Netfilter()
     monkeypatch.setattr(Netfilter, "generation", lambda self: next(generations))
     monkeypatch.setattr(Netfilter, "_open", lambda self: None)
-    monkeypatch.setattr(hooks, "read", lambda device: found.pop(0))
+    monkeypatch.setattr(hooks, "read", lambda device, of: found.pop(0))
     assert netfilter.forward_chains() == (whole,)
     assert netfilter.forward_chains() == (), "there is an end to it"
     assert netfilter.forward_chains() == (whole,), "and the next time it is looked at again"

@@ -48,6 +48,7 @@ from kilo_etcd.agent.snapshot_cache import Disk, SnapshotCache
 from kilo_etcd.agent.status import State, StatusReporter
 from kilo_etcd.agent.trial import try_installed
 from kilo_etcd.etcd import api as etcd
+from kilo_etcd.kernel.firewall.chains import Obstacle
 from kilo_etcd.kernel.firewall.cleartext import refused_sources
 from kilo_etcd.kernel.state import Observed
 from kilo_etcd.model import PEER_QUERY_PORT, Granularity, InternalIPs, IPAddress, IPNetwork, MeshSettings, Snapshot
@@ -61,6 +62,7 @@ from kilo_etcd.runtime.exit_node_monitor import ExitNodeMonitor
 from kilo_etcd.runtime.logs import Once, get_logger, write_due, write_rest
 from kilo_etcd.runtime.reconciler import Reconciler
 from kilo_etcd.runtime.resolve import Resolver
+from kilo_etcd.store.events import wait_any
 from kilo_etcd.store.keys import Keys
 from kilo_etcd.store.mirror import ClusterNotTrusted, Mirror
 from kilo_etcd.store.operator import statuses
@@ -241,6 +243,9 @@ class Daemon:
         self.answers = False
         """Whether this host answers peer queries: it has the port."""
         self.obstructed: tuple[str, ...] = ()
+        self.cut_networks: tuple[str, ...] = ()
+        """What on this host drops packets for some members or offered networks."""
+        self._look_for_obstacles = trio.Event()
         """Sentences on what drops what this host forwards."""
         self.beyond: str | None = None
         """A sentence on the exit node that this host uses and that does not answer."""
@@ -298,6 +303,7 @@ class Daemon:
         self._answerer = DiagnosticsServer(
             client, self.keys, self.name, device, self._in_force, self.once,
             untrusted=lambda: self.mirror.untrusted_reason,
+            asked=lambda: self._look_for_obstacles.set(),
         )  # fmt: skip
         self._post = transport
         self._peer_query = (
@@ -1088,13 +1094,17 @@ class Daemon:
         """Say what on this host drops what it forwards, for as long as it forwards or was demoted for it; and when that
         is gone, have a host that was demoted stand as before."""
         obstructed: tuple[str, ...] = ()
+        cut: tuple[Obstacle, ...] = ()
         while True:
             applied, plan = self._applied, self._in_force()
+            self._look_for_obstacles = trio.Event()
             forwards = plan.plan is not None and bool(plan.plan.forwarding)
             # A plan that does not forward says nothing about what drops packets: what was found stays.
             if forwards:
                 with suppress(OSError, kernel.KernelError):
-                    dropping = tuple(obstacle.text for obstacle in await self.kernel.obstacles() if obstacle.certain)
+                    found = [obstacle for obstacle in await self.kernel.obstacles() if obstacle.certain]
+                    cut = tuple(obstacle for obstacle in found if obstacle.networks)
+                    dropping = tuple(obstacle.text for obstacle in found if not obstacle.networks)
                     if obstructed and not dropping:
                         # The reason for the demotion is gone.
                         self._candidacy.release()
@@ -1104,13 +1114,15 @@ class Daemon:
             # The demoted leader's operator has to know what to mend, although others forward now.
             concerned = plan.sends or self._candidacy.demoted_until is not None
             in_force = obstructed if forwards and concerned else ()
-            if in_force != self.obstructed:
-                self.obstructed = in_force
+            networks = tuple(one.text for one in cut if forwards and (concerned or not one.leading))
+            if (in_force, networks) != (self.obstructed, self.cut_networks):
+                self.obstructed, self.cut_networks = in_force, networks
                 self.once.errors("forwarding", in_force)
+                self.once.errors("dropped networks", networks)
                 self._publish_again()
             await trio.sleep(OBSTACLES_PAUSE)
             with trio.move_on_after(OBSTACLES_PERIOD):
-                await applied.wait()
+                await wait_any(applied, self._look_for_obstacles)
 
     def _note_exit_node(self, sentence: str | None) -> None:
         self.beyond = sentence and (
@@ -1202,6 +1214,7 @@ class Daemon:
             *self.failures,
             *self.namesakes.errors,
             *self.obstructed,
+            *self.cut_networks,
             *self.traversal_failures,
             *self.registration.overlaps,
             *self._missing_addresses(),

@@ -21,7 +21,7 @@ from attrs import define, field, frozen
 
 from kilo_etcd import kernel
 from kilo_etcd.agent.probing.packet_sizes import SizeSearch
-from kilo_etcd.agent.probing.ping_targets import addresses_to_try, nodes_to_try
+from kilo_etcd.agent.probing.ping_targets import addresses_to_try, nodes_to_try, offered_to_try
 from kilo_etcd.agent.probing.taken_routes import taken_directly, taken_route, with_cause
 from kilo_etcd.etcd import api as etcd
 from kilo_etcd.kernel.echo import EchoRequests
@@ -108,7 +108,8 @@ class AppliedPlan:
 
 class DiagnosticsServer:
     """Answers for one agent. `run` is its task; `programmed` says what is in force when it is asked, `untrusted` why
-    etcd is not followed; None: it is."""
+    etcd is not followed; None: it is. `asked` is called if packets are to be tried: kgctl reads the status
+    afterwards."""
 
     def __init__(
         self,
@@ -120,6 +121,7 @@ class DiagnosticsServer:
         once: Once,
         *,
         untrusted: Callable[[], str | None] = lambda: None,
+        asked: Callable[[], None] = lambda: None,
     ) -> None:
         self._client = client
         self._keys = keys
@@ -127,6 +129,7 @@ class DiagnosticsServer:
         self._kernel = device
         self._programmed = programmed
         self._untrusted = untrusted
+        self._asked = asked
         self._once = once
         self._rng = random.Random()
         self._quiet_at = 0.0
@@ -164,6 +167,7 @@ class DiagnosticsServer:
         """What is on the host now, and whether packets arrive, if that is asked."""
         if not (request.tries or request.targets):
             return await self._answer(request)
+        self._asked()
         self._quiet_at = math.inf
         try:
             return await self._answer(request)
@@ -198,12 +202,13 @@ class DiagnosticsServer:
             trouble += await self._kernel.bypasses()
             if plan is not None and plan.forwarding:
                 for obstacle in await self._kernel.obstacles():
-                    # On a member they harm nobody until it leads.
-                    if obstacle.certain and programmed.sends:
+                    # On a member most harm nobody until it leads.
+                    forwards = programmed.sends or not obstacle.leading
+                    if obstacle.certain and forwards:
                         trouble.append(obstacle.text)
-                    elif obstacle.certain or programmed.sends:
+                    elif obstacle.certain or forwards:
                         possible_obstacles.append(obstacle.text)
-                        if obstacle.untested and programmed.sends:
+                        if obstacle.untested and forwards:
                             untested_obstacles.append(obstacle.text)
             if plan is not None:
                 refusals = await self._kernel.refusals()
@@ -263,6 +268,7 @@ class DiagnosticsServer:
             # Nobody is to learn, or to reach, by this host what is not the mesh's.
             nodes = topology.snapshot.nodes.values()
             allowed = addresses_to_try(topology, self._name, plan, nodes, endpoints=True)
+            allowed.update(offered_to_try(topology, plan, _addresses(request.targets)))
             requested = [address for address in _addresses(request.targets) if address in allowed]
             to_try.update((address, allowed[address]) for address in requested[:MOST_TRIED])
         routes = {address: route for address, route in to_try.items() if route is not None}

@@ -258,3 +258,12 @@ def _belongs_to(address: IPAddress, node: Node, segment: str, allocation: Prefix
             return False
     granted = allocation.granted_at(address)
     return granted is None or granted.owner in (("node", node.name), ("location", segment))
+
+
+def is_offered(topology: Topology, address: IPAddress) -> bool:
+    """Whether an address is in a network that a node or a location offers."""
+    return any(
+        address.version == network.version and address in network
+        for segment in topology.segments.values()
+        for network in segment.networks
+    )

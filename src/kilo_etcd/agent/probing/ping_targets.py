@@ -13,7 +13,8 @@ from zlib import crc32
 
 from kilo_etcd.model import IPAddress, Node
 from kilo_etcd.model.hostplan import HostPlan, RoutePlan
-from kilo_etcd.topology.places import own_endpoints
+from kilo_etcd.planning.walk import longest_match
+from kilo_etcd.topology.places import is_offered, own_endpoints
 from kilo_etcd.topology.segments import Topology, UnknownNode, host_network
 
 FEW = 4
@@ -68,6 +69,16 @@ def addresses_to_try(
                 if (route := plan.encryption.send.get(host_network(address))) is not None:
                     result[address] = route
     return result
+
+
+def offered_to_try(
+    topology: Topology, plan: HostPlan, addresses: Iterable[IPAddress]
+) -> dict[IPAddress, RoutePlan | None]:  # fmt: skip
+    """Those of some addresses that are in offered networks to which a plan has a route, with that route."""
+    found = {
+        address: longest_match(plan.routes.items(), address) for address in addresses if is_offered(topology, address)
+    }
+    return {address: route for address, route in found.items() if route is not None}
 
 
 def _sample(name: str, nodes: Iterable[Node], number: int) -> list[Node]:

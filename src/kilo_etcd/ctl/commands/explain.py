@@ -14,8 +14,9 @@ from functools import partial
 from typing import Any
 
 import click
-from attrs import frozen
+from attrs import evolve, frozen
 
+from kilo_etcd.base.quoting import first_of
 from kilo_etcd.ctl.commands import complete
 from kilo_etcd.ctl.context import Failure, Mesh
 from kilo_etcd.ctl.output import output_option, show
@@ -23,6 +24,9 @@ from kilo_etcd.ctl.reports.render import Table, clean, shown_location
 from kilo_etcd.ctl.reports.trace import Plans, Trace, Unknown, Way, ends, explain, internal_traces, met
 from kilo_etcd.model import Snapshot
 from kilo_etcd.topology.unaware import unaware_problems
+
+HOSTS_NAMED = 5
+"""In a headline."""
 
 
 @frozen(kw_only=True)
@@ -63,21 +67,39 @@ def explain_command(mesh: Mesh, source: str, target: str, output: str, live: boo
     there would drop the packet or is known not to work, or nothing is known of a host; or, with --live, a host differs
     from its plan.
     """
-    from kilo_etcd.ctl.commands.status import look
+    from kilo_etcd.ctl.commands.status import Looked, look
     from kilo_etcd.ctl.reports.arrivals import TRIES
     from kilo_etcd.ctl.reports.hops import suspicions, weigh
     from kilo_etcd.ctl.reports.live import gather
     from kilo_etcd.ctl.reports.report import remarks_on
     from kilo_etcd.planning.reach import about_member
 
+    def traced(looked: Looked) -> tuple[Plans, tuple[Trace, ...], tuple[Trace, ...]]:
+        plans = Plans(looked.topology, looked.statuses)
+        try:
+            return plans, explain(plans, source, target), internal_traces(plans, source, target)
+        except Unknown as error:
+            raise Failure(str(error)) from None
+
     looked = mesh.ask(look)
+    plans, traces, internal = traced(looked)
+    gathered = against = None
+    if live:
+        # If packets are lost, those that other hosts send tell at which host.
+        few = len(looked.statuses) <= TRIES
+        way = met((*traces, *internal)) | {source, target}
+        gathered = mesh.ask(
+            partial(
+                gather,
+                names=looked.statuses.keys() if few else way & looked.statuses.keys(),
+                tries=TRIES if few else 0,
+                targets=ends((*traces, *internal), looked.topology),
+            )
+        )
+        # An agent that is asked looks anew at what it reports.
+        looked = mesh.ask(look)
+        plans, traces, internal = traced(looked)
     topology, snapshot, statuses = looked.topology, looked.topology.snapshot, looked.statuses
-    plans = Plans(topology, statuses)
-    try:
-        traces = explain(plans, source, target)
-    except Unknown as error:
-        raise Failure(str(error)) from None
-    internal = internal_traces(plans, source, target)
     names = met((*traces, *internal)) | {source} | ({target} if target in snapshot.nodes else set())
     # A remark about a member that is not on the path is left out. If the packet is dropped at its source, the leader
     # that it should go to next is not among the hops, but belongs to the path.
@@ -87,17 +109,14 @@ def explain_command(mesh: Mesh, source: str, target: str, output: str, live: boo
         for remark in remarks_on(looked.report(about=names), names)
         if (about_member(remark[1]) or source) in near
     )
-    gathered = against = None
-    if live:
-        # If packets are lost, those that other hosts send tell at which host.
-        few = len(statuses) <= TRIES
-        names_asked = statuses.keys() if few else names & statuses.keys()
-        targets = ends((*traces, *internal), snapshot)
-        gathered = mesh.ask(partial(gather, names=names_asked, tries=TRIES if few else 0, targets=targets))
+    if gathered is not None:
         against = tuple(dict.fromkeys(suspicions((*traces, *internal), topology, statuses, gathered, names)))
         # The hosts' answers are shown as what is wrong. A remark that says the same is left out.
         remarks = tuple(remark for remark in remarks if remark not in against)
     traces, internal = (weigh(group, source, plans, gathered) for group in (traces, internal))
+    if against:
+        beside = tuple(dict.fromkeys(name for name, _ in against if name != "-"))
+        traces = tuple(evolve(trace, beside=beside) for trace in traces)
     urgent = tuple(problem.text for problem in unaware_problems(topology))
     explanation = Explanation(urgent=urgent, traces=traces, internal=internal, remarks=remarks, live=against)
     if output == "json":
@@ -150,17 +169,23 @@ def trace_heading(trace: Trace) -> str:
         return f"{start}may not arrive: {suspicion}"
     if back is not None and back.suspicion and not trace.answered:
         return f"{start}arrives, but the answer may not: {back.suspicion}"
+    if trace.beside:
+        names = f"see what is wrong on {first_of(trace.beside, HOSTS_NAMED)}"
+        if trace.answered:
+            return f"{start}echo requests arrive, but other packets may not: {names}"
+        return f"{start}may not arrive: {names}"
     if there.leaves:
         return f"{start}{there.leaves}"
+    arrives = "should arrive, but was not tried" if trace.asked and not trace.tried else "arrives"
     if back is None:
-        return f"{start}arrives; {trace.unasked}"
+        return f"{start}{arrives}; {trace.unasked}"
     reversed_steps = tuple((s.target, s.source, s.medium) for s in reversed(back.steps))
     way = (
         "the answer takes the same way"
         if reversed_steps == tuple((s.source, s.target, s.medium) for s in there.steps)
         else "the answer takes another way"
     )
-    return f"{start}arrives; {way}"
+    return f"{start}{arrives}; {way}"
 
 
 def _start(trace: Trace) -> str:

@@ -25,8 +25,9 @@ from kilo_etcd.ctl.reports.one_sided import echo_refused
 from kilo_etcd.ctl.reports.probed import unanswered
 from kilo_etcd.ctl.reports.report import DROPPED, contradictions
 from kilo_etcd.ctl.reports.trace import MEDIUM, Plans, Step, Trace, Way
-from kilo_etcd.model import InternalIPs, IPAddress
+from kilo_etcd.model import InternalIPs, IPAddress, IPNetwork
 from kilo_etcd.model.hostplan import Via
+from kilo_etcd.planning.dropped import dropped_networks
 from kilo_etcd.planning.exit_node import NOTHING_BACK
 from kilo_etcd.planning.reach import about_member
 from kilo_etcd.runtime.hostnames import NAMES_TROUBLE
@@ -47,7 +48,7 @@ def weigh(
     """The traces from node `source` with what is known against their hops. `live`: what the hosts on the way have
     answered."""
     check = _HopCheck(plans, Live() if live is None else live)
-    return tuple(_weighed(trace, source, check) for trace in traces)
+    return tuple(evolve(_weighed(trace, source, check), asked=live is not None) for trace in traces)
 
 
 @frozen
@@ -81,6 +82,18 @@ class _HopCheck:
         if any(text.startswith(f"{NOTHING_BACK}{target},") for text in self._errors(source)):
             return f"nothing comes back to {source} from {target}"
         return self._no_session(source, target)
+
+    def another_route(self, name: str, address: str) -> str:
+        """The route by which a host's kernel takes packets for an address, if it is not the agent's; else empty."""
+        answer = self.live.answers.get(name)
+        routes = () if answer is None else answer.routes
+        return next((route.route for route in routes if route.foreign and route.address == address), "")
+
+    def cut(self, name: str, destination: IPAddress | None) -> bool:
+        """Whether a host's firewall is known to drop packets for an address or the answers, and not for all."""
+        answer = self.live.answers.get(name)
+        texts = (*self._errors(name), *(answer.trouble if answer is not None else ()))
+        return any(_in_one_of(dropped_networks(text) or (), destination) for text in texts)
 
     def _no_session(self, source: str, target: str) -> str:
         by_node = tunnels(self.topology, self.live)
@@ -116,7 +129,9 @@ class _HopCheck:
         if errors:
             return f"{name} reports {'an error' if len(errors) == 1 else f'{len(errors)} errors'}"
         answer = self.live.answers.get(name)
-        if answer is not None and (answer.undone or answer.trouble):
+        if answer is not None and (
+            answer.undone or any(_concerns(text, destination, forwards=forwards) for text in answer.trouble)
+        ):  # fmt: skip
             return f"{name} does not have all of its plan in force"
         return f"{name} has not answered in time" if name in self.live.silent else ""
 
@@ -137,12 +152,19 @@ def _concerns(error: str, destination: IPAddress | None, *, forwards: bool) -> b
         return False
     if about_partner(error) is not None or about_member(error) is not None:
         return False
+    if (networks := dropped_networks(error)) is not None:
+        return not networks or _in_one_of(networks, destination)
     if "forward" in error and not (forwards or error.startswith(NO_BASELINE)):
         return False
     with suppress(ValueError):
-        network = ip_network(error.partition(" ")[0])
-        return destination is not None and network.version == destination.version and destination in network
+        return _in_one_of((ip_network(error.partition(" ")[0]),), destination)
     return True
+
+
+def _in_one_of(networks: Iterable[IPNetwork], address: IPAddress | None) -> bool:
+    return address is not None and any(
+        address.version == network.version and address in network for network in networks
+    )  # fmt: skip
 
 
 def _weighed(trace: Trace, source: str, check: _HopCheck) -> Trace:
@@ -155,10 +177,15 @@ def _weighed(trace: Trace, source: str, check: _HopCheck) -> Trace:
     routes = () if answer is None else (route for route in answer.routes if route.address == there.destination)
     if (route := next(iter(routes), None)) is not None:
         there = evolve(there, kernel_route=route.route)
-        if route.foreign:
-            suspicion = f"the kernel of {source} sends it by another route than the agent's: {route.route}"
-            answered = False
-    return evolve(trace, there=there, back=back, answered=answered, tried=answered or unanswered, suspicion=suspicion)
+    # Somebody else may have answered.
+    strayed = any(
+        check.another_route(step.source, way.destination) for way in (there, back) if way is not None
+        for step in way.steps
+    )  # fmt: skip
+    return evolve(
+        trace, there=there, back=back, answered=answered and not strayed, tried=answered or unanswered,
+        suspicion=suspicion,
+    )  # fmt: skip
 
 
 def _weighed_way(way: Way, check: _HopCheck) -> Way:
@@ -172,8 +199,18 @@ def _weighed_way(way: Way, check: _HopCheck) -> Way:
             trouble = check.suspicion(step.source, destination, forwards=False)
         if not trouble and step.medium == MEDIUM[Via.TUNNEL] and step.source in check.topology.snapshot.nodes:
             trouble = unanswered(check.topology, step.source, step.target)
+        if route := check.another_route(step.source, way.destination):
+            trouble = f"the kernel of {step.source} sends it by another route than the agent's: {route}"
+            broken = trouble if _ends_here(route) else ""
+        elif not broken and (cut := next((n for n in (step.source, step.target) if check.cut(n, destination)), "")):
+            broken = trouble = f"the firewall of {cut} drops what is for {way.destination}, or the answers"
         steps.append(evolve(step, trouble=trouble, broken=bool(broken)))
     return evolve(way, steps=tuple(steps))
+
+
+def _ends_here(route: str) -> bool:
+    """Whether a route as `agent.probing.taken_routes` shows it leads no packet to another host."""
+    return route.startswith("none: ") or route.split(" ")[1:2] == ["local"]
 
 
 def _forwards(topology: Topology, way: Way, number: int) -> bool:
@@ -207,6 +244,7 @@ def suspicions(
         for number, step in enumerate(way.steps, 1)
         if _forwards(topology, way, number)
     }
+    destinations = [_address(way.destination) for trace in traces for way in trace.ways]
     far_ends = {trace.there.start for trace in traces}
     far_ends |= {trace.there.steps[-1].target for trace in traces if trace.there.steps}
     places = evidence(topology, statuses, live)
@@ -221,7 +259,10 @@ def suspicions(
         # What a limit on echo requests drops is nothing that is wrong.
         meant = () if answer.limits_echoes else answer.refused
         own = (*answer.own_losses, *meant) if name in far_ends else ()
-        yield from ((name, text) for text in (*answer.trouble, *untested, *own))
+        for text in (*answer.trouble, *untested, *own):
+            networks = dropped_networks(text)
+            if not networks or names is None or any(_in_one_of(networks, address) for address in destinations):
+                yield name, text
     used = {
         frozenset((step.source, step.target))
         for trace in traces
@@ -242,7 +283,8 @@ def suspicions(
         return (loss for loss in losses if names is None or _is_about(loss.subject, topology, names))
 
     lost: list[Loss | Cause] = []
-    if names is None or any(_is_lost(trace, live) for trace in traces):
+    astray = {name for trace in traces for way in trace.ways for name in _astray(way, live)}
+    if names is None or astray or any(_is_lost(trace, live) for trace in traces):
         all_losses: tuple[Loss | Cause, ...] = (
             *shown(places),
             *causes(topology, silences),
@@ -259,11 +301,17 @@ def suspicions(
 
 
 def _is_lost(trace: Trace, live: Live) -> bool:
-    """Whether the source of a trace got no answer, or its kernel sends the packet elsewhere."""
-    answer, address = live.answers.get(trace.there.start), trace.there.destination
-    return answer is not None and (
-        address in answer.unreached or any(route.foreign and route.address == address for route in answer.routes)
-    )
+    """Whether the source of a trace got no answer."""
+    answer = live.answers.get(trace.there.start)
+    return answer is not None and trace.there.destination in answer.unreached
+
+
+def _astray(way: Way, live: Live) -> Iterator[str]:
+    """The hosts on a way whose kernels send the packet elsewhere."""
+    for name in dict.fromkeys(step.source for step in way.steps):
+        answer = live.answers.get(name)
+        if answer is not None and any(route.foreign and route.address == way.destination for route in answer.routes):
+            yield name
 
 
 def _is_about(subject: str, topology: Topology, names: Collection[str]) -> bool:

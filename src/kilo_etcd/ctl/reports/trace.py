@@ -29,7 +29,7 @@ from kilo_etcd.planning.walk import Hop, Path, longest_match, walk
 from kilo_etcd.store.records import StatusRecord
 from kilo_etcd.topology.inclear import endpoints_in_clear
 from kilo_etcd.topology.internal import endpoints_of
-from kilo_etcd.topology.places import has_address, own_addresses
+from kilo_etcd.topology.places import has_address, is_offered, own_addresses
 from kilo_etcd.topology.segments import Topology, host_network
 from kilo_etcd.topology.unrouted import ENCRYPTED_REMEDY, listed
 
@@ -104,6 +104,10 @@ class Trace:
     """An echo request was sent there just now and answered: what is known against the hops matters less."""
     tried: bool = False
     """An echo request was sent there just now."""
+    asked: bool = False
+    """The hosts were asked to send echo requests just now: if none was `tried`, it is not known whether it arrives."""
+    beside: tuple[str, ...] = ()
+    """Hosts on the way at which something is known to be wrong, although echo requests are answered."""
     suspicion: str = ""
     """Why it may not work, besides what is known against single hops."""
 
@@ -550,11 +554,17 @@ def met(traces: tuple[Trace, ...]) -> frozenset[str]:
     return frozenset(name for step in steps for name in (step.source, step.target))
 
 
-def ends(traces: tuple[Trace, ...], snapshot: Snapshot) -> tuple[str, ...]:
+def ends(traces: tuple[Trace, ...], topology: Topology) -> tuple[str, ...]:
     """The addresses that the hosts on the way try: the mesh addresses of the nodes that the traces begin and end at
-    and pass, and the internal IPs and endpoints that are one end of them."""
+    and pass, and the internal IPs, endpoints and addresses in offered networks that are one end of them."""
+    snapshot = topology.snapshot
     nodes = [snapshot.nodes[name] for name in sorted(met(traces) & snapshot.nodes.keys())]
     mesh = [str(address) for node in nodes for address in node.mesh_addresses]
     own = {str(address) for node in nodes for address in own_addresses(node)}
-    theirs = [way.destination for trace in traces for way in trace.ways if way.destination in own]
+    theirs = [
+        way.destination
+        for trace in traces
+        for way in trace.ways
+        if way.destination in own or is_offered(topology, ip_address(way.destination))
+    ]
     return tuple(dict.fromkeys((*mesh, *theirs)))

@@ -1,10 +1,11 @@
 """Which of a host's chains drop mesh packets. Pure: values in, answers and sentences out.
 
-A packet that is forwarded passes every base chain of hook forward, whoever made it: an accept in one takes back no drop
-in another. So each is followed with the packets that this host forwards: new ones of TCP, UDP and ICMP, from the tunnel
-to the location's network and back. A rule matches, does not match, or cannot be told (sets, marks, ports, ...). A chain
-drops for certain if it does so whatever the untold rules do; it may drop if only an untold rule could accept. Echo
-requests that pass prove nothing of TCP, which many firewalls treat otherwise.
+A packet that is forwarded passes every base chain of the hooks `FORWARDED`, whoever made it: an accept in one takes
+back no drop in another. So each is followed with the packets that this host forwards: new ones of TCP, UDP and ICMP,
+from the tunnel to the location's network and back, and those to and from the networks that nodes offer. A rule matches,
+does not match, or cannot be told (sets, marks, ports, ...). A chain drops for certain if it does so whatever the untold
+rules do; it may drop if only an untold rule could accept. Echo requests that pass prove nothing of TCP, which many
+firewalls treat otherwise.
 
 What the host itself sends and gets passes the chains of the other hooks. A firewall is there to refuse some of it, so
 of these only what is certain counts: that all of TCP or of UDP is dropped.
@@ -17,9 +18,10 @@ from collections.abc import Iterable, Mapping
 from ipaddress import ip_network
 from typing import Literal
 
-from attrs import field, frozen
+from attrs import evolve, field, frozen
 
 from kilo_etcd.model import IPNetwork
+from kilo_etcd.planning.dropped import drops_packets_for
 
 Verdict = Literal["accept", "drop", "return", "jump", "goto", "unknown", ""]
 """`unknown`: it depends (a verdict map, a queue); empty: the packet goes on to the next rule."""
@@ -34,12 +36,20 @@ _SHOWN = {"tcp": "TCP", "udp": "UDP", "icmp": "ICMP", "icmpv6": "ICMPv6"}
 _LIMITS = ("limit", "hashlimit")
 """Kinds of conditions, by their names in nftables and in iptables."""
 _DEPTH = 16
-_VERSIONS = {"inet": (4, 6), "ip": (4,), "ip6": (6,)}
+_VERSIONS = {"inet": (4, 6), "netdev": (4, 6), "ip": (4,), "ip6": (6,)}
+
+FORWARDED = ("ingress", "prerouting", "forward", "postrouting", "egress")
+"""The hooks that a forwarded packet passes, in order."""
+UNKNOWN_DEVICE = "?"
+"""A device of a packet that is not known: whether a rule means it cannot be told."""
+_BEFORE_ROUTING = ("ingress", "prerouting")
+_INCOMING = (*_BEFORE_ROUTING, "input")
 
 
 @frozen
 class Packet:
-    """A new packet that the host is to forward; its addresses are within the mesh's subnets."""
+    """A packet that the host is to forward; its addresses are within the mesh's subnets, unless `source` or
+    `destination` says otherwise."""
 
     version: int
     iif: str
@@ -47,6 +57,16 @@ class Packet:
     subnets: tuple[IPNetwork, ...] = ()
     protocol: str = ""
     """A name of `PROTOCOLS`; empty: any."""
+    source: IPNetwork | None = None
+    """A network of which every address may be its source; None: see above."""
+    destination: IPNetwork | None = None
+    new: bool = True
+    """It opens a connection; else it is an answer."""
+
+    def within(self, side: str) -> tuple[IPNetwork, ...]:
+        """Where its `saddr` or its `daddr` lies."""
+        network = self.source if side == "saddr" else self.destination
+        return self.subnets if network is None else (network,)
 
 
 @frozen
@@ -66,18 +86,20 @@ class Condition:
             case "iif" | "oif":
                 name = packet.iif if self.kind == "iif" else packet.oif
                 patterns = self.value if isinstance(self.value, tuple) else (str(self.value),)
-                fits = any(
+                fits = None if name == UNKNOWN_DEVICE else any(
                     name.startswith(pattern[:-1]) if pattern.endswith("*") else name == pattern for pattern in patterns
-                )
+                )  # fmt: skip
             case "version":
                 fits = packet.version == self.value
             case "protocol":
                 names = self.value if isinstance(self.value, tuple) else (self.value,)
                 fits = packet.protocol in names if packet.protocol else None
             case "new":
-                fits = bool(self.value)
+                # Which packets of a connection pass that exists is not kept.
+                fits = bool(self.value) if packet.new else None
             case "saddr" | "daddr":
-                fits = _within(self.value if isinstance(self.value, tuple) else (self.value,), packet)
+                networks = self.value if isinstance(self.value, tuple) else (self.value,)
+                fits = _within(networks, packet.within(self.kind), packet.version)
             case "any" if isinstance(self.value, tuple):
                 fits = _or(_and(condition.matches(packet) for condition in tests) for tests in self.value)
         return fits if fits is None or self.equal else not fits
@@ -99,9 +121,9 @@ def _and(answers: Iterable[bool | None]) -> bool | None:
     return False if False in found else None if None in found else True
 
 
-def _within(networks: Iterable[IPNetwork], packet: Packet) -> bool | None:
-    ours = [subnet for subnet in packet.subnets if subnet.version == packet.version]
-    theirs = [network for network in networks if network.version == packet.version]
+def _within(networks: Iterable[IPNetwork], subnets: Iterable[IPNetwork], version: int) -> bool | None:
+    ours = [subnet for subnet in subnets if subnet.version == version]
+    theirs = [network for network in networks if network.version == version]
     if not theirs:
         return False
     if ours and all(any(subnet.subnet_of(network) for network in theirs) for subnet in ours):  # type: ignore[arg-type]
@@ -138,6 +160,8 @@ class BaseChain:
     drops: bool
     """Its policy."""
     hook: str = "forward"
+    devices: tuple[str, ...] = ()
+    """Those whose packets it meets, at hook ingress or egress; empty: all."""
     rules: tuple[FilterRule, ...] = ()
     chains: Mapping[str, tuple[FilterRule, ...]] = field(factory=dict, eq=False, repr=False)
     legacy: bool = False
@@ -158,6 +182,10 @@ def drops(chain: BaseChain, packet: Packet, *, without: str = "") -> bool | None
     """Whether a chain drops a packet; None: it may. Rules whose comment begins with `without` do not count."""
     if packet.version not in _VERSIONS.get(chain.family, ()):
         return False
+    if chain.devices and (packet.iif if chain.hook in _INCOMING else packet.oif) not in chain.devices:
+        return False
+    if chain.hook in _BEFORE_ROUTING and packet.oif:
+        packet = evolve(packet, oif="")
     end, spared = _follow(chain.rules, chain, packet, without, 0)
     if end == "accept" or (not end and not chain.drops):
         return False
@@ -217,6 +245,10 @@ class Obstacle:
     blocked: frozenset[int] = frozenset({4, 6})
     """The families in which nothing passes for certain, neither in nor out: not that of a host that only lets its
     location call others, or that drops one family of two."""
+    networks: tuple[IPNetwork, ...] = ()
+    """Those whose packets alone it drops; empty: it drops the packets of all nodes."""
+    leading: bool = True
+    """Only as a leader does the host forward these packets."""
 
     def __str__(self) -> str:
         return self.text
@@ -272,20 +304,102 @@ def _names(packets: Iterable[Packet]) -> str:
 def remedy(chain: BaseChain, interface: str, devices: Iterable[str], *, opening: bool) -> str:
     """What lets mesh packets through, in the syntax of the program that keeps the chain."""
     names = " ".join((chain.table, chain.name, *chain.chains))
+    forwarding = chain.hook == "forward"  # --forward-rules opens no other chains.
     if chain.table == "firewalld":
         words = " ".join(f"--add-interface={name}" for name in (interface, *devices))
         allow = f"firewall-cmd --permanent --zone=trusted {words} && firewall-cmd --reload"
         # That zone accepts everything: no place for a device that the internet reaches.
         private = f"if none of these devices has a public address: {allow}"
-        if opening:
+        if opening or not forwarding:
             return private
         return f"set KILO_FORWARD_RULES=true, which lets the mesh's packets through and no others; or, {private}"
-    if "ufw" in names:
+    if "ufw" in names and forwarding:
         return f"ufw route allow in on {interface} && ufw route allow out on {interface}"
     accept = f"let through what comes in by {interface} and what goes out by {interface}"
+    if not forwarding:
+        return f"{accept} there"
     if opening:
         return f"{accept} there; --forward-rules could not"
     return f"set KILO_FORWARD_RULES=true, or {accept} there"
+
+
+@frozen(kw_only=True)
+class Destination:
+    """A network that packets of the mesh go to through this host: an offered one, or a member's mesh address."""
+
+    network: IPNetwork
+    ways: tuple[tuple[str, str], ...]
+    """Devices by which these packets come in and go out."""
+    behind: bool = False
+    """It is behind this host itself, which forwards to it whether it leads or not."""
+    member: bool = False
+
+
+def destination_obstacles(
+    chains: Iterable[BaseChain], to: Iterable[Destination], sent: Iterable[Packet], subnets: tuple[IPNetwork, ...]
+) -> tuple[Obstacle, ...]:
+    """What for certain drops all TCP or UDP packets to some destinations, or all of the answers: sentences for each
+    chain. A firewall may well let some ports through and no others. If a chain drops `sent` too, only networks behind
+    this host are named."""
+    to, sent = tuple(to), tuple(sent)
+    result: list[Obstacle] = []
+    for chain in chains:
+        if not _may_drop(chain):
+            continue
+        all_dropped = any(packet.protocol in _UNTESTED and drops(chain, packet) for packet in sent)
+        by_node = _tells_nodes_apart(chain, subnets)
+        groups: dict[tuple[tuple[str, ...], bool], list[IPNetwork]] = {}
+        for one in to:
+            if (all_dropped and not one.behind) or (one.member and not by_node):
+                continue
+            dropped = tuple(
+                protocol
+                for protocol in ("tcp", "udp")
+                if any(drops(chain, packet) for packet in _packets_to(one, protocol, subnets))
+            )
+            if dropped:
+                groups.setdefault((dropped, one.behind), []).append(one.network)
+        for (protocols, behind), networks in groups.items():
+            kind = "" if len(protocols) == 2 else f"{_SHOWN[protocols[0]]} "
+            result.append(
+                Obstacle(
+                    f"{drops_packets_for(networks, kind)}, in {chain}: let through what is for them there, and the "
+                    "answers",
+                    certain=len(protocols) == 2,
+                    blocked=frozenset(),
+                    networks=tuple(networks),
+                    leading=not behind,
+                )
+            )
+    return tuple(result)
+
+
+def _tells_nodes_apart(chain: BaseChain, subnets: tuple[IPNetwork, ...]) -> bool:
+    """Whether a rule matches some addresses in the mesh's subnets and no others."""
+    conditions = (
+        condition
+        for rules in (chain.rules, *chain.chains.values())
+        for rule in rules
+        for condition in rule.conditions
+        if condition.kind in ("saddr", "daddr", "any")
+    )
+    return any(
+        condition.kind == "any" or condition.matches(Packet(version, "", "", subnets)) is None
+        for condition in conditions
+        for version in {subnet.version for subnet in subnets}
+    )
+
+
+def _may_drop(chain: BaseChain) -> bool:
+    rules = (chain.rules, *chain.chains.values())
+    return chain.drops or any(rule.verdict == "drop" for group in rules for rule in group)
+
+
+def _packets_to(one: Destination, protocol: str, subnets: tuple[IPNetwork, ...]) -> Iterable[Packet]:
+    network = one.network
+    for near, far in one.ways:
+        yield Packet(network.version, near, far, subnets, protocol, destination=network)
+        yield Packet(network.version, far, near, subnets, protocol, source=network, new=False)
 
 
 @frozen
@@ -307,7 +421,7 @@ def refusals(
     versions, devices = sorted(versions), sorted(devices)
     result = []
     for chain in chains:
-        incoming = chain.hook in ("prerouting", "input")
+        incoming = chain.hook in _INCOMING
         if incoming and _limits_echoes(chain, versions, devices, subnets):
             result.append(
                 Refusal(

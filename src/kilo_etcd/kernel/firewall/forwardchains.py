@@ -1,4 +1,5 @@
-"""A host's forward chains, whoever made them: what in them drops mesh packets, and the rules of ours that open them.
+"""The chains that forwarded packets pass, whoever made them: what in them drops mesh packets, and the rules of ours
+that open those of hook forward.
 
 `kernel.firewall.chains` says what a chain does, `kernel.firewall.hooks` reads nftables', `kernel.firewall.iptables` the
 older xtables'. Here they are put together for one host; nothing is read again as long as nftables' ruleset stays as it
@@ -7,12 +8,25 @@ is.
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
 from contextlib import suppress
+from operator import is_
 from pathlib import Path
 
 from kilo_etcd.kernel import sysctl
-from kilo_etcd.kernel.firewall.chains import Obstacle, Packet, Refusal, drops, obstacles, packets, refusals
+from kilo_etcd.kernel.firewall.chains import (
+    UNKNOWN_DEVICE,
+    BaseChain,
+    Destination,
+    Obstacle,
+    Packet,
+    Refusal,
+    destination_obstacles,
+    drops,
+    obstacles,
+    packets,
+    refusals,
+)
 from kilo_etcd.kernel.firewall.forward import comment_prefix
 from kilo_etcd.kernel.firewall.hooks import ours
 from kilo_etcd.kernel.firewall.iptables import Iptables
@@ -42,20 +56,28 @@ class ForwardChains:
         self._opening = opening
         self._legacy_drops = False
         """Whether a chain of the older xtables dropped mesh traffic when it was last looked at."""
+        self._by_destination: tuple[HostPlan, tuple[str, ...], tuple[BaseChain, ...], tuple[Obstacle, ...]] | None = (
+            None
+        )
+        """What was found for single destinations, and for which plan, devices and chains: there may be many."""
 
     def obstacles(self, plan: HostPlan | None, devices: Collection[str]) -> tuple[Obstacle, ...]:
-        """What drops mesh traffic between the tunnel and `devices`, or may do so. OSError."""
+        """What drops mesh traffic between the tunnel and `devices`, or on its way to and from a member or an offered
+        network, or may do so. OSError."""
         versions = plan.forwarding if plan is not None and plan.forwarding else frozenset({4, 6})
         patience = LEGACY_DROPPING_SECONDS if self._legacy_drops else LEGACY_SECONDS
-        chains = (self._iptables.legacy(version, patience=patience) for version in sorted(versions))
+        read = (self._iptables.legacy(version, patience=patience) for version in sorted(versions))
+        legacy_chains = tuple(chain for chain in read if chain is not None)
         sent = self._sent(versions, plan, devices)
-        legacy = obstacles(filter(None, chains), sent, self._interface, opening=self._opening)
+        legacy = obstacles(legacy_chains, sent, self._interface, opening=self._opening)
+        chains = self._passed_chains(plan)
         self._legacy_drops = bool(legacy)
         off = sysctl.not_forwarding([self._interface, *devices]) if 4 in versions else ()
         blocked = frozenset({4} if self._interface in off or set(devices) <= set(off) else ())
         return (
-            *obstacles(self._netfilter.forward_chains(), sent, self._interface, opening=self._opening),
+            *obstacles(chains, sent, self._interface, opening=self._opening),
             *legacy,
+            *self._at_destinations(plan, tuple(devices), (*chains, *legacy_chains), sent),
             *(
                 Obstacle(
                     f"net.ipv4.conf.{name}.forwarding is 0, so what comes in by {name} is not forwarded: "
@@ -65,6 +87,29 @@ class ForwardChains:
                 for name in off
             ),
         )  # fmt: skip
+
+    def _passed_chains(self, plan: HostPlan | None) -> tuple[BaseChain, ...]:
+        """Those that the packets pass which this host forwards. If it reaches no others of its location, packets come
+        in and go out by a device of the internet's, on which all hosts may well drop private addresses."""
+        own = table_name(self._interface)
+        near = plan is not None and _reaches_members(plan)
+        return tuple(
+            chain
+            for chain in self._netfilter.passed_chains()
+            if chain.hook == "forward" or (near and (chain.family, chain.table) != ("inet", own))
+        )
+
+    def _at_destinations(
+        self, plan: HostPlan | None, devices: tuple[str, ...], chains: tuple[BaseChain, ...], sent: tuple[Packet, ...]
+    ) -> tuple[Obstacle, ...]:
+        if plan is None:
+            return ()
+        last = self._by_destination
+        if last is not None and last[0] is plan and last[1] == devices and _same(last[2], chains):
+            return last[3]
+        found = destination_obstacles(chains, destinations(plan, self._interface, devices), sent, _subnets(plan))
+        self._by_destination = plan, devices, chains, found
+        return found
 
     def refusals(self, plan: HostPlan, devices: Collection[str]) -> tuple[Refusal, ...]:
         """What drops all of TCP or UDP that this host itself exchanges with the mesh. `devices`: those by which it
@@ -106,6 +151,42 @@ class ForwardChains:
             self._record.parent.mkdir(parents=True, exist_ok=True)
             self._record.touch()
         self._netfilter.edit(change)
+
+
+def _reaches_members(plan: HostPlan) -> bool:
+    return any(route.way is not Via.TUNNEL for route in plan.routes.values())
+
+
+def destinations(plan: HostPlan, interface: str, devices: Collection[str]) -> Iterator[Destination]:
+    """The members and the offered networks to which a host forwards packets of the mesh, or would if it led. `devices`:
+    those by which it reaches its location's network."""
+    subnets = _subnets(plan)
+    near = tuple(devices) if _reaches_members(plan) else ()
+    leads = any(route.way is Via.TUNNEL and route.destination in subnets for route in plan.routes.values())
+    for network in plan.behind:
+        incoming = (*((interface,) if leads else ()), *near)
+        yield Destination(network=network, ways=tuple((name, UNKNOWN_DEVICE) for name in incoming), behind=True)
+    outward = tuple((interface, name) for name in devices)
+    for network in plan.masquerade:
+        yield Destination(network=network, ways=outward)
+    for network, route in plan.routes.items():
+        if network in subnets or network.prefixlen == 0 or any(_overlap(network, other) for other in plan.masquerade):
+            continue
+        if route.way is not Via.TUNNEL:
+            member = any(_overlap(network, subnet) for subnet in subnets)
+            yield Destination(network=network, ways=outward, member=member)
+        # An address alone may be one of very many internal IPs.
+        elif network.prefixlen < network.max_prefixlen and near:
+            yield Destination(network=network, ways=tuple((name, interface) for name in near))
+
+
+def _same(one: tuple[BaseChain, ...], other: tuple[BaseChain, ...]) -> bool:
+    """Whether they are of one reading: equal chains may lead to others that differ."""
+    return len(one) == len(other) and all(map(is_, one, other))
+
+
+def _overlap(one: IPNetwork, other: IPNetwork) -> bool:
+    return one.version == other.version and one.overlaps(other)
 
 
 def _subnets(plan: HostPlan | None) -> tuple[IPNetwork, ...]:

@@ -6,6 +6,8 @@ from __future__ import annotations
 from collections.abc import Collection
 from functools import cache, partial
 
+from attrs import evolve
+
 from kilo_etcd.kernel.firewall.chains import BaseChain, FilterRule
 from kilo_etcd.kernel.firewall.openings import Opening
 from kilo_etcd.kernel.netlink import sockets
@@ -15,14 +17,14 @@ from kilo_etcd.kernel.read.hooks import FAMILIES, MOST_MEMBERS, Found, FoundSet,
 from kilo_etcd.kernel.write import nft as requests
 
 
-def read(device: sockets.Socket, hooks: Collection[str] = ("forward",)) -> tuple[BaseChain, ...]:
-    """All base chains of some hooks, with the chains that they lead to. OSError: nftables is not to be read."""
-    bases: dict[tuple[int, str], list[tuple[str, str, bool]]] = {}
+def read(device: sockets.Socket, hooks: Collection[str]) -> tuple[BaseChain, ...]:
+    """All base chains of some hooks, with the chains that they lead to; but for the chains that translate addresses, of
+    which Kubernetes has thousands. OSError: nftables is not to be read."""
+    bases: dict[tuple[int, str], list[replies.FoundBase]] = {}
 
     def keep(body: bytes) -> None:
-        if (base := replies.read_base(body)) is not None and base[3] in hooks:
-            family, table, name, hook, dropping = base
-            bases.setdefault((family, table), []).append((name, hook, dropping))
+        if (base := replies.read_base(body)) is not None and base.hook in hooks:
+            bases.setdefault((base.family, base.table), []).append(base)
 
     dormant: set[tuple[int, str]] = set()
 
@@ -35,16 +37,20 @@ def read(device: sockets.Socket, hooks: Collection[str] = ("forward",)) -> tuple
         device.dump(requests.get_all_tables(), keep_dormant)
     return tuple(
         BaseChain(
-            family=FAMILIES[family], table=table, name=name, hook=hook, drops=dropping, rules=rules[name], chains=rules,
+            family=FAMILIES[family], table=table, name=base.name, hook=base.hook, drops=base.drops,
+            devices=base.devices, rules=rules[base.name], chains=rules,
         )
         for (family, table), chains in sorted(bases.items()) if (family, table) not in dormant
-        for name, hook, dropping in chains
-        for rules in (_rules_from(device, family, table, name),)
+        for base in chains
+        for rules in (_rules_from(device, family, table, base.name, follow=base.filters),)
     )  # fmt: skip
 
 
-def _rules_from(device: sockets.Socket, family: int, table: str, base: str) -> dict[str, tuple[FilterRule, ...]]:
-    """The rules of a chain and of those that it leads to. Others are not read: Kubernetes has thousands in a table."""
+def _rules_from(
+    device: sockets.Socket, family: int, table: str, base: str, *, follow: bool
+) -> dict[str, tuple[FilterRule, ...]]:  # fmt: skip
+    """The rules of a chain and of those that it leads to. Others are not read: Kubernetes has thousands in a table.
+    Without `follow`: of this chain alone, and what it leads to cannot be told."""
 
     def members_of(name: str) -> list[Found] | None:
         members: list[Found] = []
@@ -82,7 +88,13 @@ def _rules_from(device: sockets.Socket, family: int, table: str, base: str) -> d
         result[chain] = rules = tuple(
             rule for item in items for rule in _rules(item, lambda name: all_sets().get(name))
         )
-        missing += [rule.target for rule in rules if rule.target and rule.target not in result]
+        if follow:
+            missing += [rule.target for rule in rules if rule.target and rule.target not in result]
+        else:
+            result[chain] = tuple(
+                evolve(rule, verdict="unknown", target="") if rule.verdict in ("jump", "goto") else rule
+                for rule in rules
+            )
     return result
 
 

@@ -16,7 +16,7 @@ from attrs import evolve
 
 from kilo_etcd.base import descriptors
 from kilo_etcd.kernel.firewall import hooks
-from kilo_etcd.kernel.firewall.chains import BaseChain
+from kilo_etcd.kernel.firewall.chains import FORWARDED, BaseChain
 from kilo_etcd.kernel.firewall.nftables import be32
 from kilo_etcd.kernel.firewall.openings import AddOpening, DeleteOpening
 from kilo_etcd.kernel.firewall.table import AddElements, DeleteElements, FirewallTable
@@ -29,11 +29,12 @@ from kilo_etcd.kernel.write import nft as write
 
 PROTOCOL = read.PROTOCOL
 _ATTEMPTS = 3
-"""Readings of all forward chains at most, while somebody goes on changing them; the next call reads them again."""
+"""Readings of all chains of forwarded packets at most, while somebody goes on changing them; the next call reads them
+again."""
 _NONE = frozenset({errno.ENOENT, errno.EPERM, errno.EACCES, errno.EOPNOTSUPP, errno.EINVAL, errno.EPROTONOSUPPORT})
 """What reading says where there is nothing to be read."""
 
-HOST_HOOKS = ("prerouting", "input", "output", "postrouting")
+HOST_HOOKS = ("ingress", "prerouting", "input", "output", "postrouting", "egress")
 
 T = TypeVar("T")
 
@@ -43,7 +44,7 @@ class Netfilter:
 
     def __init__(self) -> None:
         self._socket: sockets.Socket | None = None
-        self._forward: tuple[int, tuple[BaseChain, ...]] | None = None
+        self._passed: tuple[int, tuple[BaseChain, ...]] | None = None
         self.writes = 0
 
     def close(self) -> None:
@@ -82,21 +83,25 @@ class Netfilter:
 
     def forward_chains(self) -> tuple[BaseChain, ...]:
         """Every base chain of hook forward; read again only if nftables has changed."""
+        return tuple(chain for chain in self.passed_chains() if chain.hook == "forward")
+
+    def passed_chains(self) -> tuple[BaseChain, ...]:
+        """Every base chain that a forwarded packet passes; read again only if nftables has changed."""
         for _ in range(_ATTEMPTS):
             # Again after each reading, which takes several dumps: a firewall that is reloaded meanwhile is seen half,
             # as one that drops nothing.
             generation = self.generation()
             if generation is None:
                 return ()
-            if self._forward is not None and self._forward[0] == generation:
+            if self._passed is not None and self._passed[0] == generation:
                 break
             try:
-                self._forward = generation, hooks.read(self._open())
+                self._passed = generation, hooks.read(self._open(), FORWARDED)
             except OSError as error:
                 if error.errno in _NONE:
                     return ()
                 raise
-        return self._forward[1] if self._forward is not None else ()
+        return self._passed[1] if self._passed is not None else ()
 
     def host_chains(self) -> tuple[BaseChain, ...]:
         """Every base chain that packets meet which this host itself sends or gets. Always read: few ask."""

@@ -232,6 +232,9 @@ NFNL_MSG_BATCH_BEGIN, NFNL_MSG_BATCH_END = 0x10, 0x11
 """What stands around messages that are done all or none (linux/netfilter/nfnetlink.h)."""
 NF_INET_HOOKS = {"prerouting": 0, "input": 1, "forward": 2, "output": 3, "postrouting": 4}
 """Numbers of the places at which base chains are hooked in (linux/netfilter.h)."""
+NF_INET_INGRESS = 5
+NF_NETDEV_HOOKS = {"ingress": 0, "egress": 1}
+"""Those of single devices, in a table of family inet and in one of family netdev."""
 NF_PRIORITIES = {"raw": -300, "mangle": -150, "filter": 0, "srcnat": 100}
 """Order of base chains at one hook, by their names in nft(8) (linux/netfilter_ipv4.h)."""
 

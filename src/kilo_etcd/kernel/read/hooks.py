@@ -24,7 +24,9 @@ from kilo_etcd.kernel.netlink.formats import nft
 from kilo_etcd.kernel.read.nft import expressions, read_chain_items, text, values, verdicts
 from kilo_etcd.model import IPAddress
 
-FAMILIES = {nft.NFPROTO_INET: "inet", nft.NFPROTO_IPV4: "ip", nft.NFPROTO_IPV6: "ip6"}
+FAMILIES = {
+    nft.NFPROTO_INET: "inet", nft.NFPROTO_IPV4: "ip", nft.NFPROTO_IPV6: "ip6", nft.NFPROTO_NETDEV: "netdev",
+}  # fmt: skip
 
 _expr = nft.nft_rule_msg.nft_expr
 _READERS = {
@@ -90,8 +92,13 @@ _VERDICTS: dict[bytes, Verdict] = {
     (-1).to_bytes(4, signed=True): "",
 }  # fmt: skip
 """The last one is NFT_CONTINUE."""
-_TARGETS: dict[str, Verdict] = {"REJECT": "drop", "NFQUEUE": "unknown"}
+_TARGETS: dict[str, Verdict] = {
+    "REJECT": "drop", "NFQUEUE": "unknown",
+    "MASQUERADE": "accept", "SNAT": "accept", "DNAT": "accept", "REDIRECT": "accept",
+}  # fmt: skip
 """Targets of iptables' own that end a packet's way. After all others the next rule decides."""
+_TRANSLATES = frozenset({"masq", "nat", "redir"})
+"""They end a packet's way through their chain."""
 _INVERTED = 1 << _expr.nft_lookup.lookup_flags.ops.index("NFT_LOOKUP_F_INV")
 _set_flags = nft.nft_set_msg.set_flags.ops
 _INTERVAL, _CONCAT = (1 << _set_flags.index(f"NFT_SET_{name}") for name in ("INTERVAL", "CONCAT"))
@@ -108,7 +115,8 @@ _PROTOCOL_FIELDS = ((9, 1), (6, 1))
 """Offset and length of `protocol` in the header of IPv4, and of `nexthdr` in that of IPv6. Nft asks for the family
 first."""
 _UNKNOWN = Condition("?")
-_HOOKS = {be32(number): name for name, number in formats.NF_INET_HOOKS.items()}
+_HOOKS = {be32(number): name for name, number in (*formats.NF_INET_HOOKS.items(), ("ingress", formats.NF_INET_INGRESS))}
+_NETDEV_HOOKS = {be32(number): name for name, number in formats.NF_NETDEV_HOOKS.items()}
 MOST_MEMBERS = 1000
 """A set that has more cannot be told: to read a list of a whole country's addresses takes long."""
 MOST_TARGETS = 16
@@ -129,19 +137,40 @@ class FoundSet:
 Sets = Callable[[str], FoundSet | None]
 
 
-def read_base(body: bytes) -> tuple[int, str, str, str, bool] | None:
-    """Of a base chain that filters: its family's number, its table, its name, its hook, whether it drops what no rule
-    took."""
+@frozen(kw_only=True)
+class FoundBase:
+    """A base chain without its rules."""
+
+    family: int
+    table: str
+    name: str
+    hook: str
+    filters: bool
+    """Else it translates addresses, and may drop packets besides."""
+    drops: bool
+    """Its policy: what no rule took."""
+    devices: tuple[str, ...] = ()
+
+
+def read_base(body: bytes) -> FoundBase | None:
+    """None: the chain is no base chain, or one of a kind or of a hook that drops no packets."""
     result, hook = read_chain_items(body)
-    family = result["nfgen_family"]
-    if (
-        family not in FAMILIES
-        or (hook_name := _HOOKS.get(hook.get("NFTA_HOOK_HOOKNUM", b""))) is None
-        or text(result, "NFTA_CHAIN_TYPE") != "filter"
-    ):
+    family, kind = result["nfgen_family"], text(result, "NFTA_CHAIN_TYPE")
+    hooks = _NETDEV_HOOKS if family == nft.NFPROTO_NETDEV else _HOOKS
+    name = hooks.get(hook.get("NFTA_HOOK_HOOKNUM", b""))
+    if family not in FAMILIES or name is None or kind not in ("filter", "nat"):
         return None
-    drops = _VERDICTS.get(result.get("NFTA_CHAIN_POLICY", b"")) == "drop"
-    return family, text(result, "NFTA_CHAIN_TABLE"), text(result, "NFTA_CHAIN_NAME"), hook_name, drops
+    one, several = hook.get("NFTA_HOOK_DEV"), hook.get("NFTA_HOOK_DEVS")
+    devices = elements(several) if several is not None else () if one is None else (one,)
+    return FoundBase(
+        family=family,
+        table=text(result, "NFTA_CHAIN_TABLE"),
+        name=text(result, "NFTA_CHAIN_NAME"),
+        hook=name,
+        filters=kind == "filter",
+        drops=_VERDICTS.get(result.get("NFTA_CHAIN_POLICY", b"")) == "drop",
+        devices=tuple(device.rstrip(b"\0").decode(errors="replace") for device in devices),
+    )
 
 
 def read_dormant(body: bytes) -> tuple[int, str] | None:
@@ -278,6 +307,8 @@ def to_rules(rule: Found, sets: Sets = lambda name: None) -> tuple[FilterRule, .
                 branches = (((), *_verdict(get("NFTA_IMMEDIATE_DATA", b""))),)
             else:
                 registers.load(get("NFTA_IMMEDIATE_DREG", b""))
+        elif name in _TRANSLATES:
+            branches = (((), "accept", ""),)
         elif name == "reject":
             branches = (((), "drop", ""),)
         elif name == "lookup":

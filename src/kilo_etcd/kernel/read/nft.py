@@ -26,7 +26,7 @@ _chains = Reader(
     nft.nft_chain_msg, "nfgen_family",
     "NFTA_CHAIN_TABLE", "NFTA_CHAIN_NAME", "NFTA_CHAIN_HOOK", "NFTA_CHAIN_POLICY", "NFTA_CHAIN_TYPE",
 )  # fmt: skip
-_hooks = Reader(nft.nft_chain_msg.hook, "NFTA_HOOK_HOOKNUM", "NFTA_HOOK_PRIORITY")
+_hooks = Reader(nft.nft_chain_msg.hook, "NFTA_HOOK_HOOKNUM", "NFTA_HOOK_PRIORITY", "NFTA_HOOK_DEV", "NFTA_HOOK_DEVS")
 _rules = Reader(nft.nft_rule_msg, "NFTA_RULE_TABLE", "NFTA_RULE_CHAIN", "NFTA_RULE_EXPRESSIONS")
 _sets = Reader(nft.nft_set_msg, "NFTA_SET_TABLE", "NFTA_SET_NAME", "NFTA_SET_FLAGS", "NFTA_SET_KEY_LEN")
 _lists = Reader(nft.nft_set_elem_list_msg, "NFTA_SET_ELEM_LIST_TABLE", "NFTA_SET_ELEM_LIST_ELEMENTS")
