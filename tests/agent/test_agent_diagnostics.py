@@ -16,7 +16,7 @@ from helpers import eventually
 from kilo_etcd.agent import diagnostics
 from kilo_etcd.agent.diagnostics import MOST_SIZED, MOST_TRIED, AppliedPlan, DiagnosticsServer
 from kilo_etcd.etcd.api import PermissionDenied, Unavailable
-from kilo_etcd.kernel.firewall.chains import Obstacle
+from kilo_etcd.kernel.firewall.chains import Obstacle, Refusal
 from kilo_etcd.kernel.routing.rules import ForeignRule
 from kilo_etcd.kernel.state import AddRoute, DeleteRoute, Route, Setup
 from kilo_etcd.model import Endpoint, IPAddress, Node, Peer, Snapshot
@@ -209,6 +209,44 @@ async def test_what_the_kernel_lacks_is_counted_and_named(world: World) -> None:
     response = await forwarding.answer(DiagnosticsRequest())
     assert (response.trouble, response.possible_obstacles) == ((), ("FORWARD drops",)), "it may lead one day"
     assert response.untested_obstacles == ()
+    network = ip_network("172.20.1.0/24")
+    world.host.obstacles = (Obstacle("its network is cut off", networks=(network,), leading=False),)
+    assert (await forwarding.answer(DiagnosticsRequest())).trouble == ("its network is cut off",), (
+        "now, and not one day"
+    )
+
+
+async def test_what_is_dropped_of_others_too_is_named_once(world: World) -> None:
+    world.host.obstacles = (
+        Obstacle("f drops", chain="f"),
+        Obstacle("g drops", networks=(ip_network("10.9.0.0/24"),), chain="g"),
+    )
+    world.host.refusals = tuple(Refusal(f"{name} drops", meant=False, chain=name) for name in ("f", "g", ""))
+    response = await world.answerer(evolve(PLAN, forwarding=frozenset({4}))).answer(DiagnosticsRequest())
+    assert (response.trouble, response.own_losses) == (("f drops", "g drops"), ("g drops", " drops"))
+
+
+async def test_an_address_in_an_offered_network_is_tried(world: World) -> None:
+    network = ip_network("172.20.1.0/24")
+    world.host.reach = lambda address: str(address) == "172.20.1.1"
+    topology = build_topology(
+        Snapshot(
+            revision=1,
+            nodes={
+                name: Node(
+                    name=name, public_key=name, location=name, subnets=(network,) if name == "h2" else (),
+                    mesh_addresses=(ip_address(f"10.4.0.{name[1]}"),),
+                )
+                for name in ("h1", "h2")
+            },
+        )
+    )  # fmt: skip
+    plan = evolve(PLAN, routes={**PLAN.routes, network: RoutePlan(destination=network, way=Via.TUNNEL)})
+    asked = DiagnosticsRequest(targets=("172.20.1.1", "172.20.1.2", "172.20.2.1"))
+    response = await world.answerer(plan, topology=topology).answer(asked)
+    assert (response.reached, response.unreached) == (("172.20.1.1",), ("172.20.1.2",)), "of no other network"
+    response = await world.answerer(PLAN, topology=topology).answer(asked)
+    assert (response.reached, response.unreached) == ((), ()), "it has no route there"
 
 
 async def test_packets_are_sent_to_whom_is_asked_for(world: World) -> None:

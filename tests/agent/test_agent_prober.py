@@ -17,7 +17,7 @@ from agent_world import World, running
 from attrs import evolve
 
 from helpers import eventually
-from kilo_etcd.agent.daemon import Daemon
+from kilo_etcd.agent.daemon import OBSTACLES_PAUSE, Daemon
 from kilo_etcd.agent.diagnostics import QUIET_SECONDS
 from kilo_etcd.agent.leadership import candidacy_policy
 from kilo_etcd.agent.probing import probe_assignment
@@ -26,6 +26,8 @@ from kilo_etcd.kernel.firewall.chains import Obstacle
 from kilo_etcd.kernel.state import DeleteRoute, Route, SetPeer
 from kilo_etcd.model import CandidateClass, Endpoint, IPAddress, Node
 from kilo_etcd.runtime import key_file
+from kilo_etcd.store.diagnostics import request_diagnostics
+from kilo_etcd.store.keys import Keys
 from kilo_etcd.store.records import CandidateRecord, DiagnosticsRequest, NodeRecord, ProbeReportRecord, encode
 from kilo_etcd.topology.segments import Segment, Topology
 
@@ -689,6 +691,21 @@ async def test_a_demoted_leader_whose_firewall_goes_is_a_candidate_as_before(mes
 
         await eventually(as_before, 20, every=0.1)
         await eventually(lambda: daemon.obstructed == (), 20, every=0.1)
+
+
+async def test_a_network_that_is_cut_off_is_named_and_when_somebody_asks_looked_at_again(mesh: World) -> None:
+    mesh.etcd.delete("/kilo/by/g1/elections/gcp")
+    network = ip_network("172.20.1.0/24")
+    mesh.host.obstacles = (
+        Obstacle("its network is cut off", networks=(network,), leading=False),
+        Obstacle("it drops what is for another", networks=(network,)),
+    )
+    async with running(mesh) as daemon:
+        await eventually(lambda: len(daemon.cut_networks) == 2, 20, every=0.1)
+        assert daemon.obstructed == (), "others get through"
+        mesh.host.obstacles = ()
+        await request_diagnostics(mesh.etcd.client("desk"), Keys(), ["h1"], tries=1)
+        await eventually(lambda: daemon.cut_networks == (), OBSTACLES_PAUSE + 1, every=0.1)
 
 
 async def test_a_plan_that_does_not_forward_ends_no_hold_down(mesh: World) -> None:

@@ -30,6 +30,7 @@ from kilo_etcd.etcd.values import Member
 from kilo_etcd.kernel.errors import cannot_ping, failure
 from kilo_etcd.kernel.state import AllowPings, SetForwarding
 from kilo_etcd.model import Snapshot
+from kilo_etcd.planning.dropped import drops_packets_for
 from kilo_etcd.store import operator
 from kilo_etcd.store.diagnostics import LEASE_SECONDS, serve
 from kilo_etcd.store.keys import Keys
@@ -338,6 +339,59 @@ def test_explain_is_held_against_the_kernels_on_the_way(mesh: Mesh) -> None:
         ("gcp-1", "its tunnel to home-1 has no session: last handshake 6 min ago"),
     ]
     assert json.loads(mesh.run("explain", "gcp-2", "10.4.0.5", "-o", "json").stdout)["live"] is None
+
+
+def headline(mesh: Mesh, *arguments: str) -> tuple[int, str]:
+    result = mesh.run("explain", *arguments, "--live")
+    return result.exit_code, result.output.splitlines()[0].partition(": ")[2]
+
+
+def test_explain_does_not_take_the_answer_of_a_host_in_another_ones_place_for_an_arrival(mesh: Mesh) -> None:
+    mesh.says["gcp-1"] = DiagnosticsResponse(time=now(), tunnels=(mesh.tunnel("home-1", 3),))
+    route = "10.4.0.5 local table 255"
+    mesh.says["home-1"] = DiagnosticsResponse(
+        time=now(), tunnels=(mesh.tunnel("gcp-1", 3),), routes=(TakenRoute("10.4.0.5", "", route, True),)
+    )
+    status, said = headline(mesh, "gcp-2", "home-2")
+    assert status == 1
+    assert said == f"does not arrive: the kernel of home-1 sends it by another route than the agent's: {route}"
+    # What another host sends elsewhere, which is not on the way.
+    assert headline(mesh, "gcp-2", "home-1")[0] == 0
+    mesh.says["home-1"] = evolve(mesh.says["home-1"], routes=(TakenRoute("10.4.0.5", "", "10.4.0.5 dev eth7", True),))
+    assert headline(mesh, "gcp-2", "home-2") == (
+        1, "may not arrive: the kernel of home-1 sends it by another route than the agent's: 10.4.0.5 dev eth7"
+    )  # fmt: skip
+
+
+def test_the_headline_follows_from_the_worst_that_is_found(mesh: Mesh) -> None:
+    mesh.says["gcp-1"] = DiagnosticsResponse(time=now(), tunnels=(mesh.tunnel("home-1", 3),))
+    assert headline(mesh, "gcp-2", "home-2") == (0, "arrives; the answer takes the same way")
+    dropped = drops_packets_for([ip_network("10.4.0.5/32")])
+    for answer, said in (
+        (DiagnosticsResponse(time=now(), refused=("the firewall drops all TCP packets",)), "home-2"),
+        (DiagnosticsResponse(time=now(), small_only=("10.4.0.2",), mtu=1420), "gcp-2 - home-2"),
+    ):
+        mesh.says["home-2"] = answer
+        says = f"echo requests arrive, but other packets may not: see what is wrong on {said}"
+        assert headline(mesh, "gcp-2", "home-2") == (1, says)
+    del mesh.says["home-2"]
+    mesh.says["home-1"] = DiagnosticsResponse(
+        time=now(), tunnels=(mesh.tunnel("gcp-1", 3),), trouble=(f"{dropped}, in the chain f",)
+    )
+    assert headline(mesh, "gcp-2", "home-2")[1].startswith("echo requests arrive, but other packets may not: ")
+    assert headline(mesh, "gcp-2", "home-1") == (0, "arrives; the answer takes the same way"), "others' packets"
+    mesh.lost = lambda source, target: "home-2" in (source, target)
+    assert headline(mesh, "gcp-2", "home-2") == (
+        1, "does not arrive: the firewall of home-1 drops what is for 10.4.0.5, or the answers"
+    )  # fmt: skip
+
+
+def test_what_was_not_tried_is_not_said_to_arrive(mesh: Mesh) -> None:
+    mesh.says["gcp-1"] = DiagnosticsResponse(time=now(), tunnels=(mesh.tunnel("home-1", 3),))
+    mesh.old = set(mesh.snapshot.nodes)
+    assert headline(mesh, "gcp-2", "home-2") == (
+        0, "should arrive, but was not tried; the answer takes the same way"
+    )  # fmt: skip
 
 
 def test_check_does_not_praise_a_prefix_without_a_mesh(mesh: Mesh) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 import time
-from ipaddress import ip_network
+from ipaddress import ip_address, ip_network
 from pathlib import Path
 
 import pytest
@@ -17,12 +17,24 @@ from test_kernel_forward import sh
 from kilo_etcd.agent.daemon import OBSTACLES_PAUSE, OBSTACLES_PERIOD
 from kilo_etcd.kernel import cleanup, open_kernel
 from kilo_etcd.kernel.firewall import hooks, iptables
-from kilo_etcd.kernel.firewall.chains import BaseChain, Packet, drops, from_iptables, obstacles, packets
+from kilo_etcd.kernel.firewall.chains import (
+    BaseChain,
+    Condition,
+    FilterRule,
+    Packet,
+    drops,
+    from_iptables,
+    obstacles,
+    packets,
+)
 from kilo_etcd.kernel.firewall.forwardchains import ForwardChains
 from kilo_etcd.kernel.firewall.iptables import Iptables
 from kilo_etcd.kernel.firewall.netfilter import Netfilter
 from kilo_etcd.kernel.read.hooks import MOST_MEMBERS, MOST_TARGETS
 from kilo_etcd.kernel.state import Setup
+from kilo_etcd.model import IPNetwork
+from kilo_etcd.model.hostplan import RoutePlan, Via
+from kilo_etcd.planning.dropped import dropped_networks
 
 MESH = (ip_network("10.4.0.0/16"),)
 LEADER = evolve(PLAN, unreachable_routes=MESH)
@@ -272,6 +284,67 @@ def test_a_ruleset_that_changes_while_it_is_read_is_read_again(monkeypatch: pyte
     assert netfilter.forward_chains() == (), "there is an end to it"
     assert netfilter.forward_chains() == (whole,), "and the next time it is looked at again"
     assert found == []
+
+
+OFFERED, MEMBER = ip_network("172.20.1.0/24"), ip_network("10.4.0.2/32")
+NEAR = {
+    network: RoutePlan(destination=network, way=Via.UNDERLAY, gateway=ip_address("10.1.0.2"))
+    for network in (OFFERED, MEMBER)
+}
+
+
+def one_rule(*conditions: Condition, hook: str = "forward", drops: bool = False) -> BaseChain:
+    rules = (FilterRule(conditions=conditions, verdict="drop"),) if conditions else ()
+    return BaseChain(family="ip", table="t", name="f", hook=hook, drops=drops, rules=rules)
+
+
+@pytest.mark.parametrize(
+    ("chain", "found"),
+    [
+        (one_rule(Condition("daddr", OFFERED)), [(True, (OFFERED,))]),
+        (one_rule(Condition("saddr", OFFERED)), [(True, (OFFERED,))]),
+        (one_rule(Condition("daddr", OFFERED), Condition("protocol", "tcp")), [(False, (OFFERED,))]),
+        (one_rule(Condition("daddr", OFFERED), Condition("protocol", "icmp")), []),
+        (one_rule(Condition("daddr", OFFERED), Condition("?")), []),
+        (one_rule(Condition("daddr", OFFERED), Condition("iif", "kilo0"), hook="postrouting"), [(True, (OFFERED,))]),
+        (one_rule(Condition("daddr", OFFERED), Condition("iif", "eth0")), []),
+        (one_rule(Condition("daddr", MEMBER), hook="prerouting"), [(True, (MEMBER,))]),
+        (one_rule(Condition("saddr", OFFERED), Condition("new", True)), []),
+        # All is dropped: that is one sentence.
+        (one_rule(drops=True), [(True, ())]),
+    ],
+)
+def test_what_is_dropped_for_one_member_or_one_network_is_found(
+    chain: BaseChain, found: list[tuple[bool, tuple[IPNetwork, ...]]], tmp_path: Path
+) -> None:
+    plan = evolve(LEADER, routes={**LEADER.routes, **NEAR})
+    chains = ForwardChains(
+        "kilo0", tmp_path / "x", Chains(chain), NoXtables("kilo0", tmp_path / "y", lambda: 1), opening=False
+    )
+    for _ in range(2):
+        obstacles = chains.obstacles(plan, ["eth0"])
+        assert [(one.certain, one.networks) for one in obstacles] == found
+        assert all(one.leading for one in obstacles)
+        for one in obstacles:
+            assert dropped_networks(one.text) == (one.networks or None)
+            assert not (one.networks and one.blocked), "others get through"
+
+
+def test_a_network_behind_a_host_is_cut_off_whether_it_leads_or_not(tmp_path: Path) -> None:
+    to_leader = {MESH[0]: RoutePlan(destination=MESH[0], way=Via.UNDERLAY, gateway=ip_address("10.1.0.2"))}
+    member = evolve(LEADER, routes=to_leader, behind=(OFFERED,))
+    accept = [FilterRule(conditions=(Condition(kind, "br9"),), verdict="accept") for kind in ("oif", "iif")]
+    for chain, cut in (
+        (one_rule(drops=True), True),
+        (evolve(one_rule(drops=True), rules=tuple(accept)), False),
+        (evolve(one_rule(drops=True), rules=(accept[0],)), True),  # The answers.
+        (one_rule(Condition("iif", "kilo0")), False),
+    ):
+        chains = ForwardChains(
+            "kilo0", tmp_path / "x", Chains(chain), NoXtables("kilo0", tmp_path / "y", lambda: 1), opening=False
+        )
+        own = [one for one in chains.obstacles(member, ["eth0"]) if not one.leading]
+        assert [one.networks for one in own] == ([(OFFERED,)] if cut else []), chain
 
 
 # -- with the real nftables -------------------------------------------------------------------------------------------
@@ -691,6 +764,32 @@ def test_a_target_of_iptables_that_hands_packets_to_a_program_may_let_them_throu
     netfilter = Netfilter()
     (chain,) = netfilter.forward_chains()
     assert letters(chain, "kilo0", "eth0") == "?DD ?DD"
+    netfilter.close()
+
+
+@pytest.mark.root
+@pytest.mark.usefixtures("own_namespaces")
+def test_every_hook_that_a_forwarded_packet_passes_is_looked_at() -> None:
+    netfilter = Netfilter()
+    both = "meta l4proto { tcp, udp } drop"
+    for family, declared, rule, expected in (
+        ("ip", "type filter hook postrouting priority 5", f'oifname "eth0" iifname "kilo0" {both}', "DD- ---"),
+        ("ip", "type nat hook postrouting priority 5", f'oifname "eth0" {both}', "DD- ---"),
+        ("ip", "type nat hook postrouting priority 5", 'oifname "eth0" masquerade; drop', "--- DDD"),
+        ("ip", "type nat hook prerouting priority 5", f"jump c; {both}", "??- ??-"),
+        ("inet", "type filter hook prerouting priority 5", f'iifname "kilo0" {both}', "DD- ---"),
+        ("inet", "type filter hook prerouting priority 5", f'oifname "eth0" {both}', "--- ---"),
+        ("inet", 'type filter hook ingress device "kilo0" priority 5', both, "DD- ---"),
+        ("netdev", 'type filter hook ingress device "kilo0" priority 5', both, "DD- ---"),
+        ("netdev", 'type filter hook ingress devices = { "eth0", "eth1" } priority 5', both, "--- DD-"),
+        ("netdev", 'type filter hook egress device "eth0" priority 5', f"ip saddr 10.0.0.0/8 {both}", "DD- ---"),
+        ("netdev", 'type filter hook egress device "eth0" priority 5', f"ip6 saddr fd00::/8 {both}", "--- ---"),
+    ):
+        load(f"table {family} x {{ chain c {{ }}\n chain f {{ {declared}; policy accept; {rule}; }}\n}}")
+        (chain,) = netfilter.passed_chains()
+        assert letters(chain, "kilo0", "eth0") == expected, (declared, rule)
+        assert netfilter.forward_chains() == (), "no other is opened"
+        sh(f"nft delete table {family} x")
     netfilter.close()
 
 

@@ -54,6 +54,8 @@ class Fault:
     """No finding may match it; empty: any may."""
     size: int = 0
     """Bytes of a packet that is lost where smaller ones arrive; 0: all are lost."""
+    address: str = ""
+    """Behind one of those that are cut off: only packets from LONE to it are lost. Empty: all are."""
     protocol: str = ""
     """`tcp` or `udp`: only this is lost, from a host of LONE's location to those that are cut off. Empty: all is."""
 
@@ -93,7 +95,8 @@ def firewall(host: str, hook: str, *rules: str) -> tuple[Act, Act]:
 
 
 def fault(
-    name: str, acts: tuple[Act, Act], *cut_off: str, named: str, blames: str = "", size: int = 0, protocol: str = ""
+    name: str, acts: tuple[Act, Act], *cut_off: str, named: str, blames: str = "", size: int = 0, protocol: str = "",
+    address: str = "",
 ) -> Fault:  # fmt: skip
     return Fault(
         name=name,
@@ -104,11 +107,21 @@ def fault(
         blames=blames,
         size=size,
         protocol=protocol,
+        address=address,
     )
 
 
 def both(*pairs: tuple[Act, Act]) -> tuple[Act, Act]:
     return each(*(pair[0] for pair in pairs)), each(*(pair[1] for pair in pairs))
+
+
+def offered(host: str, network: str, address: str) -> tuple[Act, Act]:
+    """A host offers a network that it alone is in."""
+    make = f"ip link add br9 type bridge; ip addr add {address}/24 dev br9; ip link set br9 up"
+    return (
+        each(run(host, make), put(f"/kilo/annotations/{host}/subnets", network)),
+        each(delete(f"/kilo/annotations/{host}/subnets"), run(host, "ip link del br9")),
+    )
 
 
 KEY = "/var/lib/kilo-etcd/key"
@@ -222,6 +235,14 @@ def faults(mesh: dict[str, str], lan: dict[str, str], etcd: str) -> list[Fault]:
               both(*(firewall(host, "forward", "ct state established,related accept", "meta l4proto icmp accept",
                               "meta l4proto . th dport { tcp . 22, udp . 53 } accept", "drop") for host in GCP)),
               *GCP, named=r"gcp-\d.*may drop TCP and UDP packets", protocol="tcp"),
+        fault("a firewall that drops TCP and UDP as it hands them on",
+              both(*(firewall(host, "postrouting", 'iifname "kilo0" meta l4proto { tcp, udp } drop') for host in GCP)),
+              *GCP, named=r"gcp-\d.*drops TCP and UDP packets", protocol="tcp"),
+        fault("a firewall that drops what is for an offered network",
+              both(offered("gcp-2", "172.20.1.0/24", "172.20.1.1"),
+                   *(firewall(host, "forward", "ip daddr 172.20.1.0/24 drop") for host in GCP)),
+              "gcp-2", named=r"gcp-\d.*drops packets for networks of the mesh \(172.20.1.0/24\)",
+              address="172.20.1.1"),
         fault("a host drops all UDP that it sends", firewall(LONE, "output", "oifname kilo0 meta l4proto udp drop"),
               *GCP, named="lone-1.*drops all UDP packets that go out", protocol="udp"),
         fault("a host drops all TCP that comes in, before all else",
@@ -343,6 +364,9 @@ async def dead_pairs(lab: Lab, one: Fault, mesh: dict[str, str]) -> list[tuple[s
             if done.stdout.strip() == "silent":
                 dead.append((LONE, host))
         return dead
+    if one.address:
+        done = await lab.exec(LONE, "ping", "-c", "1", "-W", "1", one.address, check=False)
+        return [(LONE, hosts[0])] if done.returncode else []
     if one.size:
         size = str(one.size - 28)
         done = await lab.exec(hosts[0], "ping", "-c", "1", "-W", "1", "-s", size, mesh["gcp-1"], check=False)

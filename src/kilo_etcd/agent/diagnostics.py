@@ -181,6 +181,7 @@ class DiagnosticsServer:
         possible_obstacles: list[str] = []
         untested_obstacles: list[str] = []
         refusals: tuple[Refusal, ...] = ()
+        named: set[str] = set()
         tried = _PingResults()
         commands: tuple[str, ...] = ()
         observed = Observed()
@@ -206,6 +207,7 @@ class DiagnosticsServer:
                     forwards = programmed.sends or not obstacle.leading
                     if obstacle.certain and forwards:
                         trouble.append(obstacle.text)
+                        named |= set() if obstacle.networks else {obstacle.chain}
                     elif obstacle.certain or forwards:
                         possible_obstacles.append(obstacle.text)
                         if obstacle.untested and forwards:
@@ -231,7 +233,8 @@ class DiagnosticsServer:
             trouble=tuple(dict.fromkeys(trouble)),
             possible_obstacles=tuple(possible_obstacles),
             untested_obstacles=tuple(untested_obstacles),
-            own_losses=tuple(refusal.text for refusal in refusals if not refusal.meant),
+            # What is dropped of others' packets too, in the same chain, is named as that.
+            own_losses=tuple(r.text for r in refusals if not r.meant and not (r.chain and r.chain in named)),
             refused=tuple(refusal.text for refusal in refusals if refusal.meant),
             limits_echoes=any(refusal.limits_echoes for refusal in refusals),
             reached=tuple(address for address, answered in tried.answered.items() if answered),

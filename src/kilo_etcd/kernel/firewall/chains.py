@@ -249,6 +249,8 @@ class Obstacle:
     """Those whose packets alone it drops; empty: it drops the packets of all nodes."""
     leading: bool = True
     """Only as a leader does the host forward these packets."""
+    chain: str = ""
+    """Where, as its sentence says it; empty: it is no chain."""
 
     def __str__(self) -> str:
         return self.text
@@ -281,6 +283,7 @@ def obstacles(
                 certain=certain,
                 untested=any(packet.protocol in _UNTESTED for packet in hit),
                 blocked=frozenset(packet.version for packet in sent) - passing,
+                chain=str(chain),
             )
         )
     return tuple(result)
@@ -347,17 +350,26 @@ def destination_obstacles(
         if not _may_drop(chain):
             continue
         all_dropped = any(packet.protocol in _UNTESTED and drops(chain, packet) for packet in sent)
-        by_node = _tells_nodes_apart(chain, subnets)
+        tested = _addresses_tested(chain)
+        in_mesh = tuple(filter(None, (_overlapping(networks, subnets) for networks in tested)))
+        answers: dict[object, tuple[str, ...]] = {}
         groups: dict[tuple[tuple[str, ...], bool], list[IPNetwork]] = {}
         for one in to:
-            if (all_dropped and not one.behind) or (one.member and not by_node):
+            if (all_dropped and not one.behind) or (one.member and not in_mesh):
                 continue
-            dropped = tuple(
-                protocol
-                for protocol in ("tcp", "udp")
-                if any(drops(chain, packet) for packet in _packets_to(one, protocol, subnets))
+            # Of very many members most are the same to a chain.
+            within = (
+                _within(networks, (one.network,), one.network.version)
+                for networks in (in_mesh if one.member else tested)
             )
-            if dropped:
+            alike = one.ways, one.network.version, one.member, tuple(within)
+            if alike not in answers:
+                answers[alike] = tuple(
+                    protocol
+                    for protocol in ("tcp", "udp")
+                    if any(drops(chain, packet) for packet in _packets_to(one, protocol, subnets))
+                )
+            if dropped := answers[alike]:
                 groups.setdefault((dropped, one.behind), []).append(one.network)
         for (protocols, behind), networks in groups.items():
             kind = "" if len(protocols) == 2 else f"{_SHOWN[protocols[0]]} "
@@ -369,25 +381,30 @@ def destination_obstacles(
                     blocked=frozenset(),
                     networks=tuple(networks),
                     leading=not behind,
+                    chain=str(chain),
                 )
             )
     return tuple(result)
 
 
-def _tells_nodes_apart(chain: BaseChain, subnets: tuple[IPNetwork, ...]) -> bool:
-    """Whether a rule matches some addresses in the mesh's subnets and no others."""
-    conditions = (
-        condition
-        for rules in (chain.rules, *chain.chains.values())
-        for rule in rules
-        for condition in rule.conditions
-        if condition.kind in ("saddr", "daddr", "any")
-    )
-    return any(
-        condition.kind == "any" or condition.matches(Packet(version, "", "", subnets)) is None
-        for condition in conditions
-        for version in {subnet.version for subnet in subnets}
-    )
+def _addresses_tested(chain: BaseChain) -> tuple[tuple[IPNetwork, ...], ...]:
+    """The networks of each test of an address, in the chain and where it leads to."""
+    found: dict[tuple[IPNetwork, ...], None] = {}
+    waiting = [
+        condition for rules in (chain.rules, *chain.chains.values()) for r in rules for condition in r.conditions
+    ]
+    while waiting:
+        condition = waiting.pop()
+        if condition.kind in ("saddr", "daddr"):
+            found[condition.value if isinstance(condition.value, tuple) else (condition.value,)] = None
+        elif condition.kind == "any" and isinstance(condition.value, tuple):
+            waiting += [inner for tests in condition.value for inner in tests]
+    return tuple(found)
+
+
+def _overlapping(networks: Iterable[IPNetwork], subnets: tuple[IPNetwork, ...]) -> tuple[IPNetwork, ...]:
+    """Those of some networks in which there are some addresses of the subnets and not all."""
+    return tuple(network for network in networks if _within((network,), subnets, network.version) is None)
 
 
 def _may_drop(chain: BaseChain) -> bool:
@@ -412,6 +429,7 @@ class Refusal:
     """A firewall may well do so on purpose: what comes in for the host itself."""
     limits_echoes: bool = False
     """It is about echo requests, of which so many are dropped as exceed a limit."""
+    chain: str = ""
 
 
 def refusals(
@@ -449,6 +467,7 @@ def refusals(
                 f"the firewall drops all {_names(dropped)} packets that {way} the mesh by {names} ({families}), in "
                 f"{chain}: if that is not meant, let through what {passed} by {names} there",
                 meant=chain.hook == "input",
+                chain=str(chain),
             )
         )
     return tuple(result)
