@@ -293,6 +293,12 @@ NEAR = {
 }
 
 
+ACCEPTS_OTHERS = (
+    FilterRule(conditions=(Condition("daddr", ip_network("10.4.0.3/32")), Condition("iif", "kilo0")), verdict="accept"),
+    FilterRule(conditions=(Condition("iif", "eth0"),), verdict="accept"),
+)
+
+
 def one_rule(*conditions: Condition, hook: str = "forward", drops: bool = False) -> BaseChain:
     rules = (FilterRule(conditions=conditions, verdict="drop"),) if conditions else ()
     return BaseChain(family="ip", table="t", name="f", hook=hook, drops=drops, rules=rules)
@@ -310,6 +316,7 @@ def one_rule(*conditions: Condition, hook: str = "forward", drops: bool = False)
         (one_rule(Condition("daddr", OFFERED), Condition("iif", "eth0")), []),
         (one_rule(Condition("daddr", MEMBER), hook="prerouting"), [(True, (MEMBER,))]),
         (one_rule(Condition("saddr", OFFERED), Condition("new", True)), []),
+        (evolve(one_rule(drops=True), rules=ACCEPTS_OTHERS), [(False, ()), (True, (MEMBER, OFFERED))]),
         # All is dropped: that is one sentence.
         (one_rule(drops=True), [(True, ())]),
     ],

@@ -379,7 +379,7 @@ def destination_obstacles(
                     "answers",
                     certain=len(protocols) == 2,
                     blocked=frozenset(),
-                    networks=tuple(networks),
+                    networks=tuple(sorted(networks, key=str)),
                     leading=not behind,
                     chain=str(chain),
                 )
