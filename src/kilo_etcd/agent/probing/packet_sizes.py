@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from attrs import evolve, field, frozen
 
 LOST_TIMES = 3
-"""One byte above the result: of ways that lose a packet in ten by chance, one in 50 is measured wrong, and too small."""
+"""One byte above the result: of ways that lose a packet in ten by chance, one in 50 is measured wrong: too small."""
 
 _USUAL = (1280, 1300, 1320, 1340, 1360, 1372, 1380, 1392, 1400, 1412, 1420, 1432, 1440, 8920, 8940)
 """Bytes: what networks carry mostly (1400, 1450, 1460, 1492, 1500, 9000), less what WireGuard adds in IPv4 and IPv6."""
