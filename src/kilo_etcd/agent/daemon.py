@@ -1188,11 +1188,17 @@ class Daemon:
             undecided=undecided,
         )
 
+    def _is_alone(self) -> bool:
+        """Whether this host is in the mesh, and the only one of its location."""
+        topology = self.topology
+        if topology is None or self.name not in topology.snapshot.nodes:
+            return False
+        return len(topology.segment_of(self.name).members) == 1
+
     def _current_errors(self) -> tuple[str, ...]:
         """All that is wrong with this host, as sentences."""
         # Where nobody is to be led, that it was demoted has no consequence.
-        leads_nobody = self.topology is not None and len(self.topology.segment_of(self.name).members) == 1
-        why = None if leads_nobody else self._candidacy.why
+        why = None if self._is_alone() else self._candidacy.why
         behind = why and f"{WAS_DEMOTED} {why}; {DEMOTED}"
         # Without failures to write to etcd: whoever reads this status in etcd finds them over.
         further = (
