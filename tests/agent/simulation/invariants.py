@@ -350,7 +350,8 @@ class Watchman:
             if isinstance(change, AddAddress) and not self.disturbed:
                 self._check_agent_lock(host, change.address.ip)
         seen.kernel, seen.plan = kernel, plan
-        seen.settled = -1 if report.failures else touches
+        # What is noted was refused too, and is tried again when the host is read afresh.
+        seen.settled = -1 if report.failures or report.notes else touches
         if self.steady is not None:
             settled = {name: one.settled == one.touches for name, one in self._hosts.items()}
             for lost in self.steady.lost(settled):
