@@ -271,8 +271,11 @@ class DiagnosticsServer:
             # Nobody is to learn, or to reach, by this host what is not the mesh's.
             nodes = topology.snapshot.nodes.values()
             allowed = addresses_to_try(topology, self._name, plan, nodes, endpoints=True)
-            allowed.update(offered_to_try(topology, plan, _addresses(request.targets)))
-            requested = [address for address in _addresses(request.targets) if address in allowed]
+            targets = tuple(dict.fromkeys(_addresses(request.targets)))
+            # Looking up what is not a node's takes long, and whoever may write a request may ask for thousands.
+            others = [address for address in targets if address not in allowed]
+            allowed.update(offered_to_try(topology, plan, others[:MOST_TRIED]))
+            requested = [address for address in targets if address in allowed]
             to_try.update((address, allowed[address]) for address in requested[:MOST_TRIED])
         routes = {address: route for address, route in to_try.items() if route is not None}
         for address in list(routes)[MOST_INTERNAL:]:

@@ -107,7 +107,7 @@ def silence(topology: Topology, statuses: Mapping[str, StatusRecord], live: Live
         queries_answered=_queries_answered(topology, statuses, kinds.keys() | undecided),
         rerouted=frozenset(_rerouted(statuses) & kinds.keys()),
         alone=frozenset(
-            name for pair in kinds for name in pair
+            name for name in frozenset[str]().union(*kinds)
             if all(
                 node.name == name or frozenset((name, node.name)) in kinds
                 for node in topology.segment_of(name).members

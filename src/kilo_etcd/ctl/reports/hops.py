@@ -173,7 +173,6 @@ def _weighed(trace: Trace, source: str, check: _HopCheck) -> Trace:
     answer = check.live.answers.get(source)
     answered = answer is not None and there.destination in answer.reached
     unanswered = answer is not None and there.destination in answer.unreached
-    suspicion = f"none of the echo requests of {source} was answered" if unanswered else ""
     routes = () if answer is None else (route for route in answer.routes if route.address == there.destination)
     if (route := next(iter(routes), None)) is not None:
         there = evolve(there, kernel_route=route.route)
@@ -182,6 +181,8 @@ def _weighed(trace: Trace, source: str, check: _HopCheck) -> Trace:
         check.another_route(step.source, way.destination) for way in (there, back) if way is not None
         for step in way.steps
     )  # fmt: skip
+    # The route that takes them elsewhere is why.
+    suspicion = f"none of the echo requests of {source} was answered" if unanswered and not strayed else ""
     return evolve(
         trace, there=there, back=back, answered=answered and not strayed, tried=answered or unanswered,
         suspicion=suspicion,
