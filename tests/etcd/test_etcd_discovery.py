@@ -59,7 +59,7 @@ def test_dnspython_is_imported_by_a_look_up_only() -> None:
 
 
 async def refused(server: DnsServer, config: Config) -> str:
-    async with open_client(evolve(config, call_timeout=1.5)) as client:
+    async with open_client(evolve(config, call_timeout=1.0)) as client:
         with pytest.raises(EtcdError) as error:
             await client.get("/x")
     return str(error.value)
@@ -84,7 +84,8 @@ async def test_a_dns_server_that_does_not_answer_is_the_reason(monkeypatch: pyte
     async with dns_server() as dns:
         ask(dns, monkeypatch)
         dns.silent = True
-        async with open_client(discovered()) as client:
+        monkeypatch.setattr("kilo_etcd.etcd.discovery.LOOKUP_SECONDS", 0.5)
+        async with open_client(evolve(discovered(), call_timeout=1.5)) as client:
             with pytest.raises(Unavailable, match=f"{SECURE}: no DNS server answers; {PLAIN}: no DNS server answers"):
                 await client.get("/x")
 
