@@ -10,7 +10,15 @@ claims are already joined, and what could not be read or contradicts another rec
 
 from __future__ import annotations
 
-from kilo_etcd.model.addresses import IPAddress, IPInterface, IPNetwork, is_dns_name, is_public
+from kilo_etcd.model.addresses import (
+    IPAddress,
+    IPInterface,
+    IPNetwork,
+    is_dns_name,
+    is_public,
+    is_within,
+    overlap,
+)
 from kilo_etcd.model.candidate import Candidate, CandidateClass, ProbeReport
 from kilo_etcd.model.endpoint import SESSION_SECONDS, Endpoint
 from kilo_etcd.model.node import Node
@@ -68,5 +76,7 @@ __all__ = [
     "Snapshot",
     "is_dns_name",
     "is_public",
+    "is_within",
+    "overlap",
     "parse_value",
 ]

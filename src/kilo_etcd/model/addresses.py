@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from ipaddress import (
     IPv4Address,
     IPv4Interface,
@@ -15,6 +16,16 @@ from typing import TypeAlias
 IPAddress: TypeAlias = IPv4Address | IPv6Address
 IPInterface: TypeAlias = IPv4Interface | IPv6Interface
 IPNetwork: TypeAlias = IPv4Network | IPv6Network
+
+
+def overlap(one: IPNetwork, other: IPNetwork) -> bool:
+    """Whether two networks, of whichever families, have addresses in common."""
+    return one.version == other.version and one.overlaps(other)
+
+
+def is_within(address: IPAddress, networks: Iterable[IPNetwork]) -> bool:
+    """Whether an address is in one of some networks, of whichever families."""
+    return any(network.version == address.version and address in network for network in networks)
 
 
 def is_dns_name(text: str) -> bool:

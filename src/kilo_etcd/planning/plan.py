@@ -29,6 +29,7 @@ from kilo_etcd.model import (
     IPNetwork,
     Node,
     Peer,
+    is_within,
 )
 from kilo_etcd.model.hostplan import TAKEOVER_CHECK_KEEPALIVE, HostPlan, PeerPlan, Problem, RoutePlan, Via
 from kilo_etcd.planning.exit_node import ineligible, inside
@@ -270,7 +271,7 @@ class _Local:
         if not networks:
             return frozenset()
         members = (node for node in self.segment.members if node.name != self.own.name and not tunneled(self.own, node))
-        return frozenset(ip.ip for node in members for ip in node.internal_ips if _within(ip.ip, networks))
+        return frozenset(ip.ip for node in members for ip in node.internal_ips if is_within(ip.ip, networks))
 
     def _ways_of(self, node: Node) -> _Ways:
         """To and from a neighbour; of two nodes that are the same objects they are the same."""
@@ -344,10 +345,6 @@ class _Local:
             self.routes[destination] = RoutePlan(
                 destination=destination, way=way.way, gateway=way.gateway, source=self._sources[destination.version]
             )
-
-
-def _within(address: IPAddress, networks: Iterable[IPNetwork]) -> bool:
-    return any(network.version == address.version and address in network for network in networks)
 
 
 def _interface(address: IPAddress) -> IPInterface:

@@ -262,8 +262,5 @@ def _belongs_to(address: IPAddress, node: Node, segment: str, allocation: Prefix
 
 def is_offered(topology: Topology, address: IPAddress) -> bool:
     """Whether an address is in a network that a node or a location offers."""
-    return any(
-        address.version == network.version and address in network
-        for segment in topology.segments.values()
-        for network in segment.networks
-    )
+    granted = topology.allocation.granted_at(address)
+    return granted is not None and granted.owner[0] != "peer"

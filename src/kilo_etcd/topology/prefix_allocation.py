@@ -26,7 +26,7 @@ from typing import TypeAlias
 from attrs import field, frozen
 
 from kilo_etcd.base.mappings import copied
-from kilo_etcd.model import IPAddress, IPNetwork
+from kilo_etcd.model import IPAddress, IPNetwork, overlap
 from kilo_etcd.model.hostplan import Problem
 
 NetworkOwner: TypeAlias = tuple[str, str]
@@ -251,7 +251,7 @@ class _Nodes:
 
     def hinder(self, offer: Offer) -> str | None:
         """Why a network that does not cover the mesh cannot be had inside it."""
-        if not any(_overlap(offer.network, subnet) for subnet in self.mesh):
+        if not any(overlap(offer.network, subnet) for subnet in self.mesh):
             return None
         if not self._numbers:
             self._numbers.update({4: [], 6: []})
@@ -270,10 +270,6 @@ def _interval(network: IPNetwork) -> tuple[int, int]:
     return int(network.network_address), int(network.broadcast_address)
 
 
-def _overlap(one: IPNetwork, other: IPNetwork) -> bool:
-    return one.version == other.version and one.overlaps(other)
-
-
 def _offers(owner: NetworkOwner, requests: Iterable[NetworkRequest]) -> Iterable[Offer]:
     for request in requests:
         for network in request.networks:
@@ -290,7 +286,7 @@ def _never(offer: Offer, mesh: Iterable[IPNetwork]) -> str | None:
         return "a default route is never taken into the mesh; offer smaller networks"
     if any(first <= offer.start and offer.end <= last for first, last in _EACH_HOSTS_OWN[network.version]):
         return "loopback, link-local and multicast addresses are each host's own; offer other networks"
-    if any(_overlap(network, subnet) and network.prefixlen <= subnet.prefixlen for subnet in mesh):
+    if any(overlap(network, subnet) and network.prefixlen <= subnet.prefixlen for subnet in mesh):
         return "it covers the mesh's own subnet; offer smaller networks"
     return None
 

@@ -25,7 +25,7 @@ from kilo_etcd.ctl.reports.one_sided import echo_refused
 from kilo_etcd.ctl.reports.probed import unanswered
 from kilo_etcd.ctl.reports.report import DROPPED, contradictions
 from kilo_etcd.ctl.reports.trace import MEDIUM, Plans, Step, Trace, Way
-from kilo_etcd.model import InternalIPs, IPAddress, IPNetwork
+from kilo_etcd.model import InternalIPs, IPAddress, IPNetwork, is_within
 from kilo_etcd.model.hostplan import Via
 from kilo_etcd.planning.dropped import dropped_networks
 from kilo_etcd.planning.exit_node import NOTHING_BACK
@@ -162,9 +162,7 @@ def _concerns(error: str, destination: IPAddress | None, *, forwards: bool) -> b
 
 
 def _in_one_of(networks: Iterable[IPNetwork], address: IPAddress | None) -> bool:
-    return address is not None and any(
-        address.version == network.version and address in network for network in networks
-    )  # fmt: skip
+    return address is not None and is_within(address, networks)
 
 
 def _weighed(trace: Trace, source: str, check: _HopCheck) -> Trace:

@@ -18,7 +18,7 @@ from kilo_etcd.base.quoting import first_of
 from kilo_etcd.ctl.reports.exemptions import exemptions
 from kilo_etcd.ctl.reports.internal import encrypted_carries, holders, same_network, unrouted_from, why_not_routed
 from kilo_etcd.ctl.reports.own_addresses import SEVERAL_MEMBERS
-from kilo_etcd.model import DEFAULT_INTERFACE, InternalIPs, IPAddress, Node, Snapshot, is_public
+from kilo_etcd.model import DEFAULT_INTERFACE, InternalIPs, IPAddress, Node, Snapshot, is_public, is_within
 from kilo_etcd.model.hostplan import Exemption, HostPlan, Problem, Via
 from kilo_etcd.planning.encryption import Living, Outside, encrypt
 from kilo_etcd.planning.exit_node import LINK_LOCAL, inside, near, trouble_of
@@ -250,7 +250,7 @@ def _is_name(snapshot: Snapshot, target: str) -> bool:
 
 
 def _in_mesh(snapshot: Snapshot, address: IPAddress) -> bool:
-    return any(subnet.version == address.version and address in subnet for subnet in snapshot.subnets)
+    return is_within(address, snapshot.subnets)
 
 
 def _record_of(name: str) -> str:
@@ -389,9 +389,7 @@ def _on_own_network(node: Node, destination: IPAddress) -> bool:
 def _stays(topology: Topology, plans: Plans, node: Node, destination: IPAddress) -> bool:
     """Whether a node that uses an exit node sends it by its own routing table all the same."""
     around = near(plans[node.name], topology)
-    return _on_own_network(node, destination) or any(
-        network.version == destination.version and destination in network for network in around
-    )
+    return _on_own_network(node, destination) or is_within(destination, around)
 
 
 def _by_own_table(topology: Topology, node: Node, destination: IPAddress) -> tuple[str, str]:

@@ -34,7 +34,7 @@ from kilo_etcd.kernel.firewall.netfilter import Netfilter
 from kilo_etcd.kernel.firewall.openings import AddOpening, DeleteOpening, Opening, Place
 from kilo_etcd.kernel.firewall.packet_filter import table_name
 from kilo_etcd.kernel.state import ipip_name
-from kilo_etcd.model import IPNetwork
+from kilo_etcd.model import IPNetwork, overlap
 from kilo_etcd.model.hostplan import HostPlan, Via
 
 LEGACY_SECONDS, LEGACY_DROPPING_SECONDS = 40.0, 15.0
@@ -170,10 +170,10 @@ def destinations(plan: HostPlan, interface: str, devices: Collection[str]) -> It
     for network in plan.masquerade:
         yield Destination(network=network, ways=outward)
     for network, route in plan.routes.items():
-        if network in subnets or network.prefixlen == 0 or any(_overlap(network, other) for other in plan.masquerade):
+        if network in subnets or network.prefixlen == 0 or any(overlap(network, other) for other in plan.masquerade):
             continue
         if route.way is not Via.TUNNEL:
-            member = any(_overlap(network, subnet) for subnet in subnets)
+            member = any(overlap(network, subnet) for subnet in subnets)
             yield Destination(network=network, ways=outward, member=member)
         # An address alone may be one of very many internal IPs.
         elif network.prefixlen < network.max_prefixlen and near:
@@ -183,10 +183,6 @@ def destinations(plan: HostPlan, interface: str, devices: Collection[str]) -> It
 def _same(one: tuple[BaseChain, ...], other: tuple[BaseChain, ...]) -> bool:
     """Whether they are of one reading: equal chains may lead to others that differ."""
     return len(one) == len(other) and all(map(is_, one, other))
-
-
-def _overlap(one: IPNetwork, other: IPNetwork) -> bool:
-    return one.version == other.version and one.overlaps(other)
 
 
 def _subnets(plan: HostPlan | None) -> tuple[IPNetwork, ...]:
