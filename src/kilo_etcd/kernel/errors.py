@@ -143,7 +143,7 @@ def _sentence(change: Change, error: OSError) -> str:
     code = error.errno or 0
     if descriptors.is_shortage(error) and not isinstance(error, NetlinkError):
         return f"`{change}` was not done: {why_not(error)}"
-    if isinstance(change, ReplaceTable) and sizes.is_in(change.table):
+    if sizes.is_set_by(change):
         # It is tried without that chain.
         return (
             "TCP that this host forwards may be too large for the tunnel, since the kernel refuses the rules that "

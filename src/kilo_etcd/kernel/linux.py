@@ -545,9 +545,9 @@ class LinuxKernel:
         if failed:
             # What was believed may have been wrong, or one change in another's way: look again, once.
             for change, why in failed:
-                if sizes.refused_in([change]):
+                if sizes.is_set_by(change):
                     self._sizes_refused = why.text
-            failed = [(change, why) for change, why in failed if not sizes.refused_in([change])]
+            failed = [(change, why) for change, why in failed if not sizes.is_set_by(change)]
             observed = self._read()
             settled, target = None, self._target(plan)
             done = set(made)

@@ -251,8 +251,8 @@ class FakeKernel:
             self._drift = None
             observed = self._now()
             todo, refused = self._decide_and_ask(plan, observed, reset)
-            if sizes.refused_in(refused):
-                self._sizes_refused = next(why for change, why in refused.items() if sizes.refused_in([change]))
+            if reasons := [why for change, why in refused.items() if sizes.is_set_by(change)]:
+                self._sizes_refused = reasons[0]
                 todo, refused = self._decide_and_ask(plan, observed, reset)
             made = possible(todo.changes, refused)
             self._failed = frozenset(refused)

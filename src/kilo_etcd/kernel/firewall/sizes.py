@@ -11,7 +11,7 @@ it, so that is no failure; the rest of the table must not be lost with it.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Collection, Iterator
 
 from kilo_etcd.kernel.firewall import nftables as nft
 from kilo_etcd.kernel.firewall.table import Chain, FirewallTable, ReplaceTable, Rule
@@ -28,9 +28,9 @@ def is_in(table: FirewallTable | None) -> bool:
     return table is not None and CHAIN in table.chains
 
 
-def refused_in(changes: Iterable[object]) -> bool:
-    """Whether a table with the chain is among changes that were refused: it is to be tried without."""
-    return any(isinstance(change, ReplaceTable) and is_in(change.table) for change in changes)
+def is_set_by(change: object) -> bool:
+    """Whether a change sets a table with the chain: if it is refused, it is to be tried without."""
+    return isinstance(change, ReplaceTable) and is_in(change.table)
 
 
 def rules(devices: Collection[str]) -> Iterator[Rule]:
