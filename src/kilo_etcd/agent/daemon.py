@@ -61,7 +61,7 @@ from kilo_etcd.planning.reach import Silent
 from kilo_etcd.runtime.exit_node_monitor import ExitNodeMonitor
 from kilo_etcd.runtime.logs import Once, get_logger, write_due, write_rest
 from kilo_etcd.runtime.reconciler import Reconciler
-from kilo_etcd.runtime.resolve import Resolver
+from kilo_etcd.runtime.resolve import Resolver, known_endpoints
 from kilo_etcd.store.events import wait_any
 from kilo_etcd.store.keys import Keys
 from kilo_etcd.store.mirror import ClusterNotTrusted, Mirror
@@ -243,10 +243,10 @@ class Daemon:
         self.answers = False
         """Whether this host answers peer queries: it has the port."""
         self.obstructed: tuple[str, ...] = ()
+        """Sentences on what drops what this host forwards."""
         self.cut_networks: tuple[str, ...] = ()
         """What on this host drops packets for some members or offered networks."""
         self._look_for_obstacles = trio.Event()
-        """Sentences on what drops what this host forwards."""
         self.beyond: str | None = None
         """A sentence on the exit node that this host uses and that does not answer."""
         self.subnets: tuple[IPNetwork, ...] = ()
@@ -1023,10 +1023,11 @@ class Daemon:
         return self.resolver.networks(self._etcd_endpoints())
 
     def _etcd_endpoints(self) -> tuple[str, ...]:
-        """Where etcd is, as far as is known: given, discovered, or by its member list."""
+        """Those that are known, and the one of the connection in use or of the last one, which may not be among them
+        any more."""
         self._served_by = self.client.endpoint or self._served_by
         served_by = (self._served_by,) if self._served_by else ()
-        return tuple(dict.fromkeys((*self.config.etcd.endpoints, *self.client.endpoints, *served_by)))
+        return tuple(dict.fromkeys((*known_endpoints(self.config.etcd.endpoints, self.client), *served_by)))
 
     async def _follow_etcd_endpoints(self) -> None:
         """What is discovered, or by the member list, bypasses the exit node too."""
@@ -1197,7 +1198,7 @@ class Daemon:
 
     def _current_errors(self) -> tuple[str, ...]:
         """All that is wrong with this host, as sentences."""
-        # Where nobody is to be led, that it was demoted has no consequence.
+        # A host that is alone in its location leads nobody, so its demotion changes nothing.
         why = None if self._is_alone() else self._candidacy.why
         behind = why and f"{WAS_DEMOTED} {why}; {DEMOTED}"
         # Without failures to write to etcd: whoever reads this status in etcd finds them over.

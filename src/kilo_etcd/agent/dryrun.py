@@ -23,7 +23,7 @@ from kilo_etcd.planning.plan import host_plan
 from kilo_etcd.runtime import key_file
 from kilo_etcd.runtime.hostnames import known_names
 from kilo_etcd.runtime.logs import MOST_NAMED
-from kilo_etcd.runtime.resolve import etcd_networks, resolve_once
+from kilo_etcd.runtime.resolve import etcd_networks, known_endpoints, resolve_once
 from kilo_etcd.store import operator
 from kilo_etcd.store.claims import candidates
 from kilo_etcd.store.keys import Keys
@@ -44,7 +44,7 @@ async def dry_run(config: AgentConfig, client: etcd.Client, setup: Callable[[Age
     keys = Keys(config.prefix)
     snapshot, view = await operator.snapshot(client, keys)
     # The client knows discovered endpoints as soon as it has connected.
-    etcd_at = await etcd_networks(dict.fromkeys((*config.etcd.endpoints, *client.endpoints)))
+    etcd_at = await etcd_networks(known_endpoints(config.etcd.endpoints, client))
     if not snapshot.subnets:
         click.echo(f"# no mesh in etcd under {config.prefix} yet: the agent will make one")
         snapshot = evolve(

@@ -35,6 +35,7 @@ from kilo_etcd.planning.encryption import Living, Outside, StageReport, awaited,
 from kilo_etcd.planning.names import Table
 from kilo_etcd.planning.pipeline import EncryptionInputs
 from kilo_etcd.runtime.logs import Once
+from kilo_etcd.runtime.resolve import known_endpoints
 from kilo_etcd.store.keys import Keys
 from kilo_etcd.store.records import StageRecord
 from kilo_etcd.topology.places import own_addresses
@@ -316,9 +317,8 @@ class Encrypting:
             self._wanted_stage = self._wanted_stage and StageRecord()
         self._cluster, self._on = cluster, on
         etcd_now = evolve(
-            self._config.etcd,
-            endpoints=tuple(dict.fromkeys((*self._config.etcd.endpoints, *self._client.endpoints))),
-        )
+            self._config.etcd, endpoints=known_endpoints(self._config.etcd.endpoints, self._client)
+        )  # fmt: skip
         around = outside(
             evolve(self._config, etcd=etcd_now), self._members, sources, table,
             addresses=addresses, listening=self._listening,

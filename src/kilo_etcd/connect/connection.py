@@ -31,7 +31,7 @@ from kilo_etcd.runtime.host_facts import HostFacts
 from kilo_etcd.runtime.hostnames import known_names
 from kilo_etcd.runtime.logs import Once, get_logger
 from kilo_etcd.runtime.reconciler import Reconciler
-from kilo_etcd.runtime.resolve import LOOKUP_TIMEOUT, Resolver
+from kilo_etcd.runtime.resolve import LOOKUP_TIMEOUT, Resolver, known_endpoints
 from kilo_etcd.store.keys import Keys
 from kilo_etcd.store.mirror import Mirror
 from kilo_etcd.topology.segments import Topology, build_topology
@@ -259,7 +259,7 @@ class PeerConnection:
         self.once.clear("peer", f"peer {self.desired.name} is in force")
         # Discovered ones may be others by now, and the connection may be to one of those before.
         in_use = (self.client.endpoint,) if self.client.endpoint else ()
-        endpoints = dict.fromkeys((*self.settings.endpoints, *self.client.endpoints, *in_use))
+        endpoints = dict.fromkeys((*known_endpoints(self.settings.endpoints, self.client), *in_use))
         surroundings = self.facts.surroundings(
             self.resolver.networks(endpoints), self.resolver.table, self.resolver.failed
         )  # fmt: skip

@@ -437,7 +437,12 @@ class Discovery:
     service_name: str = ""
     """What the names of the services end in."""
     insecure: bool = False
-    """Whether endpoints without TLS are taken too. If not, a certificate must be good for `domain`."""
+    """Whether endpoints without TLS are taken too."""
+
+    @property
+    def server_name(self) -> str:
+        """The name that certificates must be good for; empty: each for the name of its endpoint."""
+        return "" if self.insecure else self.domain.rstrip(".")
 
 
 @frozen(kw_only=True)

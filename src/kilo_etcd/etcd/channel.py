@@ -123,8 +123,8 @@ class Channel:
     def parse(self, text: str) -> EtcdEndpoint:
         """An endpoint as this channel connects to it. Raises BadRequest."""
         endpoint, discovery = parse_endpoint(text, tls=self._config.tls is not None), self._config.discovery
-        if endpoint.tls and discovery is not None and not discovery.insecure:
-            return evolve(endpoint, server_name=discovery.domain.rstrip("."))
+        if endpoint.tls and discovery is not None:
+            return evolve(endpoint, server_name=discovery.server_name)
         return endpoint
 
     async def connection(self) -> Connection:

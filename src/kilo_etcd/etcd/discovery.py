@@ -51,9 +51,8 @@ def service(discovery: Discovery, *, tls: bool) -> str:
 
 def judge(discovery: Discovery, secure: Iterable[SrvRecord], plain: Iterable[SrvRecord]) -> Discovered:
     """The endpoints that these records give, those of the service with TLS and those of the one without."""
-    server_name = "" if discovery.insecure else discovery.domain.rstrip(".")
     # A target that is the root says that the service is not there (RFC 2782).
-    found = [EtcdEndpoint(r.target, r.port, True, server_name) for r in secure if r.target]
+    found = [EtcdEndpoint(r.target, r.port, True, discovery.server_name) for r in secure if r.target]
     without_tls = [EtcdEndpoint(r.target, r.port, False) for r in plain if r.target]
     if discovery.insecure:
         return Discovered(endpoints=tuple(dict.fromkeys([*found, *without_tls])))

@@ -22,7 +22,7 @@ class EtcdEndpoint:
     port: int
     tls: bool
     server_name: str = ""
-    """What the certificate must be good for; empty: `host`."""
+    """The name that the certificate must be good for; empty: that is `host`."""
 
     @property
     def authority(self) -> str:

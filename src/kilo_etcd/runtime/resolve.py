@@ -21,6 +21,7 @@ import trio
 from attrs import frozen
 
 from kilo_etcd.base import descriptors
+from kilo_etcd.etcd.api import Client
 from kilo_etcd.model import IPAddress, IPNetwork
 from kilo_etcd.model.hostplan import HostPlan
 from kilo_etcd.planning.names import Reasons, Table, plan_names
@@ -84,6 +85,11 @@ async def resolve_once(plan: HostPlan, *, lookup: Lookup = lookup) -> tuple[Tabl
         for name in plan_names(plan):
             nursery.start_soon(find, name)
     return table, failed
+
+
+def known_endpoints(given: Iterable[str], client: Client) -> tuple[str, ...]:
+    """Where etcd is, as far as is known: as it was given, was discovered, or is in its member list."""
+    return tuple(dict.fromkeys((*given, *client.endpoints)))
 
 
 def endpoint_hosts(endpoints: Iterable[str]) -> tuple[IPAddress | str, ...]:
