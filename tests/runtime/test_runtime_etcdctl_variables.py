@@ -18,7 +18,7 @@ GLOBAL_FLAGS = (
 
 
 @pytest.mark.parametrize("flag", GLOBAL_FLAGS)
-def test_no_variable_of_etcdctl_is_passed_over(flag: str) -> None:
+def test_each_variable_of_etcdctl_is_taken_refused_or_without_effect(flag: str) -> None:
     variable = "ETCDCTL_" + flag.replace("-", "_").upper()
     refused = refusal({variable: "x"}, "kg") is not None
     assert [variable in KNOWN, variable in WITHOUT_EFFECT, refused].count(True) == 1

@@ -57,7 +57,7 @@ class EtcdMembers:
         try:
             members = await self._client.members()
         except etcd.Unavailable:
-            return  # That etcd does not answer is said elsewhere.
+            return  # The mirror reports that etcd does not answer.
         except etcd.EtcdError as error:
             self._once.warning(
                 "etcd member list", "etcd's members cannot be listed, so the endpoints stay what they are",

@@ -249,7 +249,7 @@ def _client(config: AgentConfig) -> AbstractAsyncContextManager[EtcdClient]:
 
 
 def kernel_setup(config: AgentConfig, private: str) -> kernel.Setup:
-    """What the kernel layer is to know of the flags; `private` is the host's WireGuard key."""
+    """The flags that the kernel layer needs, with the host's WireGuard key `private`."""
     return kernel.Setup(
         interface=config.interface,
         private_key=private,

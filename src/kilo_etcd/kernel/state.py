@@ -618,7 +618,7 @@ class ApplyReport:
     changes: tuple[Change, ...] = ()
     failures: tuple[FailedChange, ...] = ()
     notes: tuple[str, ...] = ()
-    """What the host does without, as the kernel refuses it: no failures, since the mesh works. All that hold now."""
+    """Sentences on what the kernel refuses at present and the mesh works without; these are no failures."""
 
 
 class AddressScope(StrEnum):

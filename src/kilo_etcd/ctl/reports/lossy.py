@@ -122,7 +122,7 @@ class _Share:
 
     @property
     def least(self) -> float:
-        """What the share is at least, in all likelihood."""
+        """The share less one standard deviation: it is hardly smaller than this."""
         return self.share - math.sqrt(self.share * (1 - self.share) / self.sent)
 
     def without(self, other: _Share) -> _Share:
@@ -141,8 +141,8 @@ class _Share:
         return ways / math.comb(sent, missing)
 
 
-def _share(ways: Collection[Counted]) -> _Share:
-    return _Share(sum(way.missing for way in ways), sum(way.sent for way in ways))
+def _share(parts: Collection[Counted] | Collection[_Share]) -> _Share:
+    return _Share(sum(part.missing for part in parts), sum(part.sent for part in parts))
 
 
 def _is_loss(explained: Collection[Counted], share: _Share) -> bool:
@@ -160,7 +160,7 @@ def _apart_from_others(
             passing.setdefault(hop, []).append(flow)
     total, least = {}, {}
     for hop, flows in passing.items():
-        total[hop] = _Share(sum(shares[flow].missing for flow in flows), sum(shares[flow].sent for flow in flows))
+        total[hop] = _share([shares[flow] for flow in flows])
         least[hop] = min((shares[flow] for flow in flows), key=lambda share: (share.share, -share.sent))
 
     suspects = [flow for flow, share in shares.items() if share.missing >= SOME]
