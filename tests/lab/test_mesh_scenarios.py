@@ -53,7 +53,8 @@ async def world(
         hosts, labels=LOGICAL if labels is None else labels, public=max(hosts.values()), open=True, **options
     )
     async with running_lab(spec) as lab:
-        await lab.all_pairs_ping(30)
+        # A crowded guest needs half a minute until all its programs have started.
+        await lab.all_pairs_ping(90)
         # A ping that is sent before the agent has made the mesh's route takes the default route; from here on nothing
         # of that kind may be seen.
         for site in spec.sites:
