@@ -20,7 +20,6 @@ from test_kgctl_explain import probed, world
 
 from helpers import put_kept
 from kilo_etcd.ctl.main import main
-from kilo_etcd.ctl.reports import draw
 from kilo_etcd.ctl.reports.hops import suspicions
 from kilo_etcd.ctl.reports.live import Live, ago, amount
 from kilo_etcd.ctl.reports.report import Report
@@ -257,12 +256,6 @@ def test_graphviz_draws(mesh: Mesh, monkeypatch: pytest.MonkeyPatch) -> None:
         pytest.fail("this test needs graphviz's circo: apt install graphviz", pytrace=False)
     assert b"<svg" in mesh.run("graph", "-o", "svg", "--plain").stdout_bytes
     assert mesh.run("graph", "-o", "png", "--plain").stdout_bytes.startswith(b"\x89PNG")
-    with monkeypatch.context() as large:
-        # The rings of a large mesh would take minutes.
-        large.setattr(draw, "LARGE", 2)
-        assert b"<svg" in mesh.run("graph", "-o", "svg", "--plain").stdout_bytes
-        large.setenv("PATH", "/nowhere")
-        assert "sfdp is not installed" in mesh.run("graph", "-o", "svg").stderr
     monkeypatch.setenv("PATH", "/nowhere")
     result = mesh.run("graph", "-o", "svg")
     assert (result.exit_code, result.stdout) == (1, "")

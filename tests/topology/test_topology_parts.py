@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import math
+import re
 import subprocess
 from ipaddress import ip_address, ip_network
+from itertools import combinations
 from shutil import which
 
 import pytest
@@ -16,6 +19,7 @@ from kilo_etcd.planning.route_filter import filter_routes
 from kilo_etcd.topology.election import Reason, elect
 from kilo_etcd.topology.graph import Edge, EdgeKind, clusters, edges, graph
 from kilo_etcd.topology.prefix_allocation import NetworkRequest, PrefixAllocation, allocate
+from kilo_etcd.topology.ring import APART
 from kilo_etcd.topology.segments import build_topology
 from topology_worlds import PHONE, SIX, WORLDS, node, peer, plans, snapshot
 
@@ -260,6 +264,28 @@ class TestGraph:
             f'</font>>, fillcolor="{colour}"];' in text
         )
         assert 'style="dashed,rounded"' in text
+
+    def test_a_site_has_one_colour_in_a_full_mesh(self) -> None:
+        text = graph(build_topology(snapshot(SIX, Granularity.FULL)))
+        colours = dict(re.findall(r'"(..)" \[.*fillcolor="(#......)"', text))
+        assert colours["a1"] == colours["a2"] != colours["b1"]
+
+    @pytest.mark.parametrize("granularity", Granularity)
+    def test_a_picture_of_many_tunnels_is_drawn_at_once_and_none_hides_another(self, granularity: Granularity) -> None:
+        if which("circo") is None:
+            pytest.fail("this test needs graphviz's circo: apt install graphviz")
+        nodes = [node(f"n{n}", n, f"site-{n % 30}", f"10.{n % 30}.0.{n + 1}/24", f"203.0.113.{n}") for n in range(40)]
+        world = snapshot(nodes, granularity, [peer(f"phone-{n}", f"10.9.0.{n}/32") for n in range(8)])
+        # circo by itself needs more than a minute.
+        done = subprocess.run(
+            ["circo", "-Tplain"], input=graph(build_topology(world)), capture_output=True, text=True, check=True,
+            timeout=30,
+        )  # fmt: skip
+        places = [
+            (float(x), float(y)) for x, y in re.findall(r'^node (?:".*?"|\S+) (\S+) (\S+)', done.stdout, re.MULTILINE)
+        ]
+        assert len(places) == 48
+        assert min(math.dist(one, other) for one, other in combinations(places, 2)) > 0.9 * APART
 
     @pytest.mark.parametrize("granularity", Granularity)
     def test_graphviz_takes_any_name(self, granularity: Granularity) -> None:

@@ -3,13 +3,13 @@
 One dashed, rounded cluster for each location or lone segment; nodes with name, mesh address, internal IP and
 endpoint; leaders with a thick line, joined to their members and to each other; outside peers at the rim. `edges` is
 the same shape as data. Whatever names are in etcd, the output is valid DOT; it is for `circo -Tsvg`, which places
-clusters but draws no boxes (`dot` and `fdp` do): so nodes of one cluster have one colour, and name their location.
+clusters but draws no boxes (`dot` and `fdp` do): so nodes of one location have one colour, and name it.
 """
 
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from enum import StrEnum
 from html import escape
 from itertools import combinations
@@ -18,6 +18,7 @@ from operator import attrgetter
 from attrs import frozen
 
 from kilo_etcd.model import Node, Peer
+from kilo_etcd.topology.ring import ring
 from kilo_etcd.topology.segments import Segment, Topology
 from kilo_etcd.topology.stages import switch
 
@@ -37,6 +38,10 @@ _GONE = 'fillcolor="#f5f5f5", color="#9e9e9e", fontcolor="#757575", style="fille
 _LARGE, _SMALL = 17, 10
 """Points: of names, and of the addresses below them."""
 
+CROWDED_NODES, CROWDED_EDGES = 200, 200
+"""With more nodes and peers, or more edges, the picture says itself where each stands: circo would take too long (22 s
+for a full mesh of 40 nodes)."""
+
 LEGEND = (
     "leaders have a thick line; a dotted line is inside a location, a dashed one leads to a peer",
     "green: the tunnel has a session; red: it has none; grey: the agent does not report",
@@ -53,6 +58,10 @@ class EdgeKind(StrEnum):
     PEER = "peer"
     """A node and an outside peer."""
 
+
+_SPARSE = ("\toutputorder=nodesfirst;", "\toverlap=false;", "\tmindist=2.5;", "\tedge [arrowsize=0.6];")
+# Whatever program reads it, neato lays it out, by the places of the nodes; so many arrowheads would hide their borders.
+_CROWD = ("\toutputorder=edgesfirst;", "\tlayout=neato;", "\tsplines=line;", "\tedge [arrowhead=none, arrowtail=none];")
 
 _LOOKS = {
     EdgeKind.TUNNEL: "dir=both",
@@ -151,28 +160,35 @@ def graph(
     far = switch(topology)
     mode = f"internal-ips {topology.internal_ips}" + (f" ({far})" if far is not None else "")
     legend = [] if gone is None else LEGEND
+    drawn, grouped = ordered(edges(topology)), clusters(topology)
+    crowded = len(names) > CROWDED_NODES or len(drawn) > CROWDED_EDGES
+    places = _places(grouped, sorted(topology.peers)) if crowded else {}
+    colours: dict[str, str] = {}
     lines = [
         "digraph kilo {",
         f"\tlabel={_text(subnets, mode, *legend)};",
         "\tlabelloc=t;",
-        "\toutputorder=nodesfirst;",
-        "\toverlap=false;",
+        *(_CROWD if crowded else _SPARSE),
         '\tnode [shape=ellipse, style=filled, fillcolor=white, fontname="sans-serif"];',
     ]
-    for number, cluster in enumerate(clusters(topology)):
+    for number, cluster in enumerate(grouped):
+        colour = colours.setdefault(cluster.label, _COLOURS[len(colours) % len(_COLOURS)])
         label = f"location: {cluster.label}" if cluster.label else "default location"
-        lines += [f"\tsubgraph cluster_{number} {{", f"\t\tlabel={_text(label)};", '\t\tstyle="dashed,rounded";']
+        # The boxes of sectors of a ring would overlap.
+        frame = 'peripheries=0;\n\t\tlabel=""' if crowded else f'label={_text(label)};\n\t\tstyle="dashed,rounded"'
+        lines += [f"\tsubgraph cluster_{number} {{", f"\t\t{frame};"]
         for node in cluster.nodes:
             leads = ", penwidth=3" if node.name in cluster.leaders else ""
             absent = node.name in (gone or ())
-            look = _GONE if absent else f'fillcolor="{_COLOURS[number % len(_COLOURS)]}"'
-            lines.append(f"\t\t{_id(node.name)} [label={_node_label(node, absent)}, {look}{leads}];")
+            look = _GONE if absent else f'fillcolor="{colour}"'
+            at = places.get(("node", node.name), "")
+            lines.append(f"\t\t{_id(node.name)} [label={_node_label(node, absent)}, {look}{leads}{at}];")
         lines.append("\t}")
     for name in sorted(topology.peers):
         label = _peer_label(topology.peers[name])
-        lines.append(f"\t{_id(names['peer', name])} [label={label}, style=dashed];")
+        lines.append(f"\t{_id(names['peer', name])} [label={label}, style=dashed{places.get(('peer', name), '')}];")
     ids = {end: _id(name) for end, name in names.items()}
-    for edge in ordered(edges(topology)):
+    for edge in drawn:
         other = ids["peer" if edge.kind is EdgeKind.PEER else "node", edge.other]
         look = _LOOKS[edge.kind]
         if touches(edge, gone or ()):
@@ -181,6 +197,18 @@ def graph(
             look += _STATES[state.up].format(_text(state.text))
         lines.append(f"\t{ids['node', edge.one]} -> {other} [{look}];")
     return "\n".join([*lines, "}"]) + "\n"
+
+
+def _places(grouped: Iterable[Cluster], peers: Sequence[str]) -> dict[tuple[str, str], str]:
+    """The attribute that holds each node and peer to its place."""
+    sectors = [(tuple(node.name for node in cluster.nodes), cluster.leaders) for cluster in grouped]
+    *inside, rim = ring(sectors, peers)
+    ends = [[("node", name) for name in names] for names, _ in sectors] + [[("peer", name) for name in peers]]
+    return {
+        end: f', pos="{x:.2f},{y:.2f}!"'
+        for some, positions in zip(ends, [*inside, rim], strict=True)
+        for end, (x, y) in zip(some, positions, strict=True)
+    }
 
 
 def _node_label(node: Node, gone: bool) -> str:

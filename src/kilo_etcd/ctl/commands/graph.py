@@ -36,7 +36,7 @@ def graph_command(mesh: Mesh, output: str, plain: bool) -> None:
 
     The living agents report that on a request in etcd, which is deleted after the response.
     """
-    from kilo_etcd.ctl.reports.draw import CannotDraw, engine, graph_json, mermaid, picture
+    from kilo_etcd.ctl.reports.draw import CannotDraw, graph_json, mermaid, picture
     from kilo_etcd.ctl.reports.live import edge_states
     from kilo_etcd.topology.graph import graph
     from kilo_etcd.topology.segments import build_topology
@@ -57,7 +57,7 @@ def graph_command(mesh: Mesh, output: str, plain: bool) -> None:
         click.echo(dot.rstrip("\n"))
         return
     try:
-        sys.stdout.buffer.write(picture(dot, output, engine(topology)))
+        sys.stdout.buffer.write(picture(dot, output))
     except CannotDraw as error:
         raise Failure(str(error)) from None
 

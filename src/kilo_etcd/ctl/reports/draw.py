@@ -19,26 +19,16 @@ class CannotDraw(Exception):
     """The picture could not be made; the message is one sentence."""
 
 
-LARGE = 200
-"""From so many nodes and peers on circo, whose rings are the better picture, takes too long: 3 s for 300, more than a
-minute for 1,000, where sfdp takes less than a second."""
-
-
-def engine(topology: Topology) -> str:
-    """The graphviz program that lays the mesh out."""
-    return "sfdp" if len(topology.snapshot.nodes) + len(topology.peers) > LARGE else "circo"
-
-
-def picture(dot: str, kind: str, engine: str = "circo") -> bytes:
-    """DOT as `svg` or `png`, laid out by one of graphviz' programs. CannotDraw."""
+def picture(dot: str, kind: str) -> bytes:
+    """DOT as `svg` or `png`, drawn by graphviz. CannotDraw."""
     try:
-        completed = subprocess.run([engine, f"-T{kind}"], input=dot.encode(), capture_output=True, check=False)
+        completed = subprocess.run(["circo", f"-T{kind}"], input=dot.encode(), capture_output=True, check=False)
     except FileNotFoundError:
         raise CannotDraw(
-            f"{engine} is not installed, which draws the picture: install graphviz, or take -o dot, mermaid or json"
+            "circo is not installed, which draws the picture: install graphviz, or take -o dot, mermaid or json"
         ) from None
     if completed.returncode or not completed.stdout:
-        raise CannotDraw(f"{engine} could not draw the picture: {completed.stderr.decode(errors='replace').strip()}")
+        raise CannotDraw(f"circo could not draw the picture: {completed.stderr.decode(errors='replace').strip()}")
     return completed.stdout
 
 
