@@ -12,7 +12,17 @@ import pytest
 from attrs import evolve
 
 from kilo_etcd.agent.encrypting import MEMBERS_UNKNOWN
-from kilo_etcd.ctl.commands.check import Examined, Finding, Severity, _agents, _mode, _records, _unrouted, findings
+from kilo_etcd.ctl.commands.check import (
+    Examined,
+    Finding,
+    Severity,
+    _agents,
+    _mode,
+    _records,
+    _unrouted,
+    bounded,
+    findings,
+)
 from kilo_etcd.ctl.commands.location import check_label, location_lines, locations_table
 from kilo_etcd.ctl.impact import impact
 from kilo_etcd.ctl.reports.label import oddity
@@ -811,12 +821,29 @@ def test_ten_thousand_rejected_records_are_counted_and_the_first_are_shown() -> 
     assert "9980 more" in text
     assert "kgctl status -o json lists all" in text
     assert len(json.loads(status_json(found))["rejected"]) == 10_000
-    findings = [*_records(found), *_agents(found)]
+    findings = list(bounded((*_records(found), *_agents(found))))
     assert len(findings) < 60
     assert any(finding.text == "9980 more records are rejected" for finding in findings)
-    assert any(
-        finding.text.startswith("9980 more nodes are registered, but are no part of the mesh") for finding in findings
+    no_part = [finding.subject for finding in findings if finding.text.endswith("the node is no part of the mesh")]
+    assert len(no_part) == 21
+    assert no_part[-1] == "9980 more"
+
+
+def test_what_the_operator_wrote_is_shown_before_what_hosts_write() -> None:
+    flood = [RejectedRecord(f"/kilo/by/b{number:05}/junk", "not known") for number in range(100)]
+    own = RejectedRecord("/kilo/mesh/granularity", "'fulll' is none")
+    assert report(evolve(WORLD, rejected=(*flood, own)), {}, newest=40, registered=frozenset()).rejected[0] == own
+
+
+def test_a_field_of_a_newer_agent_is_no_error() -> None:
+    newer = RejectedRecord(
+        "/kilo/by/a1/node", "colour: no such field is known; the rest of the record is in force", "a1"
     )
+    mistyped = RejectedRecord("/kilo/peers/x", "colour: no such field is known")
+    found = report(evolve(WORLD, rejected=(newer, mistyped)), {}, newest=40, registered=frozenset())
+    severities = {finding.subject: finding.severity for finding in _records(found)}
+    assert severities["/kilo/by/a1/node"] is Severity.NOTE
+    assert severities["/kilo/peers/x"] is Severity.ERROR
 
 
 def test_an_answer_that_may_be_another_hosts_is_named_if_the_member_would_have_signed_it() -> None:

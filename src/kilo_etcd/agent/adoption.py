@@ -20,12 +20,8 @@ LONGEST_SECONDS = 2 * PROBE_PERIOD
 
 def missing(before: Topology, now: Snapshot) -> frozenset[str]:
     """The nodes of `before` that `now` lacks, and its leaders that stood as candidates and do not any more."""
-    leaders = {segment.leader.name for segment in before.segments.values()} & _candidates(before.snapshot)
-    return frozenset(before.snapshot.nodes.keys() - now.nodes.keys() | leaders - _candidates(now))
-
-
-def _candidates(snapshot: Snapshot) -> set[str]:
-    return {candidate.node for standing in snapshot.candidates.values() for candidate in standing}
+    leaders = {segment.leader.name for segment in before.segments.values()} & before.snapshot.candidate_names()
+    return frozenset(before.snapshot.nodes.keys() - now.nodes.keys() | leaders - now.candidate_names())
 
 
 @define

@@ -31,6 +31,10 @@ class ObservedEndpoint:
         return node is not None and node.may_tell_of(self.endpoint)
 
 
+REST_IN_FORCE = "the rest of the record is in force"
+"""How the reason ends if only a part of a record is rejected."""
+
+
 @frozen
 class RejectedRecord:
     """A record, or a part of one, that is not in force, and why."""
@@ -39,6 +43,11 @@ class RejectedRecord:
     reason: str
     author: str = ""
     """The node whose agent alone writes the key; empty: an operator writes it, or nobody should."""
+
+    @property
+    def in_force(self) -> bool:
+        """Whether only a part of the record is rejected, as where another version of the agent writes it."""
+        return self.reason.endswith(REST_IN_FORCE)
 
     def __str__(self) -> str:
         return f"{self.key}: {self.reason}"
@@ -75,3 +84,7 @@ class Snapshot:
     rejected: tuple[RejectedRecord, ...] = ()
     nodes_changed: Changed[str, Node] | None = field(default=None, eq=False, repr=False)
     """In what `nodes` differ from those of the snapshot before, as far as is known. It only saves work."""
+
+    def candidate_names(self) -> frozenset[str]:
+        """The nodes that stand as candidates anywhere, whose agents lived a lease's time ago."""
+        return frozenset(candidate.node for standing in self.candidates.values() for candidate in standing)

@@ -56,6 +56,7 @@ from kilo_etcd.model import (
     RejectedRecord,
     Snapshot,
 )
+from kilo_etcd.model.snapshot import REST_IN_FORCE
 from kilo_etcd.store import keys as k
 from kilo_etcd.store.addresses import AddressIndex, Claimant, place
 from kilo_etcd.store.annotations import ANNOTATIONS, Registered, join, join_peer
@@ -766,10 +767,10 @@ def _unknown(decoded: Read[R] | None) -> Sequence[str]:
     """What to report of unknown fields."""
     if decoded is None or not (decoded.unknown or decoded.unreadable):
         return ()
-    notes = [f"{name}: no such field is known; the rest of the record is in force" for name in decoded.unknown]
-    notes += (f"{text}; the rest of the record is in force" for text in decoded.unreadable)
+    notes = [f"{name}: no such field is known; {REST_IN_FORCE}" for name in decoded.unknown]
+    notes += (f"{text}; {REST_IN_FORCE}" for text in decoded.unreadable)
     if decoded.more_unknown:
-        notes.append(f"{decoded.more_unknown} more fields are not known; the rest of the record is in force")
+        notes.append(f"{decoded.more_unknown} more fields are not known; {REST_IN_FORCE}")
     return notes
 
 

@@ -36,9 +36,10 @@ def nodes_to_try(topology: Topology, name: str, most: int) -> tuple[Node, ...]:
         far = [node for node in others if topology.segment_of(node.name) is not segment]
         leaders = [node for node in far if topology.segment_of(node.name).leader is node]
         if segment.leader.name == name:
-            others = _sample(name, leaders if len(leaders) >= most else far, most)
+            others = _sample(topology, name, leaders if len(leaders) >= most else far, most)
         else:
-            others = list(dict.fromkeys((*_sample(name, leaders, FEW // 2), *_sample(name, far, FEW // 2))))
+            some_leaders = _sample(topology, name, leaders, FEW // 2)
+            others = list(dict.fromkeys((*some_leaders, *_sample(topology, name, far, FEW // 2))))
     return tuple(others)
 
 
@@ -81,5 +82,9 @@ def offered_to_try(
     return {address: route for address, route in found.items() if route is not None}
 
 
-def _sample(name: str, nodes: Iterable[Node], number: int) -> list[Node]:
-    return heapq.nsmallest(number, nodes, key=lambda node: crc32(f"{name} {node.name}".encode()))
+def _sample(topology: Topology, name: str, nodes: Iterable[Node], number: int) -> list[Node]:
+    """Candidates first, which are known to live."""
+    living = topology.snapshot.candidate_names()
+    return heapq.nsmallest(
+        number, nodes, key=lambda node: (node.name not in living, crc32(f"{name} {node.name}".encode()))
+    )

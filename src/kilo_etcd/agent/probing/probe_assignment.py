@@ -214,15 +214,22 @@ def _candidacy(topology: Topology, segment: Segment) -> int | None:
 
 
 def _targets(topology: Topology, segment: Segment, own: Node, reported: Collection[str]) -> tuple[Node, ...]:
-    """Those `reported` first, then in an order by chance, but always the same: many hosts do not all try the same
-    few."""
+    """Those `reported` first, then candidates, which are known to live; else in an order by chance, but always the
+    same: many hosts do not all try the same few."""
     leaders: Iterable[Node] = (
         other.leader for other in topology.segments.values() if other is not segment and other.leader.mesh_addresses
     )
     far = (leader for leader in leaders if not same_site(own, leader))
+    living = topology.snapshot.candidate_names()
     return tuple(
         heapq.nsmallest(
-            KNOWN, far, key=lambda node: (node.name not in reported, crc32(f"{own.name} {node.name}".encode()))
+            KNOWN,
+            far,
+            key=lambda node: (
+                node.name not in reported,
+                node.name not in living,
+                crc32(f"{own.name} {node.name}".encode()),
+            ),
         )
     )
 

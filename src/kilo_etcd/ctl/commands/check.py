@@ -241,7 +241,6 @@ def _agents(
             severity=Severity.WARNING, subject="mesh", text="no node has registered under this prefix",
             remedy="is it the right --prefix, and the right etcd? else start an agent: systemctl start kilo-etcd",
         )  # fmt: skip
-    idle = 0
     for row in report.nodes:
         if row.role == NOT_IN_FORCE and row.alive:
             yield Finding(
@@ -250,13 +249,11 @@ def _agents(
             )  # fmt: skip
         if not row.alive:
             if row.role == NOT_IN_FORCE:
-                if (idle := idle + 1) <= MOST_NAMED:
-                    yield Finding(
-                        severity=Severity.WARNING, subject=row.name,
-                        text="its agent does not report, and the node is no part of the mesh",
-                        remedy=f"kgctl node show {row.name}; gone for good, or never there: "
-                               f"kgctl node forget {row.name}",
-                    )  # fmt: skip
+                yield Finding(
+                    severity=Severity.WARNING, subject=row.name,
+                    text="its agent does not report, and the node is no part of the mesh",
+                    remedy=f"kgctl node show {row.name}; gone for good, or never there: kgctl node forget {row.name}",
+                )  # fmt: skip
                 continue
             tried = () if places is None else places.unresponsive.get(row.name, ())
             if askers := (reached or {}).get(row.name):
@@ -287,13 +284,6 @@ def _agents(
                        "firewall drop what comes in (nft list ruleset)? systemctl status kilo-etcd there; gone for "
                        f"good: kgctl node forget {row.name}",
             )  # fmt: skip
-    if idle > MOST_NAMED:
-        yield Finding(
-            severity=Severity.WARNING, subject="nodes",
-            text=f"{idle - MOST_NAMED} more nodes are registered, but are no part of the mesh, and their agents do not "
-                 "report",
-            remedy="kgctl status -o json lists all; find out who may write node records",
-        )  # fmt: skip
     for remark in report.disagreements:
         if silence is not None and isinstance(remark, UnsignedRemark) and silence.covers_unsigned(remark.pairs):
             continue
@@ -347,6 +337,12 @@ def _mode(report: Report) -> Iterator[Finding]:
 def _records(report: Report, named_elsewhere: Collection[Remark] = ()) -> Iterator[Finding]:
     """`named_elsewhere`: problems that other findings name."""
     for aside in report.rejected[:MOST_NAMED]:
+        if aside.in_force and aside.author:
+            yield Finding(
+                severity=Severity.NOTE, subject=aside.key, text=aside.reason,
+                remedy=f"{aside.author} has another version of the agent: upgrade the older ones when it suits",
+            )  # fmt: skip
+            continue
         yield Finding(
             severity=Severity.ERROR, subject=aside.key, text=f"rejected: {aside.reason}",
             remedy=f"etcdctl get {aside.key}; " + (
@@ -681,7 +677,7 @@ def check_command(mesh: Mesh, output: str) -> None:
     if output == "json":
         click.echo(json.dumps([asdict(finding) for finding in findings], indent=2, ensure_ascii=False))
     else:
-        for finding in findings:
+        for finding in bounded(findings):
             click.echo(f"{_coloured(finding.severity)}: "
                        f"{clean(finding.subject)}: {clean(finding.text)}")  # fmt: skip
             if finding.remedy:
@@ -690,6 +686,19 @@ def check_command(mesh: Mesh, output: str) -> None:
         click.echo(", ".join(totals) if totals else "All is well: etcd, records, agents, kernels, tunnels and packets.")
     if counts[Severity.ERROR] or counts[Severity.WARNING]:
         raise SystemExit(1)
+
+
+def bounded(findings: Iterable[Finding]) -> Iterator[Finding]:
+    """The findings for people: of those that say the same of many subjects the first, and how many more."""
+    kinds: dict[tuple[Severity, str], list[Finding]] = {}
+    for finding in findings:
+        kinds.setdefault((finding.severity, finding.text), []).append(finding)
+    for (severity, text), alike in kinds.items():
+        yield from alike[:MOST_NAMED]
+        if (more := len(alike) - MOST_NAMED) > 0:
+            yield Finding(
+                severity=severity, subject=f"{more} more", text=text, remedy="kgctl check -o json lists all"
+            )  # fmt: skip
 
 
 def mesh_findings(mesh: Mesh) -> tuple[Finding, ...]:

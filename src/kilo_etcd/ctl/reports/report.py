@@ -245,7 +245,8 @@ def report(
         nodes=tuple(_node_row(name, topology, statuses.get(name), newest, name in registered) for name in names),
         locations=_location_rows(topology, statuses),
         peers=tuple(sorted(topology.peers)),
-        rejected=snapshot.rejected,
+        # What the operator writes comes first, since of very many the first are shown.
+        rejected=tuple(sorted(snapshot.rejected, key=lambda record: (record.author != "", "/by/" in record.key))),
         disagreements=tuple(
             Remark(subject=name, text=text)
             for name in names
