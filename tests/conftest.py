@@ -60,6 +60,23 @@ def _stream(item: pytest.Item) -> tuple[int, str]:
     return (3, "here") if "root" in needs else (4, "etcd")
 
 
+ID_LENGTH = 200
+"""Characters of a parameter that stand in the name of its test."""
+
+
+def pytest_make_parametrize_id(val: object) -> str | None:
+    """Name a long parameter by its beginning: xdist sends each name many times, and pytest sets it as a variable of
+    the environment. pytest numbers those that are then alike."""
+    if isinstance(val, str | bytes) and len(val) > ID_LENGTH:
+        return f"{val[:ID_LENGTH]!r}... ({len(val)})"
+    return None
+
+
+def pytest_collection() -> None:
+    """What is imported stays, so that looking for garbage among it is in vain."""
+    gc.disable()
+
+
 # Before xdist's own hook, which reads the groups.
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -78,6 +95,7 @@ def pytest_collection_finish() -> None:
     gc.collect()
     gc.freeze()
     gc.set_threshold(20_000, 20, 50)
+    gc.enable()
 
 
 @pytest.hookimpl(tryfirst=True)
