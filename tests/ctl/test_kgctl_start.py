@@ -6,10 +6,9 @@ used. `bench/kgctl.py` says what it costs in milliseconds.
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
-
-import pytest
 
 from kilo_etcd.store.keys import Keys
 from kilo_etcd.store.records import NodeRecord, PeerRecord, Role, StatusRecord, encode, parse_networks
@@ -41,12 +40,22 @@ async def opened(config, **_):
 kilo_etcd.etcd.client.open_client = opened
 """
 RUN = """
-import sys
+import contextlib, io, json, sys
 from kilo_etcd.ctl.entry import main
-try:
-    main()
-finally:
-    print(*sys.modules, file=sys.stderr)
+
+before = set()
+for arguments in {commands!r}:
+    sys.argv = ["kgctl", *arguments.split()]
+    printed = io.TextIOWrapper(io.BytesIO())
+    try:
+        with contextlib.redirect_stdout(printed):
+            main()
+    except SystemExit as end:
+        assert not end.code, end
+    printed.flush()
+    assert printed.buffer.getvalue().strip(), arguments + " has printed nothing"
+    print(json.dumps([arguments, sorted(sys.modules.keys() - before)]))
+    before.update(sys.modules)
 """
 
 NEVER = (
@@ -71,26 +80,30 @@ NO_PLAN = (
 )
 
 
-def imported(arguments: str, *, etcd: bool) -> set[str]:
-    """The modules that a kgctl has imported when it has done its work, and their packages."""
-    script = (ETCD_IN_MEMORY.format(world=WORLD) if etcd else "") + RUN
-    done = subprocess.run(
-        [sys.executable, "-c", script, *arguments.split()], capture_output=True, text=True, check=True
-    )
-    assert done.stdout.strip(), "the command has printed nothing"
-    return set(done.stderr.split())
+def imported(*commands: str, etcd: bool) -> dict[str, set[str]]:
+    """By command, the modules that a kgctl has imported when it has done its work, and their packages, but for those
+    that a command before it has imported. One process runs them all: what none imports is not there at the end."""
+    script = (ETCD_IN_MEMORY.format(world=WORLD) if etcd else "") + RUN.format(commands=commands)
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    found = {arguments: set(modules) for arguments, modules in map(json.loads, done.stdout.splitlines())}
+    assert tuple(found) == commands
+    return found
 
 
-@pytest.mark.parametrize("arguments", ["--version", "--help", "completion bash"])
-def test_what_asks_no_mesh_imports_nothing_of_it(arguments: str) -> None:
-    found = imported(arguments, etcd=False)
-    assert "kilo_etcd.ctl.main" in found
-    assert not found.intersection((*NEVER, *NO_MESH, *NO_PLAN))
+def unwanted(found: dict[str, set[str]], *modules: str) -> dict[str, set[str]]:
+    """By command, which of the modules it is the first to import."""
+    return {arguments: there for arguments, all_ in found.items() if (there := all_.intersection(modules))}
 
 
-@pytest.mark.parametrize(
-    "arguments",
-    [
+def test_what_asks_no_mesh_imports_nothing_of_it() -> None:
+    found = imported("--version", "--help", "completion bash", etcd=False)
+    assert "kilo_etcd.ctl.main" in found["--version"]
+    assert unwanted(found, *NEVER, *NO_MESH, *NO_PLAN) == {}
+
+
+def test_what_shows_no_plan_imports_no_planning() -> None:
+    found = imported(
         "mesh show",
         "location list",
         "node list",
@@ -99,22 +112,18 @@ def test_what_asks_no_mesh_imports_nothing_of_it(arguments: str) -> None:
         "peer show phone",
         "status",
         "status -o json",
-    ],
-)
-def test_what_shows_no_plan_imports_no_planning(arguments: str) -> None:
-    found = imported(arguments, etcd=True)
-    assert "kilo_etcd.store.view" in found
-    assert not found.intersection((*NEVER, *NO_PLAN))
+        etcd=True,
+    )
+    assert "kilo_etcd.store.view" in found["mesh show"]
+    assert unwanted(found, *NEVER, *NO_PLAN) == {}
 
 
-@pytest.mark.parametrize("arguments", ["peer list -o json", "peer show phone -o json"])
-def test_peers_as_data_need_no_topology(arguments: str) -> None:
-    found = imported(arguments, etcd=True)
-    assert not found.intersection((*NEVER, *NO_PLAN, "kilo_etcd.topology.segments"))
+def test_peers_as_data_need_no_topology() -> None:
+    found = imported("peer list -o json", "peer show phone -o json", etcd=True)
+    assert unwanted(found, *NEVER, *NO_PLAN, "kilo_etcd.topology.segments") == {}
 
 
-@pytest.mark.parametrize("arguments", ["node show a", "showconf node a", "explain a phone", "graph --plain"])
-def test_no_command_that_only_reads_imports_the_agent_or_what_draws(arguments: str) -> None:
-    modules = imported(arguments, etcd=True)
-    assert not modules.intersection(NEVER)
-    assert not [module for module in modules if module.startswith("kilo_etcd.agent")]
+def test_no_command_that_only_reads_imports_the_agent_or_what_draws() -> None:
+    found = imported("node show a", "showconf node a", "explain a phone", "graph --plain", etcd=True)
+    assert unwanted(found, *NEVER) == {}
+    assert not [module for module in set().union(*found.values()) if module.startswith("kilo_etcd.agent")]
