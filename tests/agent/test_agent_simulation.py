@@ -7,6 +7,7 @@ from __future__ import annotations
 import io
 import os
 import sys
+from functools import cache
 
 import pytest
 import trio
@@ -37,6 +38,12 @@ def play(seed: int) -> list[str]:
     return trio.run(bounded, clock=trio.testing.MockClock(autojump_threshold=0))
 
 
+@cache
+def played(seed: int) -> list[str]:
+    """As `play`, once for all tests of this process."""
+    return play(seed)
+
+
 def why(error: BaseException) -> str:
     """The one thing that went wrong, out of all nurseries."""
     while isinstance(error, BaseExceptionGroup):
@@ -50,7 +57,7 @@ def test_schedules_of_faults(seeds: range) -> None:
     failed = []
     for seed in seeds:
         try:
-            play(seed)
+            played(seed)
         except Exception as error:
             if ONE:
                 raise
@@ -62,10 +69,10 @@ def test_schedules_of_faults(seeds: range) -> None:
 
 
 @pytest.mark.skipif(bool(ONE), reason="one schedule was asked for")
-@pytest.mark.parametrize("seed", [3, 8])
+@pytest.mark.parametrize("seed", [1, 3])
 def test_a_schedule_is_the_same_each_time(seed: int) -> None:
     setup_logging("error", stream=io.StringIO())
-    first = play(seed)
-    play(seed + 1)
+    first = played(seed)
+    played(seed + 1)
     assert play(seed) == first
     assert len(first) > 10
