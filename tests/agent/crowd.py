@@ -1,7 +1,8 @@
 """Many whole agents on one etcd in memory, in virtual time, and an account of what each of them does.
 
 What is counted, per agent: writes to etcd, calls to etcd of any kind, snapshots that were applied, writes to the
-kernel, and lines of log. KILO_CROWD is the number of hosts at each of five sites (`make test`: 10).
+kernel, and lines of log. KILO_CROWD is the number of hosts at each of five sites (`make test`: 10), by which the storms
+last longer too.
 """
 
 from __future__ import annotations
