@@ -43,9 +43,10 @@ BUSY = 4.0
 all down. It costs nothing where the condition comes true. In virtual time a deadline is kept to the second."""
 
 
-def examples(count: int) -> int:
-    """How many examples hypothesis makes of `count`: KILO_EXAMPLES per cent of them (all; `make test-fast`: 10)."""
-    return max(1, count * int(os.environ.get("KILO_EXAMPLES", "100")) // 100)
+def examples(count: int, least: int = 1) -> int:
+    """How many examples hypothesis makes of `count`: KILO_EXAMPLES per cent of them (all; `make test-fast`: 10), and
+    not fewer than `least`. So with rounds of a test, and with seconds of virtual time in which nothing may happen."""
+    return max(least, count * int(os.environ.get("KILO_EXAMPLES", "100")) // 100)
 
 
 async def eventually(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import ast
+import re
 from collections import defaultdict
 
 from helpers_docs import PACKAGE
@@ -12,8 +12,7 @@ def test_no_two_classes_have_one_name() -> None:
     places = defaultdict(list)
     for file in PACKAGE.rglob("*.py"):
         if file.parent.name != "pb":
-            for node in ast.walk(ast.parse(file.read_text())):
-                if isinstance(node, ast.ClassDef):
-                    places[node.name].append(str(file.relative_to(PACKAGE)))
+            for name in re.findall(r"^ *class (\w+)[(:]", file.read_text(), re.MULTILINE):
+                places[name].append(str(file.relative_to(PACKAGE)))
     assert len(places) > 300
     assert {name: files for name, files in places.items() if len(files) > 1} == {}

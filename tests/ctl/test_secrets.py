@@ -17,6 +17,7 @@ import yaml
 from click.testing import CliRunner
 
 import kilo_etcd
+from helpers import examples
 from kilo_etcd.agent.options import all_flags
 from kilo_etcd.base.quoting import SECRET, shown, shown_name, shown_path
 from kilo_etcd.ctl.formats.manifest import read_peers
@@ -149,6 +150,9 @@ def test_nor_does_a_refusal_of_a_manifest(secret: str) -> None:
         {"name": "x", "publicKey": PUBLIC, "endpoint": {"dnsOrIP": {"ip": value}, "port": value}}
         for value in wrong(secret)
     ]
+    # Of many documents each secret has its share in make test-fast, each another one.
+    step = len(documents) // examples(len(documents), 60)
+    documents = documents[SECRETS.index(secret) % step :: step]
     texts = [text for document in documents for text in (json.dumps(document), yaml.safe_dump(document))]
     texts += [
         f"publicKey: {PUBLIC}\npresharedKey: {tag} {secret}"
@@ -162,7 +166,7 @@ def test_nor_does_a_refusal_of_a_manifest(secret: str) -> None:
     messages = [(text, said_of(partial(read_peers, text, "standard input"), ValueError)) for text in texts]
     assert not [(text, message) for text, message in messages if quoted(secret, message)]
     assert {message.startswith("standard input") for _, message in messages if message} == {True}
-    assert sum(bool(message) for _, message in messages) > 100
+    assert sum(bool(message) for _, message in messages) > 100 // step
 
 
 @pytest.mark.parametrize(
