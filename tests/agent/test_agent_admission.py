@@ -9,7 +9,7 @@ from ipaddress import ip_address, ip_interface
 import pytest
 import trio
 
-from helpers import eventually
+from helpers import eventually, examples
 from kilo_etcd.agent.leader_hints.admission import (
     BURST,
     MOST_NODES,
@@ -142,10 +142,11 @@ def test_a_node_costs_less_than_a_kilobyte_however_much_it_asks() -> None:
     admission = Admission()
     tracemalloc.start()
     try:
-        for number in range(500):
+        nodes = examples(500)
+        for number in range(nodes):
             for count in range(50):
                 admission.answers(number.to_bytes(8), stamp(int(WALL), count), now=float(count), wall=WALL)
-        assert tracemalloc.get_traced_memory()[0] < 500 * 1024
+        assert tracemalloc.get_traced_memory()[0] < nodes * 1024
     finally:
         tracemalloc.stop()
     assert admission.repeated((1).to_bytes(8), stamp(int(WALL), 49))
