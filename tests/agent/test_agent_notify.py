@@ -48,6 +48,7 @@ def agent(state: Path) -> subprocess.Popen[str]:
     return subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
 
 
+@pytest.mark.parametrize("systemd", ["path"], indirect=True)
 def test_what_the_operator_has_to_mend_is_not_tried_every_second(systemd: socket.socket, tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     systemd.settimeout(60)

@@ -310,7 +310,8 @@ def test_a_release_is_a_version_a_changelog_a_wheel_a_commit_and_a_tag(tmp_path:
                               text=True, check=False)  # fmt: skip
 
     for wrong, says in (((), "give the version"), (("v1",), "give the version")):
-        assert (release(*wrong).returncode, says in release(*wrong).stderr) == (1, True)
+        done = release(*wrong)
+        assert (done.returncode, says in done.stderr) == (1, True)
     (tmp_path / "broken").touch()
     assert release("7.8.9").returncode != 0
     assert (git("status", "--porcelain"), git("tag"), git("log", "--format=%s")) == ("", "", "before\n")
