@@ -69,7 +69,7 @@ def test_schedules_of_faults(seeds: range) -> None:
 
 
 @pytest.mark.skipif(bool(ONE), reason="one schedule was asked for")
-@pytest.mark.parametrize("seed", [1, 3])
+@pytest.mark.parametrize("seed", [1, 8 if 9 in SEEDS else 3])
 def test_a_schedule_is_the_same_each_time(seed: int) -> None:
     setup_logging("error", stream=io.StringIO())
     first = played(seed)
