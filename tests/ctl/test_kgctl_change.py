@@ -491,6 +491,36 @@ def test_wait_names_those_that_are_late(etcd: FakeEtcd) -> None:
     assert "gcp-1 (at " in result.output
 
 
+@pytest.mark.parametrize("compacted", [False, True])
+def test_wait_waits_for_a_deletion_too(etcd: FakeEtcd, compacted: bool) -> None:
+    etcd.put("/kilo/locations/home-1", "gcp")
+    trio.run(alive, etcd.client(), "gcp-1", etcd.revision)
+    etcd.put("/elsewhere", "")
+    if compacted:
+        etcd.compact()
+    deleted = etcd.delete("/kilo/locations/home-1")
+    etcd.put("/elsewhere", "")
+    result = run("wait", "--timeout", "100ms")
+    assert result.exit_code == 1
+    assert f"1 of 1 agents have not applied revision {deleted} in time: gcp-1 (at " in result.output
+    trio.run(alive, etcd.client(), "gcp-1", deleted)
+    assert run("wait").output == f"1 agents have applied revision {deleted}.\n"
+
+
+def test_wait_waits_for_the_deletion_of_a_key_that_was_there_for_a_moment(etcd: FakeEtcd) -> None:
+    etcd.put("/kilo/locations/home-1", "gcp")
+    deleted = etcd.delete("/kilo/locations/home-1")
+    result = run("wait", "--timeout", "100ms")
+    assert f"1 of 1 agents have not applied revision {deleted} in time" in result.output
+
+
+def test_wait_waits_for_nothing_where_history_is_compacted_and_nothing_was_deleted(etcd: FakeEtcd) -> None:
+    etcd.put("/elsewhere", "")
+    etcd.compact()
+    etcd.put("/elsewhere", "")
+    assert run("wait", "--timeout", "100ms").output.startswith("1 agents have applied revision ")
+
+
 @pytest.mark.parametrize("end", ["applied", "died"])
 async def test_wait_ends_with_the_last_one(end: str) -> None:
     from kilo_etcd.ctl.commands.wait import applied

@@ -13,7 +13,15 @@ from kilo_etcd.etcd.api import KeyValue
 from kilo_etcd.etcd.client import open_client
 from kilo_etcd.model import CandidateClass, Granularity, MeshSettings
 from kilo_etcd.store.mirror import Mirror
-from kilo_etcd.store.operator import locations, set_location, snapshot, statuses, unset_location
+from kilo_etcd.store.operator import (
+    MOST_REVISIONS,
+    locations,
+    newest_change,
+    set_location,
+    snapshot,
+    statuses,
+    unset_location,
+)
 from kilo_etcd.store.records import PeerRecord, StatusRecord, encode
 from kilo_etcd.store.session.node_identity import NameTaken
 from kilo_etcd.store.session.session import Session
@@ -178,3 +186,36 @@ async def test_a_member_killed_and_started_again_costs_no_write() -> None:
         await client.put(KEYS.location("a"), "gcp")
         await eventually(lambda: mirror.current and mirror.current.revision > revision, 10)
         nursery.cancel_scope.cancel()
+
+
+async def test_the_newest_change_may_be_a_deletion() -> None:
+    require("etcd", "etcdctl")
+    async with EtcdServer.run() as server, open_client(server.config()) as client:
+        newest = await set_location(client, KEYS, "a", "gcp")
+
+        async def found() -> int:
+            listing = await client.get_prefix(KEYS.root)
+            return await newest_change(client, KEYS, newest, listing.header.revision)
+
+        assert await found() == newest
+        await client.put("/elsewhere", "")
+        assert await found() == newest
+        # Keys that are there for a moment leave as many behind as there were.
+        for name in ("b", "c"):
+            await set_location(client, KEYS, name, "gcp")
+            last = (await client.delete(KEYS.location(name))).header.revision
+        later = (await client.put("/elsewhere", "")).header.revision
+        assert await found() == last
+        assert await newest_change(client, KEYS, newest, last - 1) == last - 1, "what came later does not count"
+        for _ in range(MOST_REVISIONS // 2 + 1):
+            await set_location(client, KEYS, "d", "gcp")
+            last = (await client.delete(KEYS.location("d"))).header.revision
+        assert await found() == last, "more than etcd sends at once"
+        await server.etcdctl("compact", str(later))
+        assert await found() == last
+        quiet = (await client.put("/elsewhere", "")).header.revision
+        await server.etcdctl("compact", str(quiet))
+        assert await found() == newest, "history has nothing"
+        last = (await client.delete(KEYS.location("a"))).header.revision
+        await client.put("/elsewhere", "")
+        assert await found() == last

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping
 
 from attrs import evolve
 
-from kilo_etcd.etcd.api import Client, KeyValue, prefix_end
+from kilo_etcd.etcd.api import Client, Compacted, Event, KeyValue, Unavailable, prefix_end
 from kilo_etcd.model import RejectedRecord, Snapshot
 from kilo_etcd.store.history import last_good
 from kilo_etcd.store.keys import Keys, LocationKey, StatusKey
@@ -20,6 +20,14 @@ from kilo_etcd.store.records import (
     decode_subnets,
 )
 from kilo_etcd.store.view import View
+
+SILENCE = 1.0
+"""Seconds after which a watch that may begin in the past without an event has none: etcd sends those of the past after
+0.1 s."""
+MOST_REVISIONS = 1000
+"""The most revisions of the past that etcd sends at once (mvcc's watchBatchMaxRevs): after fewer there are no more."""
+HISTORY_TIMEOUT = 10.0
+"""Seconds in which etcd has to send its history."""
 
 
 async def snapshot(client: Client, keys: Keys) -> tuple[Snapshot, View]:
@@ -46,6 +54,47 @@ async def snapshot(client: Client, keys: Keys) -> tuple[Snapshot, View]:
         )
         result = evolve(result, rejected=(*result.rejected, missing))
     return result, view
+
+
+def last_change(newest: int, events: Iterable[Event], now: int) -> int:
+    """The revision of the last of `events` up to revision `now`; `newest` if there is none."""
+    return max((event.kv.mod_revision for event in events if event.kv.mod_revision <= now), default=newest)
+
+
+async def newest_change(client: Client, keys: Keys, newest: int, now: int) -> int:
+    """The revision of the last change below the prefix up to revision `now`, deletions included. EtcdError.
+
+    `newest` is that of the newest key that is there. A deletion leaves nothing that could be listed, so etcd's history
+    is read from `newest` on: the watch begins with the event of that key, and the others come with it. A progress
+    notice would not do, since those of older versions overtake events (`etcd.watch`). If etcd has compacted
+    `newest`, the history from then on counts, in which there may be nothing.
+    """
+    import trio
+
+    if not 0 < newest < now:
+        return newest
+    start, at_most = newest, HISTORY_TIMEOUT
+    with trio.move_on_after(HISTORY_TIMEOUT):
+        while True:
+            try:
+                async with client.watch_prefix(keys.root, start_revision=start) as watch:
+                    while True:
+                        with trio.move_on_after(at_most) as silence:
+                            batch = await watch.__anext__()
+                        if silence.cancelled_caught and at_most == SILENCE:
+                            return newest
+                        if not batch.events:
+                            continue
+                        newest = last_change(newest, batch.events, now)
+                        revisions = {event.kv.mod_revision for event in batch.events}
+                        if len(revisions) < MOST_REVISIONS or max(revisions) >= now:
+                            return newest
+                        at_most = SILENCE
+            except Compacted as error:
+                start, at_most = error.compact_revision, SILENCE
+                if start > now:
+                    return newest
+    raise Unavailable(f"etcd has not sent the changes since revision {newest} within {HISTORY_TIMEOUT:g} s; retry")
 
 
 async def statuses(client: Client, keys: Keys) -> Mapping[str, StatusRecord]:

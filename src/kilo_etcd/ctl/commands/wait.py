@@ -48,14 +48,14 @@ def wait_command(mesh: Mesh, timeout: float) -> None:
 
 
 async def applied(client: Client, keys: Keys, *, timeout: float) -> tuple[int, int, dict[str, int]]:
-    """Wait, at most `timeout` seconds, for the revision of the newest record.
+    """Wait, at most `timeout` seconds, for the revision of the last change of the mesh, a deletion too.
 
     That revision, how many agents live, and the revision of each that has not applied it.
     """
     import trio
 
     _, view = await operator.snapshot(client, keys)
-    target = newest_revision(view, keys)
+    target = await operator.newest_change(client, keys, newest_revision(view, keys), view.header.revision)
     reported: dict[str, int] = {}
 
     def behind() -> dict[str, int]:

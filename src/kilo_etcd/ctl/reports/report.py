@@ -182,6 +182,7 @@ class Report:
 
 def newest_revision(view: View, keys: Keys) -> int:
     """The revision of the newest record of the mesh: an agent that has applied it has missed nothing that is there.
+    What was deleted since is in etcd's history alone (`store.operator.newest_change`).
 
     etcd's own revision would not do: it moves with every status and with other programs' keys as well.
     """
