@@ -33,7 +33,7 @@ from kilo_etcd.store.records import (
     read,
 )
 from kilo_etcd.testing.fake_etcd import FakeEtcd
-from kilo_etcd.topology.internal import REMEDY
+from kilo_etcd.topology.internal import AT_MESH_ADDRESS, REMEDY
 from kilo_etcd.topology.segments import build_topology
 from kilo_etcd.topology.unrouted import ENCRYPTED_REMEDY, ENDPOINT_REMEDY
 
@@ -599,12 +599,12 @@ def test_between_two_nodes_it_says_how_the_internal_ip_is_reached_too(etcd: Fake
         ({"gcp_1": {"underlay": (ip_network("10.2.0.0/16"),)}},
          "gcp-1 reaches these addresses over its own links, so they are not routed from there; if gcp-1 should not, "
          "remove the route or the address there (ip route show 10.2.0.0/16), or give one of them other addresses, or "
-         f"{REMEDY}; the mesh addresses work"),
+         f"{REMEDY}; the hosts are to be reached at their mesh addresses"),
         ({name: {"underlay": (ip_network("10.2.0.0/16"),)} for name in ("gcp_1", "gcp_2")},
          f"gcp-2 or a host of its segment reaches 10.2.0.0/16 over its own links; {REMEDY}"),
         ({"gcp_3": {"internal_ips": (ip_interface("10.2.0.5/24"),)}}, f"gcp-3 and home-2 have it; {REMEDY}"),
         ({"home_1": {"endpoint": Endpoint.parse("10.2.0.5:51820")}},
-         f"other segments reach the WireGuard of home-1 there; the mesh address works; {ENDPOINT_REMEDY}"),
+         f"other segments reach the WireGuard of home-1 there; {AT_MESH_ADDRESS}; {ENDPOINT_REMEDY}"),
         ({"home_2": {"internal_ips": (ip_interface("169.254.7.7/24"),)}},
          f"it is each host's own (loopback, link-local, multicast); {REMEDY}"),
     ],

@@ -244,6 +244,22 @@ def test_an_endpoint_in_use_is_left_out() -> None:
     assert "10.2.0.1" in routes(other, "a1")
 
 
+def test_of_a_host_whose_internal_ip_is_not_routed_nobody_says_that_its_mesh_address_works() -> None:
+    """A topology does not know whether packets arrive there."""
+    six = evolve(A2, internal_ips=(*A2.internal_ips, ip_interface("fd00:a::2/64")))
+    (apart,) = routed(A1, six, B1, B2).unrouted
+    assert str(apart) == (
+        "fd00:a::2 is not routed: a2 and its leader a1 do not reach each other in that family; "
+        "the host is to be reached at its mesh address"
+    )
+    private = routed(A1, A2, evolve(B1, endpoint=Endpoint.parse("10.2.0.1:51820")), B2)
+    assert [entry.remedy.partition(";")[0] for entry in private.unrouted] == [
+        "the host is to be reached at its mesh address"
+    ] * 2
+    (both,) = routed(A1, evolve(A2, underlay=(ip_network("10.2.0.0/28"),)), B1, B2).unrouted
+    assert both.remedy.endswith("; the hosts are to be reached at their mesh addresses")
+
+
 def test_whose_wireguard_is_reached_at_an_address_is_named() -> None:
     taken = evolve(B1, endpoint=Endpoint.parse("10.1.0.2:51820"))
     entries = {str(entry.network): entry for entry in routed(A1, A2, taken, B2).unrouted}

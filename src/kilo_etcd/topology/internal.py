@@ -188,6 +188,8 @@ def collapsed(networks: Iterable[IPNetwork]) -> tuple[IPNetwork, ...]:
 
 MOST_HOLDERS = 5
 """Nodes with one address that are named; the others are counted."""
-ENDPOINT = ("other segments reach a WireGuard device there", "the mesh address works")
+AT_MESH_ADDRESS = "the host is to be reached at its mesh address"
+"""What is meant to be: whether packets arrive there, a topology does not know."""
+ENDPOINT = ("other segments reach a WireGuard device there", AT_MESH_ADDRESS)
 """`topology.unrouted` says whose."""
 REMEDY = "name other addresses of the hosts with kgctl annotate NODE force-internal-ip=..."

@@ -19,7 +19,7 @@ from kilo_etcd.base.quoting import command, first_of
 from kilo_etcd.model import InternalIPs, IPAddress, IPNetwork, Node, Peer
 from kilo_etcd.model.hostplan import Problem
 from kilo_etcd.topology.granularity import GranularityPolicy
-from kilo_etcd.topology.internal import ENDPOINT, REMEDY, endpoints_of, knows, public_endpoints, stated
+from kilo_etcd.topology.internal import AT_MESH_ADDRESS, ENDPOINT, REMEDY, endpoints_of, knows, public_endpoints, stated
 
 if TYPE_CHECKING:
     from kilo_etcd.topology.segments import Segment, Topology
@@ -193,7 +193,7 @@ def obstacle(
     owners = ends.get(address, ())
     return (
         f"other segments reach {'its WireGuard' if owners == (node,) else f'the WireGuard of {listed(owners)}'} there",
-        f"the mesh address works; {ENDPOINT_REMEDY}",
+        f"{AT_MESH_ADDRESS}; {ENDPOINT_REMEDY}",
     )
 
 
@@ -236,7 +236,7 @@ def _addresses(
                 nodes=(node.name,),
                 segments=(named(segment),),
                 reason=_not_carried(node, segment.leader),
-                remedy="the mesh address works",
+                remedy=AT_MESH_ADDRESS,
             )
         elif not encrypted and host in segment.front and (callers := _called(topology, segment, ip.version)):
             yield Unrouted(
@@ -246,7 +246,7 @@ def _addresses(
                 not_from=tuple(callers),
                 reason=f"the WireGuard of {listed(callers)}, called at private endpoints, may receive its packets "
                 f"there",
-                remedy="the mesh address works; give the leaders there a public endpoint (kgctl annotate NODE "
+                remedy=f"{AT_MESH_ADDRESS}; give the leaders there a public endpoint (kgctl annotate NODE "
                 "force-endpoint=...)",
             )
         elif host not in routed and host not in segment.network_set:
@@ -359,7 +359,8 @@ def _entry(network: IPNetwork, link: _Link, having: Mapping[str, Segment]) -> Un
         segments=tuple(names),
         not_from=tuple(near),
         reason=reason,
-        remedy=f"{first}give one of them other addresses, or {REMEDY}; the mesh addresses work",
+        remedy=f"{first}give one of them other addresses, or {REMEDY}; the hosts are to be "
+        "reached at their mesh addresses",
         suspects=reaching.suspects,
     )
 
