@@ -18,7 +18,7 @@ unexport PYTHONDONTWRITEBYTECODE
 help:
 	@echo 'make demo       a small internet on this machine: three sites, real etcd, real agents, real packets'
 	@echo 'make test       all tests (the first time some of them may build a kernel, while the others run)'
-	@echo 'make test-fast  the tests that need neither etcd nor root nor a network, a minute or two'
+	@echo 'make test-fast  the tests that need neither etcd nor root nor a network, a minute'
 	@echo 'make simulate   thousands of schedules of faults, agents and all, in virtual time; KILO_SEEDS=5000'
 	@echo 'make newcomer   what the README says of demo and tests, word for word in a fresh minimal Debian; ARGS=demo'
 	@echo 'make check      ruff, mypy strict, import-linter'
