@@ -21,10 +21,11 @@ def ring(clusters: Sequence[tuple[Sequence[str], Set[str]]], outside: Sequence[s
     members = [len(names) - number for (names, _), number in zip(clusters, leaders, strict=True)]
     rows = math.ceil(math.sqrt(max(members, default=0) * 1.2))
     widths = [max(own, math.ceil(led / rows) if rows else 0, 1) for own, led in zip(leaders, members, strict=True)]
-    radius = max(APART, APART * sum(widths) / math.tau)
+    total = sum(widths)
+    radius = max(APART, APART * total / math.tau)
     result, begin = [], 0.0
     for (names, leading), width, own, led in zip(clusters, widths, leaders, members, strict=True):
-        angle = math.tau * width / sum(widths)
+        angle = math.tau * width / total
         on_ring = _row(own, radius, begin, angle)
         beyond = _rows(led, width, radius + APART, begin, angle)
         result.append([next(on_ring if name in leading else beyond) for name in names])

@@ -8,7 +8,7 @@ that together they cover the mesh and none of them floods it.
 from __future__ import annotations
 
 import heapq
-from collections.abc import Iterable
+from collections.abc import Container, Iterable
 from zlib import crc32
 
 from kilo_etcd.model import IPAddress, Node
@@ -35,11 +35,12 @@ def nodes_to_try(topology: Topology, name: str, most: int) -> tuple[Node, ...]:
     if len(others) > most:
         far = [node for node in others if topology.segment_of(node.name) is not segment]
         leaders = [node for node in far if topology.segment_of(node.name).leader is node]
+        living = topology.snapshot.candidate_names()
         if segment.leader.name == name:
-            others = _sample(topology, name, leaders if len(leaders) >= most else far, most)
+            others = _sample(name, living, leaders if len(leaders) >= most else far, most)
         else:
-            some_leaders = _sample(topology, name, leaders, FEW // 2)
-            others = list(dict.fromkeys((*some_leaders, *_sample(topology, name, far, FEW // 2))))
+            some_leaders = _sample(name, living, leaders, FEW // 2)
+            others = list(dict.fromkeys((*some_leaders, *_sample(name, living, far, FEW // 2))))
     return tuple(others)
 
 
@@ -82,9 +83,8 @@ def offered_to_try(
     return {address: route for address, route in found.items() if route is not None}
 
 
-def _sample(topology: Topology, name: str, nodes: Iterable[Node], number: int) -> list[Node]:
-    """Candidates first, which are known to live."""
-    living = topology.snapshot.candidate_names()
+def _sample(name: str, living: Container[str], nodes: Iterable[Node], number: int) -> list[Node]:
+    """So many of the nodes, those that are `living` first."""
     return heapq.nsmallest(
         number, nodes, key=lambda node: (node.name not in living, crc32(f"{name} {node.name}".encode()))
     )

@@ -182,7 +182,7 @@ class Report:
 
 def newest_revision(view: View, keys: Keys) -> int:
     """The revision of the newest record of the mesh: an agent that has applied it has missed nothing that is there.
-    What was deleted since is in etcd's history alone (`store.operator.newest_change`).
+    Deletions leave no record and do not count here; `store.operator.newest_change` finds them too.
 
     etcd's own revision would not do: it moves with every status and with other programs' keys as well.
     """
