@@ -90,3 +90,34 @@ def test_as_long_as_nobody_sets_the_clock_nothing_is_copied() -> None:
     peer = ObservedPeer(public_key=ONE, last_handshake=clocks.wall)
     clocks.pass_by(9)
     assert clock.date({ONE: peer})[ONE] is peer
+
+
+def test_how_far_a_clock_went_back_is_known_and_undone_by_going_forward() -> None:
+    clocks = Clocks()
+    clock = clocks.clock()
+
+    def set_by(seconds: float) -> float:
+        clocks.wall += seconds
+        clocks.pass_by(10)
+        clocks.ages(clock)
+        return round(clock.set_back, 3)
+
+    assert [set_by(DAY), set_by(-DAY), set_by(-DAY), set_by(0), set_by(1.5 * DAY)] == [
+        0,
+        DAY,
+        2 * DAY,
+        2 * DAY,
+        DAY / 2,
+    ]
+    assert [set_by(-0.5) for _ in range(3)] == [DAY / 2, DAY / 2, DAY / 2 + 1.5], "small steps add up"
+
+
+def test_a_handshake_dated_ahead_shows_that_the_clock_went_back_before_the_agent_began() -> None:
+    clocks = Clocks()
+    clocks.wall += DAY
+    clocks.shake_hands(ONE)
+    clocks.wall -= DAY
+    clocks.pass_by(60)
+    clock = clocks.clock()
+    assert clocks.ages(clock) == {ONE: 0}
+    assert round(clock.set_back) == DAY - 60

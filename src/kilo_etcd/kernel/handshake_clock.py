@@ -33,6 +33,8 @@ class HandshakeClock:
         self._began = wall() - boot()
         self._shift = 0.0
         """What has to be added to the wall clock's time."""
+        self.set_back = 0.0
+        """Seconds by which the wall clock is behind what handshakes were dated by before, as far as is known."""
         self._last: Mapping[str, ObservedPeer] = {}
         """The last reading as it came."""
         self._fixed: dict[str, tuple[float, float]] = {}
@@ -50,6 +52,7 @@ class HandshakeClock:
             for key, former in self._last.items():
                 if former.last_handshake and self._fixed.get(key, (0.0, 0.0))[0] != former.last_handshake:
                     self._fixed[key] = former.last_handshake, former.last_handshake + self._shift
+            self.set_back = max(0.0, self.set_back + shift - self._shift)
             self._shift = shift
         self._last = peers
         self._fixed = {
@@ -65,6 +68,7 @@ class HandshakeClock:
             when = self._fixed[key][1] if key in self._fixed else reported + self._shift
             if when > now + SET_SECONDS:
                 # The clock was ahead when this agent was not there yet. It ages from now on.
+                self.set_back = max(self.set_back, when - now)
                 self._fixed[key], when = (reported, now), now
             if when != reported and abs(when - reported) > SET_SECONDS:
                 observed_peers[key] = evolve(peer, last_handshake=when)

@@ -305,7 +305,8 @@ class Host:
         """Read the device's state of its peers; empty, if there is no device or it is not ours."""
         link = self._find(self.interface)
         ours, state = self._read_device(link.link if link is not None else None)
-        return PeerActivity(time=self.handshake_clock.now(), peers=state.peers if ours else {})
+        clock = self.handshake_clock
+        return PeerActivity(time=clock.now(), peers=state.peers if ours else {}, set_back=clock.set_back)
 
     def fingerprint(self, link: Link) -> int | None:
         """A number that stays the same while nobody sets anything of our WireGuard device `link`. Of endpoints only

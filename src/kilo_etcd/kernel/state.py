@@ -295,6 +295,8 @@ class PeerActivity:
     time: float = 0.0
     peers: Mapping[str, ObservedPeer] = field(factory=dict)
     """Public key -> peer."""
+    set_back: float = 0.0
+    """Seconds by which the host's clock has gone back, against what it dated handshakes by before."""
 
     def silence(self, peer: ObservedPeer) -> float:
         """Seconds since the last handshake; infinite if there was none."""

@@ -42,7 +42,7 @@ def next_endpoint(account: Unanswered | None, peer: ObservedPeer, stated: Endpoi
     """
     if account is None or now - peer.last_handshake < SESSION_SECONDS or now - account.set_at < TURN_SECONDS:
         return None
-    account = _read(account, peer, now)
+    account = read_again(account, peer, now)
     if account.since + ANSWER_SECONDS > now or account.sent_at < now:
         return None
     return account.other if peer.endpoint == stated else stated
@@ -72,9 +72,9 @@ def accounts(
             before = memory.unanswered.get(key)
         if change is None or change.endpoint is None:
             if before is not None:
-                before = _read(before, peer, observed.time)
+                before = read_again(before, peer, observed.time)
             if peer.endpoint != stated or (before is not None and before.other is not None):
-                unanswereds[key] = before or _begun(peer, observed.time)
+                unanswereds[key] = before or begun(peer, observed.time)
             continue
         learnt = peer.endpoint not in (stated, memory.endpoints.get(key))
         silent = observed.time - peer.last_handshake >= SESSION_SECONDS
@@ -82,18 +82,19 @@ def accounts(
         usable = address is not None and not plan.leads_into_tunnel(address)
         other = peer.endpoint if learnt and silent and usable else None
         if change.endpoint != stated or other is not None:
-            unanswereds[key] = evolve(_begun(peer, now), set_at=now, other=other)
+            unanswereds[key] = evolve(begun(peer, now), set_at=now, other=other)
     return unanswereds
 
 
-def _begun(peer: ObservedPeer, now: float) -> Unanswered:
+def begun(peer: ObservedPeer, now: float) -> Unanswered:
+    """The account after the first reading, or after something was received."""
     return Unanswered(received=peer.rx_bytes, sent=peer.tx_bytes, sent_at=now)
 
 
-def _read(account: Unanswered, peer: ObservedPeer, now: float) -> Unanswered:
+def read_again(account: Unanswered, peer: ObservedPeer, now: float) -> Unanswered:
     """The account after one more reading."""
     if peer.rx_bytes != account.received or peer.tx_bytes < account.sent:
-        return evolve(_begun(peer, now), set_at=account.set_at)
+        return evolve(begun(peer, now), set_at=account.set_at)
     if peer.tx_bytes > account.sent:
         return evolve(account, sent=peer.tx_bytes, sent_at=now, since=min(account.since, now))
     if now - account.sent_at >= PAUSE_SECONDS:

@@ -38,6 +38,7 @@ from kilo_etcd.kernel.firewall.chains import Obstacle, Refusal
 from kilo_etcd.kernel.firewall.forward import AddForward, DeleteForward
 from kilo_etcd.kernel.firewall.openings import AddOpening, DeleteOpening
 from kilo_etcd.kernel.firewall.table import DeleteTable, ReplaceTable
+from kilo_etcd.kernel.handshake_clock import HandshakeClock
 from kilo_etcd.kernel.needs import possible
 from kilo_etcd.kernel.predict import apply_changes
 from kilo_etcd.kernel.routing.policy import removal
@@ -209,6 +210,7 @@ class FakeKernel:
         self._drift: str | None = None
         self._event = trio.Event()
         self._look_at = float("inf")
+        self._clock: HandshakeClock | None = None
         host.watch(self)
 
     @property
@@ -323,7 +325,10 @@ class FakeKernel:
         """Implements `kernel.api.Kernel.peer_activity`."""
         await trio.lowlevel.checkpoint()
         self._read()
-        return PeerActivity(time=self.host.clock(), peers=self.host.observed.peers)
+        if self._clock is None:
+            self._clock = HandshakeClock(lambda: self.host.clock(), trio.current_time)
+        self._clock.date({})
+        return PeerActivity(time=self.host.clock(), peers=self.host.observed.peers, set_back=self._clock.set_back)
 
     async def count_echoes(self, addresses: Collection[IPAddress], requests: EchoRequests) -> Mapping[IPAddress, int]:
         """Implements `kernel.api.Kernel.count_echoes`, as `ping`."""
