@@ -13,18 +13,21 @@ import pytest
 TIMEOUT = "1200"
 """Seconds for a guest, which has one processor and may share it; some take 200 on an idle machine."""
 
+OWN_CLOCK = "KILO_OWN_CLOCK"
+"""Set in the environment of a test that may set the clock."""
+
 ROOT = Path(__file__).resolve().parents[1]
 GUEST = str(ROOT / "scripts" / "guest")
 
 
-def guest_runner(*, systemd: bool = False) -> list[str]:
+def guest_runner(*, systemd: bool = False, own_clock: bool = False) -> list[str]:
     """The command that runs another one on a kernel with WireGuard and IPIP; empty if this machine's own has both.
 
-    With `systemd` it is always a guest, and systemd is process 1 there.
+    With `systemd` it is always a guest, and systemd is process 1 there; with `own_clock` it is always a guest too.
 
     Fails the test where there is neither.
     """
-    if not systemd and all(Path("/sys/module", name).exists() for name in ("wireguard", "ipip")):
+    if not (systemd or own_clock) and all(Path("/sys/module", name).exists() for name in ("wireguard", "ipip")):
         return []
     if named := os.environ.get("KILO_GUEST"):
         return [named, *(["--systemd"] if systemd else []), "--timeout", TIMEOUT, "--"]
@@ -50,12 +53,13 @@ def _failure_of_kernel() -> str:
 
 
 def pytest_in_guest(
-    *arguments: str, environment: dict[str, str] | None = None, systemd: bool = False
+    *arguments: str, environment: dict[str, str] | None = None, systemd: bool = False, own_clock: bool = False
 ) -> subprocess.CompletedProcess[str]:
     """Run pytest there. The root is read-only in a guest, so nothing is cached."""
-    variables = [f"{name}={value}" for name, value in {"HOME": "/tmp", **(environment or {})}.items()]
+    environment = {**(environment or {}), **({OWN_CLOCK: "1"} if own_clock else {})}
+    variables = [f"{name}={value}" for name, value in {"HOME": "/tmp", **environment}.items()]
     command = [
-        *guest_runner(systemd=systemd),
+        *guest_runner(systemd=systemd, own_clock=own_clock),
         *("env", *variables),
         *(sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-q", *arguments),
     ]

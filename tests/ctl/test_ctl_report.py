@@ -53,6 +53,7 @@ from kilo_etcd.model import (
     Granularity,
     InternalIPs,
     Node,
+    Peer,
     RejectedRecord,
     Snapshot,
 )
@@ -879,3 +880,45 @@ def test_answers_without_a_key_are_one_line_for_a_location() -> None:
     assert "location eu, west" in {remark.subject for remark in remarks}
     about = report(WORLD, told, newest=40, about={"a1", "a2"})
     assert [text.count("kgctl location set") for _, text in remarks_on(about, {"a1"})] == [1, 1], "of a host each"
+
+
+def test_wireguard_that_is_not_answered_is_named_once_for_each_host() -> None:
+    told = {
+        **ALL_WELL,
+        "a3": status("a3", role=Role.LEADER, unanswered=("b1",)),
+        "b1": status("b1", role=Role.ALONE, location="", leader="", unanswered=("a3", "a2", "gone", "b1")),
+    }
+    remarks = [remark for remark in report(WORLD, told, newest=40).problems if "WireGuard" in remark.text]
+    assert [remark.subject for remark in remarks] == ["b1"]
+    assert remarks[0].text.startswith("WireGuard's packets between it and a2, a3 are not answered (sent by a3, b1): ")
+    of_a2 = [text for _, text in remarks_on(report(WORLD, told, newest=40, about=("a2",)), ("a2",)) if "WireG" in text]
+    assert len(of_a2) == 1
+    assert "between it and b1 are not answered (sent by b1)" in of_a2[0]
+    # An agent that does not report is named for that.
+    del told["a2"], told["a3"]
+    assert not [remark for remark in report(WORLD, told, newest=40).problems if "WireGuard" in remark.text]
+
+
+def test_check_names_an_unanswered_host_unless_an_error_about_packets_does() -> None:
+    told = {**ALL_WELL, "b1": status("b1", role=Role.ALONE, location="", leader="", unanswered=("a3",))}
+    topology = build_topology(WORLD)
+
+    def found(live: Live) -> list[Finding]:
+        of = report(WORLD, told, newest=40, registered=frozenset(WORLD.nodes))
+        return [
+            finding
+            for finding in findings(Examined(members=(), report=of, topology=topology, statuses=told, live=live))
+            if "not answered" in finding.text or "no tunnel" in finding.text
+        ]
+
+    assert [(finding.severity, finding.subject) for finding in found(Live())] == [(Severity.WARNING, "a3")]
+    down = Live(answers={"a3": DiagnosticsResponse(), "b1": DiagnosticsResponse()})
+    assert [finding.severity for finding in found(down)] == [Severity.ERROR]
+
+
+def test_outside_peers_that_are_not_answered_are_a_note() -> None:
+    peers = {"phone": Peer(name="phone", public_key=KEYS["b2"], allowed_ips=(ip_network("10.9.0.1/32"),))}
+    told = {**ALL_WELL, "a3": status("a3", role=Role.LEADER, unanswered_peers=("phone", "gone"))}
+    (remark,) = report(evolve(WORLD, peers=peers), told, newest=40).notes
+    assert remark.subject == "phone"
+    assert "does the device sleep?" in remark.text

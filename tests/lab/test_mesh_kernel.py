@@ -29,6 +29,14 @@ def test_a_to_g_on_kernel_wireguard() -> None:
 
 @pytest.mark.guest
 @pytest.mark.lab
+def test_a_clock_that_goes_back() -> None:
+    done = pytest_in_guest("tests/lab/clock_on_kernel.py", "--durations=5", own_clock=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert " passed" in done.stdout
+
+
+@pytest.mark.guest
+@pytest.mark.lab
 def test_encrypted_on_kernel_wireguard() -> None:
     done = pytest_in_guest("tests/lab/encrypted_on_kernel.py", "--durations=5")
     assert done.returncode == 0, done.stdout + done.stderr

@@ -32,6 +32,8 @@ class PlanApplier:
         self._due: float | None = None
         self._topology: Topology | None = None
         self._reset_session: set[str] = set()
+        self._renew: set[str] = set()
+        """Those of them with which this host starts a handshake then."""
         self._proving: frozenset[str] = frozenset()
         self._due_changed = trio.Event()
 
@@ -55,7 +57,9 @@ class PlanApplier:
         new_keys = {change.public_key for change in report.changes if isinstance(change, SetPeer) and change.new}
         self._reset_session = (self._reset_session - new_keys) & desired.peers.keys()
         trigger_handshakes({**order.trigger, **{key: order.late[key] for key in silent}}.values())
+        renewed, self._renew = self._renew & new_keys, self._renew & self._reset_session
         if not standby:
+            trigger_handshakes(_addresses(renewed, order.plan, topology) if len(renewed) <= MOST_TRIGGERED else ())
             trigger_handshakes(_set_to_observed(report, order.plan, topology)[:MOST_TRIGGERED])
             trigger_handshakes(moved(report, before, order.plan, topology, apart_from=reset)[:MOST_TRIGGERED])
             remade = _remade(report, before, topology)
@@ -73,6 +77,12 @@ class PlanApplier:
     def reset_session(self, keys: Collection[str]) -> None:
         """Have the next `apply` make these peers anew: their sessions are dead, and others know where they are now."""
         self._reset_session.update(keys)
+
+    def renew(self, keys: Collection[str]) -> None:
+        """Have the next `apply` make these peers anew, so that their handshakes of before are forgotten, and start new
+        ones."""
+        self._reset_session.update(keys)
+        self._renew.update(keys)
 
     def check_takeover(self, keys: Collection[str]) -> None:
         """Have the next `apply`, and those after it, start handshakes with these peers although this host is a standby:
@@ -112,6 +122,13 @@ class PlanApplier:
             return frozenset()
         observed = (await self._device.observe()).peers
         return frozenset(key for key in late if key in observed and not observed[key].last_handshake)
+
+
+def _addresses(keys: Collection[str], plan: HostPlan, topology: Topology) -> list[IPAddress]:
+    """Mesh addresses of the nodes of these peers, as far as they are in use."""
+    peers = (plan.peers[key] for key in keys if key in plan.peers)
+    nodes = (topology.snapshot.nodes.get(peer.name) for peer in peers if peer.in_use)
+    return [address for node in nodes if node is not None for address in node.mesh_addresses[:1]]
 
 
 def _set_to_observed(report: kernel.ApplyReport, plan: HostPlan, topology: Topology) -> list[IPAddress]:

@@ -24,6 +24,7 @@ from kilo_etcd import kernel
 from kilo_etcd.agent.adoption import LONGEST_SECONDS, Adoption
 from kilo_etcd.agent.apply import PlanApplier
 from kilo_etcd.agent.cachefile import CachedMesh, CachedSnapshot, Identity
+from kilo_etcd.agent.clock import SetBack
 from kilo_etcd.agent.config import AgentConfig, too_small_for
 from kilo_etcd.agent.diagnostics import AppliedPlan, DiagnosticsServer
 from kilo_etcd.agent.dnshosts import DnsHosts, WriteNames
@@ -37,6 +38,7 @@ from kilo_etcd.agent.leadership.candidacy import CandidacyTask
 from kilo_etcd.agent.leadership.served_families import refused_families
 from kilo_etcd.agent.metrics import Metrics
 from kilo_etcd.agent.namesakes import Namesakes
+from kilo_etcd.agent.nat.unanswered_peers import UnansweredPeers
 from kilo_etcd.agent.nat.wireguard_monitor import WireGuardMonitor
 from kilo_etcd.agent.notify import notify, notify_reloading, watchdog_interval
 from kilo_etcd.agent.probing.prober import Prober
@@ -50,7 +52,7 @@ from kilo_etcd.agent.trial import try_installed
 from kilo_etcd.etcd import api as etcd
 from kilo_etcd.kernel.firewall.chains import Obstacle
 from kilo_etcd.kernel.firewall.cleartext import refused_sources
-from kilo_etcd.kernel.state import Observed
+from kilo_etcd.kernel.state import CreateLink, Observed, StartUserspace
 from kilo_etcd.model import PEER_QUERY_PORT, Granularity, InternalIPs, IPAddress, IPNetwork, MeshSettings, Snapshot
 from kilo_etcd.model.hostplan import HostPlan, RoutePlan, Via
 from kilo_etcd.planning.encryption import StageReport
@@ -99,6 +101,9 @@ WAITS_FOR_OTHERS = (
     "most"
 )
 """The line that says why an etcd that was adopted is not followed yet."""
+
+CLOCK_PERIOD = 10.0
+"""Seconds between two looks at whether it still matters that the clock went back."""
 
 FLUSH_SECONDS = 5.0
 """Between two looks at what of the log was left out."""
@@ -236,6 +241,10 @@ class Daemon:
         self.disagreements: tuple[str, ...] = ()
         self.traversal_failures: tuple[str, ...] = ()
         """Sentences on nodes that, like this host, are behind NAT, and cannot be reached."""
+        self.unanswered = UnansweredPeers()
+        """The peers that do not answer although WireGuard sends to them."""
+        self.clock_set_back: str | None = None
+        """A sentence on this host's clock, as long as it matters that it went back."""
         self.leader_hints = LeaderHints()
         """The leader hints of other nodes since etcd was out of reach."""
         self.no_baseline: str | None = None
@@ -272,6 +281,10 @@ class Daemon:
         self._programmed = False
         self._ready = False
         """Programmed well enough to lead."""
+        self._made_device = False
+        """Whether the WireGuard device was made anew since this agent began."""
+        self._set_back = SetBack()
+        self._clock_news = trio.Event()
         self._refused_families: frozenset[int] = frozenset()
         self._reconciling = False
         """Whether the tasks run that bring snapshots to the kernel."""
@@ -337,7 +350,10 @@ class Daemon:
             self.session,
             self.name,
             on_traversal_failures=self._note_traversal_failures,
+            on_unanswered=self._note_unanswered,
+            on_set_back=self._note_set_back,
             reset_session=self._reset_session,
+            renew=self._renew,
         )
         self._etcd_members = EtcdMembers(
             config,
@@ -485,6 +501,8 @@ class Daemon:
         self.log.info("address claimed", addresses=",".join(map(str, addresses)), granularity=str(settings.granularity))
         # Where the last agent was with the switch to `encrypted`, the kernel still is, or is to be again.
         self.registration.report = await self._insist(nursery, self._reported)
+        if self.registration.epoch is not None and (self._made_device or not await self._has_device()):
+            self.registration.epoch += 1
         # Not before: etcd may have kept us waiting, and the network may have come meanwhile.
         record = await self.registration.look()
         await self._insist(nursery, lambda: self.session.register(record))
@@ -505,6 +523,7 @@ class Daemon:
             self._reporter.run,
             self._wireguard_monitor.run,
             self._follow_obstacles,
+            self._follow_clock,
             self._encrypting.run,
         ):
             nursery.start_soon(task)
@@ -629,12 +648,22 @@ class Daemon:
             return False
 
     async def _reported(self) -> StageReport:
-        """The stage of the switch to `encrypted` in this host's record in etcd, whose former names are taken in too."""
+        """The stage of the switch to `encrypted` in this host's record in etcd, whose former names and epoch of
+        handshakes are taken in too."""
         record = await self._own_record()
         if record is None:
             return StageReport()
+        self.registration.epoch = record.handshake_epoch or 0
         self.namesakes.recall(record.former_names)
         return StageReport(stage=record.encryption, accepts_since=record.accepts_since or 0)
+
+    async def _has_device(self) -> bool:
+        """Whether the host has its WireGuard device already, or that cannot be read."""
+        try:
+            observed = await self.kernel.observe()
+        except (OSError, kernel.KernelError):
+            return True
+        return observed.link is not None and observed.ours
 
     async def _report_stage(self, report: StageReport) -> bool:
         self.registration.report = report
@@ -814,6 +843,10 @@ class Daemon:
         self.applier.reset_session(keys)
         self._nudge(fresh=True)
 
+    def _renew(self, keys: Collection[str]) -> None:
+        self.applier.renew(keys)
+        self._nudge(fresh=True)
+
     async def _look_again(self) -> None:
         """Find the host's addresses again, and register what has changed."""
         await self.registration.look_again(register=self._joined)
@@ -911,6 +944,10 @@ class Daemon:
                 peers=len(plan.peers), routes=len(plan.routes), revision=snapshot.revision,
             )  # fmt: skip
         self._programmed = True
+        self._made_device |= any(
+            isinstance(change, CreateLink | StartUserspace) and change.name == self.config.interface
+            for change in report.changes
+        )
         self._refused_families = refused_families(report.failures, snapshot.subnets)
         missing = (failure.destination for failure in report.failures if not failure.aside)
         self._ready = candidacy_policy.able_to_lead(missing, snapshot.subnets)
@@ -1079,6 +1116,44 @@ class Daemon:
         self.once.errors("traversal", sentences, level="warning")
         self._publish_again()
 
+    def _note_unanswered(self, unanswered: UnansweredPeers) -> None:
+        self.unanswered = unanswered
+        for kind, names in (("node", unanswered.nodes), ("peer", unanswered.peers)):
+            self.metrics.unanswered.labels(kind).set(len(names))
+        self.once.errors(
+            "unanswered",
+            tuple(
+                f"{kind} {name} does not answer, although WireGuard sends to it"
+                for kind, names in (("node", unanswered.nodes), ("peer", unanswered.peers))
+                for name in names
+            ),
+            level="warning",
+        )
+        self._publish_again()
+
+    def _note_set_back(self, seconds: float) -> None:
+        self._set_back.note(seconds, now=trio.current_time())
+        self._clock_news.set()
+
+    async def _follow_clock(self) -> None:
+        """Have the others forget this host's handshakes when its clock went back, and say so while it matters."""
+        while True:
+            await self._clock_news.wait()
+            self._clock_news = trio.Event()
+            self.registration.epoch = (self.registration.epoch or 0) + 1
+            await self.registration.look_again(register=True)
+            while not self._clock_news.is_set():
+                unanswered = bool(self.unanswered.nodes or self.unanswered.peers)
+                sentence = self._set_back.sentence(unanswered=unanswered, now=trio.current_time())
+                if sentence != self.clock_set_back:
+                    self.clock_set_back = sentence
+                    self.once.errors("clock", () if sentence is None else (sentence,))
+                    self._publish_again()
+                if sentence is None:
+                    break
+                with trio.move_on_after(CLOCK_PERIOD):
+                    await self._clock_news.wait()
+
     def _note_event(self, event: str) -> None:
         if event == "lease lost":
             self._nudge()
@@ -1148,6 +1223,8 @@ class Daemon:
             address=self.registration.address,
             unreachable=self._unreachable(),
             unsigned=() if self._reachability is None else self._reachability.unsigned[:MOST_LISTED],
+            unanswered=self.unanswered.nodes[:MOST_LISTED],
+            unanswered_peers=self.unanswered.peers[:MOST_LISTED],
             answers=self.answers,
             peer_query_port=self._peer_query_port,
             clear=self._clear,
@@ -1214,6 +1291,7 @@ class Daemon:
             self._candidacy.not_standing,
             self.metrics.listen_trouble,
             self.not_reloaded,
+            self.clock_set_back,
             self._dns_hosts and self._dns_hosts.trouble,
         )
         errors = (

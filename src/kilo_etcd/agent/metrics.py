@@ -42,6 +42,11 @@ class Metrics:
         self.unreachable = gauge(
             "kilo_unreachable_members", "Members of this location that do not answer at their internal IPs"
         )
+        self.unanswered = gauge(
+            "kilo_unanswered_peers", "WireGuard peers that are sent to and do not answer, by kind", ("kind",)
+        )
+        for kind in ("node", "peer"):
+            self.unanswered.labels(kind)
         self.errors = counter("kilo_errors_total", "Errors by kind", ("kind",))
         self.reconciles = counter("kilo_reconciles_total", "Runs of plan and apply by result", ("result",))
         self.netlink_writes = counter("kilo_netlink_writes_total", "Messages that changed the kernel")

@@ -90,6 +90,8 @@ class HostRegistration:
         self.record: NodeRecord | None = None
         self.report = StageReport()
         """The stage of the switch to `encrypted` in the record."""
+        self.epoch: int | None = None
+        """The epoch of the host's WireGuard handshakes in the record; None: it had no record."""
         self.facts = HostFacts()
         """What was found on the host when it was last looked at."""
         self.overlaps: tuple[str, ...] = ()
@@ -123,6 +125,7 @@ class HostRegistration:
                         underlay=record.underlay,
                         encryption=record.encryption,
                         accepts_since=record.accepts_since,
+                        handshake_epoch=record.handshake_epoch,
                     )
                     self._keep(record, () if alike else reasons)
             except (etcd.EtcdError, NameTaken) as error:
@@ -162,6 +165,7 @@ class HostRegistration:
             underlay=stated,
             encryption=self.report.stage,
             accepts_since=self.report.accepts_since or None,
+            handshake_epoch=self.epoch or None,
             location=location or "",
             port=config.port,
             persistent_keepalive=config.persistent_keepalive,

@@ -45,6 +45,10 @@ class State:
     """Members of the location that do not answer."""
     unsigned: tuple[str, ...] = ()
     """Those that answer without their key."""
+    unanswered: tuple[str, ...] = ()
+    """Nodes to which WireGuard sends, and from which nothing comes."""
+    unanswered_peers: tuple[str, ...] = ()
+    """The same of outside peers."""
     answers: bool = False
     """Whether this host answers others."""
     peer_query_port: int | None = None
@@ -92,6 +96,8 @@ class StatusReporter:
             address=state.address,
             unreachable=state.unreachable,
             unsigned=state.unsigned,
+            unanswered=state.unanswered,
+            unanswered_peers=state.unanswered_peers,
             answers=state.answers,
             peer_query_port=state.peer_query_port,
             clear=state.clear,

@@ -25,6 +25,9 @@ class StatedNode:
     its default gateways, name servers and etcd. None: its agent is of a version that does not report it."""
     encryption: EncryptionStage | None = None
     """How far it is with the switch to `encrypted`, or back."""
+    handshake_epoch: int | None = None
+    """Another one than before: others are to forget the host's WireGuard handshakes, which are dated by its clock. Its
+    device is new, or its clock went back. None: neither has happened."""
     subnets: tuple[IPNetwork, ...] = ()
     location: str = DEFAULT_LOCATION
     port: int = DEFAULT_PORT

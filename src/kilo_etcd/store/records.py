@@ -139,6 +139,10 @@ class StatusRecord:
     """Members of its location that do not answer it at their internal IPs, as far as they fit."""
     unsigned: tuple[str, ...] = ()
     """Members at whose internal IPs something answers, but never with the member's key."""
+    unanswered: tuple[str, ...] = ()
+    """Nodes to which its WireGuard sends, and from which nothing comes."""
+    unanswered_peers: tuple[str, ...] = ()
+    """The same of outside peers."""
     answers: bool = False
     """Whether it answers others' peer queries; agents of older versions do not say so, and do not."""
     peer_query_port: int | None = None
@@ -703,7 +707,9 @@ _REQUIRED = {
     record: frozenset(_camel(attribute.name) for attribute in fields(record) if attribute.default is NOTHING)
     for record in _RECORDS
 }
-_OPTIONAL: Mapping[type, tuple[str, ...]] = {NodeRecord: ("encryption", "acceptsSince", "formerNames", "duplicateOf")}
+_OPTIONAL: Mapping[type, tuple[str, ...]] = {
+    NodeRecord: ("encryption", "acceptsSince", "formerNames", "duplicateOf", "handshakeEpoch")
+}
 """Kind -> the fields without which, if they cannot be read, the record is in force all the same: a stage that a later
 version has must not take a node out of the mesh, nor what is for the host alone."""
 _EMPTY: tuple[object, ...] = (None, "", [])

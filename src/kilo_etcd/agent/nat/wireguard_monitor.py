@@ -1,8 +1,8 @@
 """The WireGuard monitor: reads which peers the host's own WireGuard receives from, and from where.
 
-It reads the device every few seconds, less often the longer nothing changes, and not at all where nobody is behind NAT.
-It publishes what it sees (`agent.nat.observed_endpoints`); it reports peers that it should receive from and does not
-(`agent.nat.nat_traversal`).
+It reads the device every few seconds, less often the longer nothing changes. It publishes what it sees
+(`agent.nat.observed_endpoints`); it reports peers that it should receive from and does not (`agent.nat.nat_traversal`,
+`agent.nat.unanswered_peers`), and has those made anew that have begun anew (`agent.nat.renewed_peers`).
 """
 
 from __future__ import annotations
@@ -16,6 +16,8 @@ from attrs import frozen
 from kilo_etcd import kernel
 from kilo_etcd.agent.nat.nat_traversal import Attempts, partners
 from kilo_etcd.agent.nat.observed_endpoints import PublishSchedule, Watched, observed_here, to_publish, to_watch
+from kilo_etcd.agent.nat.renewed_peers import RenewedPeers
+from kilo_etcd.agent.nat.unanswered_peers import PeerAccounts, UnansweredPeers
 from kilo_etcd.kernel.state import PeerActivity
 from kilo_etcd.model import Node, Snapshot
 from kilo_etcd.model.hostplan import HostPlan
@@ -38,6 +40,9 @@ PER_PEER = 0.002
 SHORTEST = 0.5
 """Seconds at least between two readings, however much changes."""
 
+SET_BACK = 5.0
+"""Seconds at least by which the host's clock goes back before anybody is told: less is soon made up for."""
+
 
 @frozen
 class _Followed:
@@ -48,8 +53,9 @@ class _Followed:
 
 _Company = tuple[KeysView[str], KeysView[str]]
 """The public keys of the peers that are watched, and of the peers that are behind NAT like this host."""
-_State = tuple[Mapping[str, ObservedEndpointRecord], tuple[str, ...], _Company]
-"""The observed endpoints to publish, the sentences on NAT traversal failures, and the peers that both are about."""
+_State = tuple[Mapping[str, ObservedEndpointRecord], tuple[str, ...], UnansweredPeers, _Company]
+"""The observed endpoints to publish, the sentences on NAT traversal failures, who does not answer, and the peers that
+the first two are about."""
 
 
 @frozen
@@ -64,8 +70,9 @@ class _Look:
 
 
 class WireGuardMonitor:
-    """Of node `name`. `on_traversal_failures` is told the sentences when they change, `reset_session` whose sessions to
-    make anew."""
+    """Of node `name`. `on_traversal_failures` is told the sentences when they change, `on_unanswered` who does not
+    answer, `on_set_back` by how many seconds the host's clock has gone back, `reset_session` whose sessions to make
+    anew, and `renew` which peers to make anew with a handshake from here."""
 
     def __init__(
         self,
@@ -74,17 +81,28 @@ class WireGuardMonitor:
         name: str,
         *,
         on_traversal_failures: Callable[[tuple[str, ...]], object],
+        on_unanswered: Callable[[UnansweredPeers], object],
+        on_set_back: Callable[[float], object],
         reset_session: Callable[[Collection[str]], object],
+        renew: Callable[[Collection[str]], object],
         rng: random.Random | None = None,
     ) -> None:
         self._device = device
         self._session = session
         self._name = name
         self._on_traversal_failures = on_traversal_failures
+        self._on_unanswered = on_unanswered
+        self._on_set_back = on_set_back
         self._reset_session = reset_session
+        self._renew = renew
         self._schedule = PublishSchedule(rng or random.Random())
         self._attempts = Attempts()
+        self._accounts = PeerAccounts()
+        self._renewed = RenewedPeers()
+        self._set_back = 0.0
+        """By how much the host's clock had gone back at the last reading."""
         self._reported: tuple[str, ...] = ()
+        self._unanswered = UnansweredPeers()
         self._followed: _Followed | None = None
         self._concerned_by: _Followed | None = None
         """What the next two were computed from."""
@@ -99,6 +117,7 @@ class WireGuardMonitor:
     def follow(self, snapshot: Snapshot, plan: HostPlan, *, tunnels: bool) -> None:
         """`plan`, made of `snapshot`, is in the kernel. `tunnels`: this host uses them, as a silent member does not."""
         self._followed = _Followed(snapshot, plan, tunnels)
+        self._renewed.follow(snapshot, plan, now=trio.current_time())
         self._news.set()
 
     async def run(self) -> None:
@@ -125,9 +144,9 @@ class WireGuardMonitor:
             self._concerned_by = followed
         watched, hidden = self._watched, self._partners
         published = self._session.observed_endpoints
-        concerned = bool(watched or hidden)
+        concerned = bool(plan.peers)
         if own is None or not (concerned or published):
-            self._report(())
+            self._report((), UnansweredPeers())
             return _Look()
         activity = PeerActivity()
         if concerned:
@@ -136,6 +155,11 @@ class WireGuardMonitor:
             except (kernel.KernelError, OSError):
                 return _Look(concerned=True)  # The reconciler will say so.
         now = trio.current_time()
+        if activity.set_back - self._set_back >= SET_BACK:
+            self._on_set_back(activity.set_back)
+        self._set_back = activity.set_back
+        if renewed := self._renewed.look(activity, now=now):
+            self._renew(renewed)
         desired = to_publish(observed_here(watched, activity), snapshot, self._name, published)
         ready, due = self._schedule.ready(desired, published, now=now, nodes=len(snapshot.nodes))
         if ready != published:
@@ -143,20 +167,26 @@ class WireGuardMonitor:
         outcome = self._attempts.look(own, hidden, plan, activity, now=now)
         if outcome.reset_session:
             self._reset_session(outcome.reset_session)
-        self._report(outcome.sentences)
+        unanswered = UnansweredPeers()
+        if followed.tunnels:
+            unanswered = self._accounts.look(snapshot, plan, activity, apart_from=hidden)
+        self._report(outcome.sentences, unanswered)
         company = (watched.keys(), hidden.keys())
         if company != self._company:
             self._company, self._changed = company, now
-        at_first = now - self._changed < AT_FIRST
+        at_first = bool(watched or hidden) and now - self._changed < AT_FIRST
         return _Look(
-            state=(ready, outcome.sentences, company),
+            state=(ready, outcome.sentences, unanswered, company),
             concerned=concerned,
-            longest=FIRST_WORDS if at_first else WHILE_WAITING if outcome.waiting else LONGEST,
-            due=float("inf") if due is None else due,
+            longest=FIRST_WORDS if at_first else WHILE_WAITING if outcome.waiting or unanswered.waiting else LONGEST,
+            due=min(float("inf") if due is None else due, self._renewed.due(now)),
             peers=len(plan.peers),
         )
 
-    def _report(self, sentences: tuple[str, ...]) -> None:
+    def _report(self, sentences: tuple[str, ...], unanswered: UnansweredPeers) -> None:
         if sentences != self._reported:
             self._reported = sentences
             self._on_traversal_failures(sentences)
+        if (unanswered.nodes, unanswered.peers) != (self._unanswered.nodes, self._unanswered.peers):
+            self._unanswered = unanswered
+            self._on_unanswered(unanswered)

@@ -58,6 +58,7 @@ from kilo_etcd.ctl.reports.report import (
     report,
     set_without_record,
     subject_of,
+    unanswered,
     unrouted_sentence,
 )
 from kilo_etcd.ctl.reports.trace import Plans
@@ -164,6 +165,8 @@ def findings(examined: Examined) -> tuple[Finding, ...]:
     # If an error names a leader already, the probers' report of that leader would only repeat it.
     reported = unreached_through(examined.topology)
     repeated = [remark for remark in reported if any(_names(finding, remark.about) for finding in wrong)]
+    silent = unanswered(examined.statuses, examined.topology)
+    repeated += [remark for remark in silent if any(_names(finding, remark.subject) for finding in wrong)]
     unsorted = (
         *_etcd(examined.members),
         *_agents(

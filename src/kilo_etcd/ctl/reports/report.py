@@ -271,10 +271,12 @@ def report(
             *_same_internal_ips(snapshot, statuses, separately=about is not None),
             *_same_endpoints(snapshot, statuses, separately=about is not None),
             *_unreached_through(topology),
+            *unanswered(statuses, topology, about),
             *_one_sided(topology, statuses, about),
         ),
         notes=(
             *_odd_locations(snapshot),
+            *_unanswered_peers(names, statuses, topology),
             *_without_internal_ip(topology, names),
             *_flags(names, statuses),
             *_endpoints_in_clear(topology, names),
@@ -389,6 +391,49 @@ def _flags(names: Iterable[str], statuses: Mapping[str, StatusRecord]) -> tuple[
         for error in statuses[name].errors
         if about_flag(error)
     )
+
+
+def unanswered(
+    statuses: Mapping[str, StatusRecord], topology: Topology, about: Collection[str] | None = None
+) -> Iterator[Remark]:
+    """On nodes between which WireGuard's packets get no answer, as one of them reports: one remark for all that a node
+    has in common; with `about` one for each pair of each of these nodes. An agent that is gone is named for that."""
+    nodes = topology.snapshot.nodes
+    senders: dict[frozenset[str], set[str]] = {}
+    for name in statuses.keys() & nodes.keys():
+        for other in statuses[name].unanswered:
+            if other != name and other in statuses and other in nodes:
+                senders.setdefault(frozenset((name, other)), set()).add(name)
+    if not senders:
+        return
+    from kilo_etcd.ctl.reports.arrivals import by_host
+
+    hosts = list(by_host(senders))
+    if about is not None:
+        both = ((name, next(iter(pair - {name}))) for pair in sorted(senders, key=sorted) for name in sorted(pair))
+        hosts = [(name, [other]) for name, other in both if name in about]
+    for host, others in hosts:
+        sending = sorted(set().union(*(senders[frozenset((host, other))] for other in others)))
+        yield Remark(
+            subject=host,
+            text=f"WireGuard's packets between it and {first_of(others, MOST_SUBJECTS)} are not answered (sent by "
+            f"{first_of(sending, MOST_SUBJECTS)}): a firewall may drop them (kgctl check), or the sender's clock went "
+            "back (timedatectl there), so that the other end drops its handshakes as replays until it makes it a new "
+            "peer: agents do so by themselves within some minutes",
+        )
+
+
+def _unanswered_peers(
+    names: Collection[str], statuses: Mapping[str, StatusRecord], topology: Topology
+) -> Iterator[Remark]:
+    """On outside peers that do not answer: one remark for all of them."""
+    reporting = [name for name in names if name in statuses]
+    silent = sorted({peer for name in reporting for peer in statuses[name].unanswered_peers if peer in topology.peers})
+    if silent:
+        yield Remark(
+            subject=first_of(silent, MOST_SUBJECTS),
+            text="packets are sent to it, and it does not answer: does the device sleep? else connect it anew",
+        )
 
 
 def _unreached_through(topology: Topology) -> Iterator[Remark]:

@@ -1,0 +1,249 @@
+"""Peers that have begun anew, or do not answer, and a clock that goes back: the decisions, and an agent that follows
+them on an etcd and a kernel in memory, in virtual time."""
+
+from __future__ import annotations
+
+import base64
+import json
+from ipaddress import ip_address, ip_interface, ip_network
+
+import pytest
+import trio
+from agent_world import World, running
+from attrs import evolve
+
+from helpers import eventually
+from kilo_etcd.agent.clock import SetBack
+from kilo_etcd.agent.nat.renewed_peers import OVERDUE_SECONDS, QUIET_SECONDS, RenewedPeers
+from kilo_etcd.agent.nat.unanswered_peers import LASTING, PATIENCE, PeerAccounts, UnansweredPeers
+from kilo_etcd.kernel.state import HostAddress, ObservedPeer, PeerActivity, SetPeer
+from kilo_etcd.model import SESSION_SECONDS, Endpoint, Node, Snapshot
+from kilo_etcd.model.hostplan import HostPlan, PeerPlan
+from kilo_etcd.runtime.host_facts import HostFacts
+from kilo_etcd.store.records import NodeRecord, encode
+
+KEY, PHONE = (base64.b64encode(bytes([number]) * 32).decode() for number in (77, 78))
+NOW = 1_000_000.0
+
+
+def snapshot(epoch: int | None, public_key: str = KEY) -> Snapshot:
+    node = Node(
+        name="b", public_key=public_key, mesh_addresses=(ip_address("10.4.0.2"),), handshake_epoch=epoch,
+        endpoint=Endpoint.parse("203.0.113.2:51820"),
+    )  # fmt: skip
+    return Snapshot(revision=1, nodes={"b": node}, subnets=(ip_network("10.4.0.0/16"),))
+
+
+def plan(*keys: str) -> HostPlan:
+    names = {KEY: "b", PHONE: "phone"}
+    peers = {
+        key: PeerPlan(public_key=key, name=names[key], allowed_ips=(ip_network(f"10.4.0.{number}/32"),))
+        for number, key in enumerate(keys, 2)
+    }
+    return HostPlan(node="a", listen_port=51820, peers=peers)
+
+
+def activity(now: float, *, silence: float, received: int = 1000, sent: int = 1000, key: str = KEY) -> PeerActivity:
+    peer = ObservedPeer(
+        public_key=key, last_handshake=NOW + now - silence, rx_bytes=received, tx_bytes=sent,
+        endpoint=Endpoint.parse("203.0.113.2:51820"),
+    )  # fmt: skip
+    return PeerActivity(time=NOW + now, peers={key: peer})
+
+
+def renewed() -> RenewedPeers:
+    """At 0 a node has begun anew."""
+    peers = RenewedPeers()
+    peers.follow(snapshot(None), plan(KEY), now=-100.0)
+    peers.follow(snapshot(1), plan(KEY), now=0.0)
+    return peers
+
+
+def test_a_peer_that_has_begun_anew_and_is_not_heard_is_made_anew_once() -> None:
+    peers = renewed()
+    assert peers.look(activity(0.1, silence=30), now=0.1) == frozenset()
+    assert peers.due(0.1) == 0.1 + QUIET_SECONDS
+    assert peers.look(activity(1.5, silence=31), now=1.5) == {KEY}
+    assert peers.look(activity(3.0, silence=33), now=3.0) == frozenset()
+    peers.follow(snapshot(1), plan(KEY), now=4.0)
+    assert peers.look(activity(500.0, silence=530), now=500.0) == frozenset()
+
+
+def test_a_session_that_works_stays_until_it_should_have_been_renewed() -> None:
+    peers = renewed()
+    assert peers.look(activity(0.1, silence=30), now=0.1) == frozenset()
+    for second in range(2, 100, 10):
+        assert peers.look(activity(second, silence=30 + second, received=1000 + second), now=second) == frozenset()
+    assert peers.due(90.0) == float("inf"), "the usual looks are enough"
+    late = OVERDUE_SECONDS - 30
+    assert peers.look(activity(late, silence=OVERDUE_SECONDS, received=2000), now=late) == {KEY}
+
+
+def test_a_handshake_since_the_news_is_a_session_that_works() -> None:
+    peers = renewed()
+    assert peers.look(activity(0.1, silence=0.05), now=0.1) == frozenset()
+    assert peers.look(activity(1.5, silence=1.4), now=1.5) == frozenset()
+    # The other end may have answered this host's handshake: its own would be dropped still.
+    assert peers.look(activity(200.0, silence=199.9), now=200.0) == {KEY}
+
+
+def test_what_is_no_news_makes_nothing_anew() -> None:
+    peers = RenewedPeers()
+    peers.follow(snapshot(3), plan(KEY), now=0.0)
+    peers.follow(snapshot(3), plan(KEY), now=1.0)
+    assert peers.look(activity(500.0, silence=1000), now=500.0) == frozenset(), "an agent that starts knows no former"
+    peers.follow(snapshot(4), plan(), now=501.0)
+    peers.follow(snapshot(4), plan(KEY), now=502.0)
+    assert peers.look(activity(600.0, silence=1000), now=600.0) == frozenset(), "a peer that was away is new anyway"
+
+
+def test_a_peer_that_is_sent_to_and_does_not_answer_is_named_until_it_does() -> None:
+    accounts, world, sends = PeerAccounts(), snapshot(None), plan(KEY)
+
+    def look(now: float, sent: int = 1000, received: int = 1000) -> UnansweredPeers:
+        return accounts.look(world, sends, activity(now, silence=1000, sent=sent, received=received))
+
+    assert look(0) == UnansweredPeers()
+    assert look(5, sent=1148) == UnansweredPeers(waiting=True)
+    assert look(15, sent=1296).nodes == ()
+    assert look(5 + PATIENCE, sent=1444).nodes == ("b",)
+    # Nobody sends any more: that is no answer.
+    assert look(100, sent=1444).nodes == ("b",)
+    assert look(5 + PATIENCE + LASTING, sent=1444).nodes == ()
+    assert look(400, sent=1592) == UnansweredPeers(waiting=True)
+    assert look(425, sent=1740).nodes == ("b",)
+    assert look(430, sent=1740, received=1092) == UnansweredPeers()
+
+
+def test_a_peer_that_nothing_is_sent_to_or_that_answers_is_not_named() -> None:
+    accounts, world, sends = PeerAccounts(), snapshot(None), plan(KEY)
+    for second in range(0, 200, 5):
+        assert accounts.look(world, sends, activity(second, silence=1000)).nodes == ()
+    for second in range(200, 400, 5):
+        read = activity(second, silence=10, sent=1000 + second, received=1000 + second)
+        assert accounts.look(world, sends, read) == UnansweredPeers()
+
+
+def test_laptops_and_phones_are_named_apart() -> None:
+    accounts = PeerAccounts()
+    for second in range(0, 60, 5):
+        found = accounts.look(
+            snapshot(None), plan(PHONE), activity(second, silence=1000, sent=1000 + second, key=PHONE)
+        )
+    assert (found.nodes, found.peers) == ((), ("phone",))
+
+
+def test_a_clock_that_went_back_is_told_of_as_long_as_it_matters() -> None:
+    clock = SetBack()
+    assert clock.sentence(unanswered=True, now=5.0) is None
+    clock.note(86400.0, now=10.0)
+    assert "clock went back by 24 h" in (clock.sentence(unanswered=False, now=11.0) or "")
+    assert clock.sentence(unanswered=False, now=11.0 + SESSION_SECONDS) is None
+    assert clock.sentence(unanswered=True, now=11.0 + SESSION_SECONDS) is not None
+    assert clock.sentence(unanswered=True, now=10.0 + 86400.0) is None, "it has caught up"
+    clock.note(20.0, now=100_000.0)
+    assert clock.sentence(unanswered=True, now=100_021.0) is None
+
+
+# --- an agent ------------------------------------------------------------------------------------------------------
+
+
+def other(world: World, epoch: int | None = None) -> None:
+    """A public node elsewhere, and this host is one too."""
+    world.facts = HostFacts(
+        hostname="h1",
+        addresses=(HostAddress(interface="eth0", index=2, address=ip_interface("203.0.113.1/24")),),
+    )
+    record = NodeRecord(
+        public_key=KEY, endpoint=Endpoint.parse("203.0.113.2:51820"), location="b", handshake_epoch=epoch
+    )
+    world.etcd.put("/kilo/by/b/addresses/10.4.9.2", "")
+    world.etcd.put("/kilo/by/b/node", encode(record))
+
+
+def resets(world: World) -> int:
+    return sum(isinstance(change, SetPeer) and change.reset for change in world.host.history)
+
+
+def own(world: World, kind: str = "kilo/by/h1/node") -> dict[str, object]:
+    found: dict[str, object] = json.loads(world.etcd.get(f"/{kind}") or b"{}")
+    return found
+
+
+STATUS = "kilo-status/by/h1/status"
+
+
+@pytest.mark.autojump
+async def test_an_agent_makes_a_peer_anew_that_has_begun_anew(world: World) -> None:
+    other(world)
+    async with running(world):
+        await eventually(lambda: KEY in world.host.observed.peers, 10, every=0.1)
+        world.host.receive_from(KEY)
+        await trio.sleep(60)
+        before = resets(world)
+        other(world, epoch=1)
+        await eventually(lambda: resets(world) == before + 1, 4, every=0.1)
+        world.host.receive_from(KEY)
+        await trio.sleep(300)
+        assert resets(world) == before + 1
+        assert world.logged("another program changed") == 0
+
+
+@pytest.mark.autojump
+async def test_an_agent_whose_clock_goes_back_has_others_forget_it_and_says_so(world: World) -> None:
+    other(world)
+    off = 0.0
+    world.host.clock = lambda: trio.current_time() + off
+    async with running(world):
+        await eventually(lambda: KEY in world.host.observed.peers, 10, every=0.1)
+        await eventually(lambda: own(world), 5, every=0.1)
+        off = 86400.0
+        await trio.sleep(60)
+        assert "handshakeEpoch" not in own(world), "forward is no harm"
+        off = 0.0
+        await eventually(lambda: own(world).get("handshakeEpoch") == 1, 30, every=0.1)
+        await eventually(lambda: "clock went back by 24 h" in str(own(world, STATUS).get("errors")), 10, every=0.1)
+        await trio.sleep(600)
+        assert "errors" not in own(world, STATUS)
+        assert own(world).get("handshakeEpoch") == 1
+        assert world.logged("clock went back") == 2, "that it does, and that it matters no longer"
+
+
+@pytest.mark.autojump
+async def test_a_host_that_boots_has_others_forget_it_and_one_whose_agent_restarts_has_not(world: World) -> None:
+    async with running(world):
+        await eventually(lambda: own(world), 5, every=0.1)
+        assert "handshakeEpoch" not in own(world), "nobody knows a new host"
+    async with running(world):
+        await eventually(lambda: own(world, STATUS), 5, every=0.1)
+        assert "handshakeEpoch" not in own(world)
+    for boot in (1, 2):
+        world.host.observed = evolve(world.host.observed, link=None, peers={}, public_key="")
+        async with running(world):
+            await eventually(lambda: own(world).get("handshakeEpoch") == boot, 5, every=0.1)  # noqa: B023
+
+
+@pytest.mark.autojump
+async def test_a_node_that_does_not_answer_is_in_status_metrics_and_log(world: World) -> None:
+    other(world)
+
+    def silent() -> float | None:
+        return world.metrics.registry.get_sample_value("kilo_unanswered_peers", {"kind": "node"})
+
+    async with running(world):
+        await eventually(lambda: KEY in world.host.observed.peers, 10, every=0.1)
+        async with trio.open_nursery() as nursery:
+
+            async def send() -> None:
+                while True:
+                    world.host.send_to(KEY)
+                    await trio.sleep(5)
+
+            nursery.start_soon(send)
+            await eventually(lambda: own(world, STATUS).get("unanswered") == ["b"], 60, every=0.1)
+            assert silent() == 1
+            assert world.logged("node b does not answer, although WireGuard sends to it") == 1
+            world.host.receive_from(KEY)
+            await eventually(lambda: "unanswered" not in own(world, STATUS), 15, every=0.1)
+            assert silent() == 0
+            nursery.cancel_scope.cancel()
