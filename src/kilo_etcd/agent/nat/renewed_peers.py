@@ -28,9 +28,9 @@ QUIET_SECONDS = 1.2
 """How long a host that has begun anew has for a handshake: it looks itself after two seconds whether there was one
 (`planning.handshake_order.STAGES`), and the two must not hinder each other."""
 
-OVERDUE_SECONDS = 135.0
-"""Age of a session that was not renewed when it should have been: WireGuard does so after 120 seconds, and begins again
-after 5 (whitepaper section 6.1)."""
+OVERDUE_SECONDS = 170.0
+"""Age of a session that is about to end, and was not renewed when it should have been: who began it does so with what
+it sends after 120 seconds, and with what it receives after 165 (whitepaper section 6.1 and 6.2)."""
 
 _GRACE = 1.0
 """Seconds by which a handshake may come before the news that its host had for it."""
@@ -43,6 +43,8 @@ class _Renewed:
     """When the peer was first read since then."""
     received: int = 0
     """What had come from it then."""
+    overdue: float = inf
+    """When its session, which works, should have been renewed."""
 
 
 @define
@@ -69,9 +71,13 @@ class RenewedPeers:
         self._epochs = epochs
 
     def due(self, now: float) -> float:
-        """When to look next for the sake of what was renewed just now; infinite: there is no hurry."""
-        soon = (min(renewed.looked, now) + QUIET_SECONDS for renewed in self._pending.values())
-        return min((time for time in soon if time > now), default=inf)
+        """When to look next; infinite: there is nothing to look for."""
+        times = (
+            time
+            for renewed in self._pending.values()
+            for time in (min(renewed.looked, now) + QUIET_SECONDS, renewed.overdue)
+        )
+        return min((time for time in times if time > now), default=inf)
 
     def look(self, activity: PeerActivity, *, now: float) -> frozenset[str]:
         """The public keys of the peers to make anew now."""
@@ -88,4 +94,6 @@ class RenewedPeers:
             if silence >= OVERDUE_SECONDS or (not works and now - renewed.looked >= QUIET_SECONDS):
                 reset.add(key)
                 del self._pending[key]
+            else:
+                self._pending[key] = evolve(renewed, overdue=now + OVERDUE_SECONDS - silence)
         return frozenset(reset)

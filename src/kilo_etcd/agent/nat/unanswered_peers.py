@@ -1,9 +1,9 @@
 """Which peers do not answer although this host's WireGuard sends to them.
 
-Whoever receives something from WireGuard answers within ten seconds, if only with a keepalive, so silence over
-`PATIENCE` seconds of sending means that packets get lost, on the way or at the other end: it is down, a firewall drops
-them, or its WireGuard takes this host's handshakes for replays since the clock here went back. A peer that nothing is
-sent to says nothing either way.
+A peer without a session that is sent to for `PATIENCE` seconds gets a handshake every five, and answers each that it
+gets. If nothing comes, packets get lost on the way or at the other end: it is down, a firewall drops them, or its
+WireGuard takes this host's handshakes for replays since the clock here went back. A peer that nothing is sent to says
+nothing either way, and with a session not everything is answered: keepalives are not.
 
 Pure: readings come in, names go out.
 """
@@ -16,11 +16,11 @@ from attrs import define, field, frozen
 
 from kilo_etcd.kernel.state import PeerActivity, Unanswered
 from kilo_etcd.kernel.unanswered import begun, read_again
-from kilo_etcd.model import Snapshot
+from kilo_etcd.model import SESSION_SECONDS, Snapshot
 from kilo_etcd.model.hostplan import HostPlan
 
-PATIENCE = 20.0
-"""Seconds of sending without an answer before a peer counts: WireGuard tries every five."""
+PATIENCE = 15.0
+"""Seconds between the first packet without an answer and the last one before a peer counts."""
 
 LASTING = 300.0
 """Seconds for which it still counts after the last packet that was sent there."""
@@ -59,8 +59,10 @@ class PeerAccounts:
             before = self._accounts.get(key)
             account = begun(peer, activity.time) if before is None else read_again(before, peer, activity.time)
             accounts[key] = account
-            sending = activity.time - account.since
+            sending = account.sent_at - account.since
             lasting = key in self._silent and activity.time - account.sent_at < LASTING
+            if activity.silence(peer) < SESSION_SECONDS:
+                continue
             if sending >= PATIENCE or (lasting and before is not None and before.received == peer.rx_bytes):
                 silent.add(key)
                 node = snapshot.nodes.get(planned.name)
