@@ -150,6 +150,8 @@ def test_a_clock_that_went_back_is_told_of_as_long_as_it_matters() -> None:
     assert clock.sentence(unanswered=False, now=11.0 + SESSION_SECONDS) is None
     assert clock.sentence(unanswered=True, now=11.0 + SESSION_SECONDS) is not None
     assert clock.sentence(unanswered=True, now=10.0 + 86400.0) is None, "it has caught up"
+    clock.note(86399.99, now=10.0)
+    assert "by 24 h" in (clock.sentence(unanswered=False, now=11.0) or "")
     clock.note(20.0, now=100_000.0)
     assert clock.sentence(unanswered=True, now=100_021.0) is None
 

@@ -31,7 +31,7 @@ class SetBack:
         if passed >= self._seconds or (passed >= SESSION_SECONDS and not unanswered):
             return None
         return (
-            f"this host's clock went back by {shown_duration(int(self._seconds))}: other hosts drop its WireGuard "
+            f"this host's clock went back by {shown_duration(round(self._seconds))}: other hosts drop its WireGuard "
             "handshakes as replays until they make it a new peer, which their agents do within some minutes; if a host "
             "does not answer after that, remove its WireGuard device (ip link del kilo0 there: its agent makes it "
             "anew); connect a laptop or phone anew"
