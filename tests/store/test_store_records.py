@@ -35,6 +35,7 @@ from kilo_etcd.store.records import (
     decode_subnets,
     encode,
     parse_networks,
+    read_peer,
 )
 
 DECODERS = [
@@ -161,7 +162,7 @@ def _tried(decode: Callable[[bytes], Any], value: bytes) -> tuple[Any, str]:
         b'{"publicKey":' + b"9" * 5000 + b"}",
         b'{"rank":NaN}',
         b'{"rank":true}',
-        b'{"publicKey":"%s","location":"\\udfff"}' % wg_key("a").encode(),
+        b'{"publicKey":"%s","location":"\\udfff","endpoint":"\\udfff"}' % wg_key("a").encode(),
     ],
 )
 def test_vicious_values_are_record_errors(value: bytes) -> None:
@@ -175,9 +176,34 @@ def test_an_address_with_a_zone_is_of_no_use_to_others() -> None:
         decode_node(b'{"publicKey":"%s","endpoint":"[fe80::1%%eth0]:1"}' % wg_key("a").encode())
 
 
-def test_a_typing_error_in_a_peer_is_told_with_the_names_there_are() -> None:
-    with pytest.raises(RecordError, match="allowedIps: no such field; a peer has allowedIPs, endpoint"):
-        decode_peer(b'{"publicKey":"%s","allowedIps":[]}' % wg_key("a").encode())
+@pytest.mark.parametrize(
+    ("field", "meant"),
+    [
+        ('"allowedIps":[]', "allowedIPs"),
+        ('"allowed_ips":[]', "allowedIPs"),
+        ('"allowedIP":["10.9.0.0/24"]', "allowedIPs"),
+        ('"presharedkey":"x"', "presharedKey"),
+        ('"preSharedKey":"x"', "presharedKey"),
+        ('"persistenKeepalive":25', "persistentKeepalive"),
+        ('"Endpoint":"192.0.2.1:1"', "endpoint"),
+    ],
+)
+def test_a_typing_error_in_a_peer_is_told_with_the_name_that_is_meant(field: str, meant: str) -> None:
+    with pytest.raises(RecordError, match=f"no such field; {meant} is probably meant"):
+        decode_peer(b'{"publicKey":"%s",%s}' % (wg_key("a").encode(), field.encode()))
+
+
+@pytest.mark.parametrize("field", ['"mtu":1280', '"dns":["10.0.0.1"]', '"expires":"2027-01-01"', '"name":"x"'])
+def test_a_peer_of_a_newer_kgctl_is_read_without_the_field_that_is_not_known(field: str) -> None:
+    value = b'{"publicKey":"%s","allowedIPs":["10.9.0.0/24"],%s}' % (wg_key("a").encode(), field.encode())
+    decoded = read_peer(value)
+    assert decoded.unknown == (field.split('"')[1],)
+    assert [str(network) for network in decoded.record.allowed_ips] == ["10.9.0.0/24"]
+
+
+def test_a_field_like_one_that_the_peer_has_is_no_typing_error() -> None:
+    value = b'{"publicKey":"%s","endpoint":"192.0.2.1:1","endpoints":[]}' % wg_key("a").encode()
+    assert read_peer(value).unknown == ("endpoints",)
 
 
 # --- keys -------------------------------------------------------------------------------------------------------------

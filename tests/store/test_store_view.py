@@ -178,6 +178,18 @@ def test_an_unknown_field_of_a_newer_agent_is_named_and_the_node_stays() -> None
     assert world.aside == {"/kilo/by/a/node": "colour: no such field is known; the rest of the record is in force"}
 
 
+def test_an_unknown_field_of_a_newer_kgctl_is_named_and_the_peer_stays() -> None:
+    world = World()
+    world.node("a", "10.4.0.1")
+    world.peer("phone", allowedIPs=["10.9.0.0/24"], expires="2027")
+    assert "phone" in world.view.snapshot().peers
+    (note,) = world.aside.values()
+    assert note.startswith("expires: no such field is known; a peer has allowedIPs, endpoint, ")
+    world.peer("phone", allowedIps=["10.9.0.0/24"])
+    assert "phone" not in world.view.snapshot().peers
+    assert list(world.aside.values()) == ["allowedIps: no such field; allowedIPs is probably meant"]
+
+
 @pytest.mark.parametrize(
     "field", ['"encryption":"paused"', '"encryption":["sends"]', '"acceptsSince":-1', '"acceptsSince":"x"']
 )

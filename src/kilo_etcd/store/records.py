@@ -8,8 +8,8 @@ fields left out), so equal records are equal bytes and "unchanged" is a comparis
 
 No message shows a value of a field that is marked secret, nor what else may be a key (`quoting`).
 
-Unknown fields: a peer with one is refused, since a person wrote it and most likely mistyped; records that agents write
-are read without it, and `Read.unknown` names it (docs/decisions/0002-unknown-fields.md).
+Unknown fields: a record is read without them, and `Read.unknown` names them. A peer is refused if one is most likely a
+known field mistyped, since a person may have written it (docs/decisions/0039-unknown-fields-of-peers.md).
 
 A start reads thousands of records, so a table of each kind's fields is all the machinery there is
 (docs/decisions/0018-records-by-a-table.md).
@@ -58,6 +58,8 @@ MAX_PROBE_REPORT = 16 * 1024
 """Bytes; its targets are node names."""
 MAX_NAMED = 10
 """Unknown fields of one record that are named; the others are counted."""
+_ALIKE = 0.8
+"""From this ratio of common letters on two names of fields are taken for the same one."""
 _MOST_SHOWN = 60
 _MOST_REASON = 300
 _REJECTED = b"\xffrejected: "
@@ -818,11 +820,35 @@ def decode_probe_report(value: bytes) -> ProbeReportRecord:
     return read(ProbeReportRecord, value, MAX_PROBE_REPORT).record
 
 
+PEER_FIELDS = tuple(sorted(_FIELDS[PeerRecord]))
+"""The fields that a peer may have, as they are written in JSON."""
+
+
 def decode_peer(value: bytes) -> PeerRecord:
-    """An unknown field is an error."""
+    """As `read_peer`, without the unknown fields."""
+    return read_peer(value).record
+
+
+def read_peer(value: bytes) -> Read[PeerRecord]:
+    """An unknown field is ignored and named, but for one that is most likely a mistyped one, which is an error."""
     decoded = read(PeerRecord, value)
-    if decoded.unknown:
-        names = ", ".join(map(shown_name, decoded.unknown))
-        more = f" and {decoded.more_unknown} more" if decoded.more_unknown else ""
-        raise RecordError(f"{names}{more}: no such field; a peer has {', '.join(sorted(_FIELDS[PeerRecord]))}")
-    return decoded.record
+    for name in decoded.unknown:
+        meant = _meant(name, decoded.record)
+        if meant is not None:
+            raise RecordError(f"{shown_name(name)}: no such field; {meant} is probably meant")
+    return decoded
+
+
+def _meant(unknown: str, record: PeerRecord) -> str | None:
+    """The field that the record lacks and that `unknown` is spelled like, if there is one."""
+    from difflib import SequenceMatcher
+
+    def letters(name: str) -> str:
+        return "".join(filter(str.isalnum, name)).casefold()
+
+    for attribute in fields(PeerRecord):
+        name = _camel(attribute.name)
+        lacks = getattr(record, attribute.name) == attribute.default
+        if lacks and SequenceMatcher(None, letters(unknown), letters(name)).ratio() >= _ALIKE:
+            return name
+    return None

@@ -18,7 +18,7 @@ What is not in force is named, one by one, in `Snapshot.rejected`:
 
 * records that cannot be read, and keys under the prefix that are none of ours;
 * candidacies, leader records, probe reports and observed endpoints under no lease, which would outlive their host;
-* unknown fields: the whole record for a peer, the field alone for what agents write (decision 0002);
+* unknown fields, alone; the whole record of a peer if it is most likely a known one mistyped (decision 0039);
 * a public key that is another's: of two nodes, and of two peers, the one with the older record keeps it, and a node
   that is in force keeps it against every peer (`store.duplicate_keys`, decision 0024);
 * annotations with bad values: the node is as it would be without them;
@@ -40,6 +40,7 @@ from typing import TypeVar
 from attrs import evolve, frozen
 
 from kilo_etcd.base.mappings import Changed, copied
+from kilo_etcd.base.quoting import shown_name
 from kilo_etcd.etcd.api import Event, EventType, Header, KeyValue
 from kilo_etcd.model import (
     ACCEPTING,
@@ -65,6 +66,7 @@ from kilo_etcd.store.records import (
     MAX_ANNOTATION,
     MAX_PROBE_REPORT,
     MAX_SMALL,
+    PEER_FIELDS,
     CandidateRecord,
     NodeRecord,
     ObservedEndpointRecord,
@@ -74,10 +76,10 @@ from kilo_etcd.store.records import (
     decode_granularity,
     decode_internal_ips,
     decode_label,
-    decode_peer,
     decode_subnets,
     decode_text,
     read,
+    read_peer,
     rejected,
 )
 
@@ -471,7 +473,7 @@ class View:
             case k.NodeKey(node):
                 return self._take_node(node, kv)
             case k.PeerKey(name):
-                self._take_peer(name, kv)
+                return self._take_peer(name, kv)
             case k.LocationKey(node):
                 _replace(self._labels, node, None if value is None else decode_label(value))
                 self._dirty.add(("node", node))
@@ -526,8 +528,9 @@ class View:
         self._dirty |= self._key_index.claim(("node", node), decoded.record.public_key, kv.create_revision)
         return _unknown(decoded)
 
-    def _take_peer(self, name: str, kv: KeyValue | None) -> None:
-        record = None if kv is None else decode_peer(kv.value)
+    def _take_peer(self, name: str, kv: KeyValue | None) -> Sequence[str]:
+        decoded = None if kv is None else read_peer(kv.value)
+        record = None if decoded is None else decoded.record
         created = 0 if kv is None else kv.create_revision
         _replace(
             self._peer_records,
@@ -546,6 +549,7 @@ class View:
         )
         self._dirty.add(("peer", name))
         self._dirty |= self._key_index.claim(("peer", name), record.public_key if record else None, created)
+        return _unknown(decoded, f"; a peer has {', '.join(PEER_FIELDS)}")
 
     def _take_annotation(self, node: str, name: str, value: bytes | None) -> Sequence[str]:
         if name not in ANNOTATIONS:
@@ -763,11 +767,14 @@ def _replace(table: dict[str, V], name: str, value: V | None) -> bool:
     return True
 
 
-def _unknown(decoded: Read[R] | None) -> Sequence[str]:
-    """What to report of unknown fields."""
+def _unknown(decoded: Read[R] | None, known: str = "") -> Sequence[str]:
+    """What to report of unknown fields; `known` says which there are."""
     if decoded is None or not (decoded.unknown or decoded.unreadable):
         return ()
-    notes = [f"{name}: no such field is known; {REST_IN_FORCE}" for name in decoded.unknown]
+    notes = [
+        f"{shown_name(name)}: no such field is known{known}; {REST_IN_FORCE}"
+        for name in decoded.unknown
+    ]
     notes += (f"{text}; {REST_IN_FORCE}" for text in decoded.unreadable)
     if decoded.more_unknown:
         notes.append(f"{decoded.more_unknown} more fields are not known; {REST_IN_FORCE}")
