@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+import json
 from ipaddress import ip_network
 
+import pytest
+from agent_world import World, running
+
+from helpers import eventually
 from kilo_etcd.agent.registration import KEPT_SECONDS, MOST_KEPT_SECONDS, PassingNetworks, networks_to_register
+from kilo_etcd.etcd import api as etcd
 from kilo_etcd.model import IPNetwork
 from kilo_etcd.runtime.host_facts import Reached
 
@@ -46,3 +52,16 @@ def test_what_is_gone_for_a_minute_counts_no_more_and_what_comes_again_and_again
         now += MOST_KEPT_SECONDS
     assert len(passing._kept) <= 256
     assert len(passing._seen) <= 2
+
+
+@pytest.mark.autojump
+async def test_an_etcd_that_is_a_mesh_address_is_named(world: World) -> None:
+    settings = etcd.Config(endpoints=("http://10.4.0.9:2379", "http://192.168.1.5:2379"))
+
+    def errors() -> str:
+        return str(json.loads(world.etcd.get("/kilo-status/by/h1/status") or b"{}").get("errors"))
+
+    async with running(world, etcd=settings):
+        await eventually(lambda: "etcd's endpoint 10.4.0.9 is a mesh address" in errors(), 30, every=0.1)
+        assert errors().count("is a mesh address") == 1
+        assert world.logged("10.4.0.9 is a mesh address") == 1

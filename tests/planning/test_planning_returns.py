@@ -165,3 +165,22 @@ def test_what_the_setting_internal_ips_routes_is_sent_on_as_the_member_sends_too
     # An address that is routed to nobody needs none.
     twin = evolve(world.nodes["b1"], internal_ips=world.nodes["a2"].internal_ips)
     assert plans(evolve(world, nodes={**world.nodes, "b1": twin}))["a1"].returns == {}
+
+
+@pytest.mark.parametrize("granularity", [Granularity.LOCATION, Granularity.CROSS])
+def test_packets_that_always_cannot_encapsulate_are_named_once(granularity: Granularity) -> None:
+    def problems(mode: Encapsulate, *internal: str) -> list[str]:
+        world = snapshot(
+            [node(f"a{n}", n, "a", tuple(ip.format(n) for ip in internal), encapsulate=mode) for n in range(1, 7)],
+            granularity=granularity,
+        )
+        return [problem.text for plan in plans(world).values() for problem in plan.problems]
+
+    said = problems(ALWAYS, "fd00:a::{}/64")
+    assert len(said) == 6
+    assert said[0] == (
+        "packets to a2, a3, a4 and 2 more go over IPv6 as they are, although encapsulate is always: IPIP carries IPv4 "
+        "only; encapsulate wireguard encapsulates them"
+    )
+    assert problems(ALWAYS, "10.0.0.{}/24", "fd00:a::{}/64") == []
+    assert problems(CROSS, "fd00:a::{}/64") == problems(WIREGUARD, "fd00:a::{}/64") == []

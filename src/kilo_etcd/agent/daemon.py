@@ -1302,6 +1302,7 @@ class Daemon:
             *self.cut_networks,
             *self.traversal_failures,
             *self.registration.overlaps,
+            *self.registration.etcd_inside,
             *self._missing_addresses(),
         )
         return (*errors, *(text for text in further if text))

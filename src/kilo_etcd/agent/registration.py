@@ -96,6 +96,8 @@ class HostRegistration:
         """What was found on the host when it was last looked at."""
         self.overlaps: tuple[str, ...] = ()
         """Sentences on the operator's addresses within the mesh's subnets."""
+        self.etcd_inside: tuple[str, ...] = ()
+        """Sentences on endpoints of etcd that are mesh addresses."""
 
     @property
     def address(self) -> str:
@@ -150,6 +152,7 @@ class HostRegistration:
             location, why = discover.location_from_cloud_init()
         self.facts = facts
         self.overlaps = facts.overlaps(self.subnets)
+        self.etcd_inside = etcd_inside(etcd_at, self.subnets)
         reached = facts.reached(etcd_at)
         counting = self._passing.look(reached.passing, trio.current_time())
         before = evolve(self._reached, passing=tuple(n for n in self._reached.passing if n in counting))
@@ -157,6 +160,7 @@ class HostRegistration:
             reached, before, None if self.record is None else self.record.underlay
         )
         self._once.errors("overlaps", self.overlaps, level="warning")
+        self._once.errors("etcd inside", self.etcd_inside, level="warning")
         record = NodeRecord(
             public_key=self._public_key,
             endpoint=chosen.endpoint,
@@ -183,6 +187,17 @@ class HostRegistration:
         self.record = record
         for event, fields in reasons:
             self._log.info(event, **fields)
+
+
+def etcd_inside(etcd_at: Iterable[IPNetwork], subnets: Collection[IPNetwork]) -> tuple[str, ...]:
+    """A sentence for each address of etcd's that is within the mesh's subnets."""
+    return tuple(
+        f"etcd's endpoint {network.network_address} is a mesh address: a host that boots has no tunnel yet to reach it "
+        "by, and one that loses its tunnels loses etcd too; give etcd's address on the network outside the mesh "
+        "(ETCDCTL_ENDPOINTS)"
+        for network in etcd_at
+        if any(network.version == subnet.version and network.network_address in subnet for subnet in subnets)
+    )
 
 
 def networks_to_register(

@@ -23,6 +23,7 @@ from typing import TypeVar
 from attrs import evolve, frozen
 
 from kilo_etcd.base.mappings import Changed, changes
+from kilo_etcd.base.quoting import first_of
 from kilo_etcd.model import (
     IPAddress,
     IPInterface,
@@ -45,6 +46,9 @@ from kilo_etcd.topology.segments import Segment, Topology, host_network
 
 K = TypeVar("K")
 V = TypeVar("V")
+
+MOST_SHOWN = 3
+"""Nodes that are named in one sentence."""
 
 
 class _TunnelRole(Enum):
@@ -201,6 +205,8 @@ class _Local:
         self.peers: dict[str, PeerPlan] = {}
         self.routes: dict[IPNetwork, RoutePlan] = {}
         self.problems: list[Problem] = []
+        self.plain: dict[str, None] = {}
+        """The nodes to which packets go plain although they should be encapsulated."""
         self.ipip_remotes: set[IPAddress] = set()
         self.ipip_local: IPAddress | None = None
         self.returns: dict[IPNetwork, RoutePlan] = {}
@@ -259,6 +265,12 @@ class _Local:
                 self._tunnel(node, networks, remote)
             self._neighbour(node, segment.addresses[node.name], networks)
             self._return(node)
+        if self.plain:
+            text = (
+                f"packets to {first_of(self.plain, MOST_SHOWN)} go over IPv6 as they are, although encapsulate is "
+                "always: IPIP carries IPv4 only; encapsulate wireguard encapsulates them"
+            )
+            self.problems.append(Problem(subject=self.own.name, text=text))
 
     def masquerade(self) -> tuple[IPNetwork, ...]:
         """The location's networks, where this host is the one that forwards to them."""
@@ -306,6 +318,8 @@ class _Local:
                     )
                 )
                 self.problems.append(Problem(subject=node.name, text=text))
+            elif way.plain and not way.trouble:
+                self.plain[node.name] = None
             elif way.trouble:
                 text = f"node {node.name} cannot be reached in IPv{version} inside the location: {way.trouble}"
                 self.problems.append(Problem(subject=node.name, text=text))

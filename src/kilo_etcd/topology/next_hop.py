@@ -22,6 +22,8 @@ class NextHop:
     way: Via
     gateway: IPAddress | None = None
     trouble: str = ""
+    plain: bool = False
+    """Not encapsulated although one of the two nodes always wants that: IPIP carries IPv4 only."""
 
 
 def tunneled(own: Node, other: Node) -> bool:
@@ -50,7 +52,7 @@ def next_hop(own: Node, other: Node, version: int) -> NextHop | None:
             # IPIP carries IPv4 only.
             remedy = "encapsulate crosssubnet or wireguard" if family == 4 else "encapsulate wireguard"
             trouble = f"{address} is not within its network {own_ip.network} and may not be encapsulated; use {remedy}"
-        return NextHop(Via.UNDERLAY, address, trouble)
+        return NextHop(Via.UNDERLAY, address, trouble, plain=Encapsulate.ALWAYS in modes)
     return None
 
 
