@@ -47,6 +47,7 @@ from kilo_etcd.agent.probing.taken_routes import taken_route
 from kilo_etcd.agent.registration import HostRegistration
 from kilo_etcd.agent.restore import REFUSALS, Restorer
 from kilo_etcd.agent.snapshot_cache import Disk, SnapshotCache
+from kilo_etcd.agent.state_directory import PERIOD_SECONDS
 from kilo_etcd.agent.status import State, StatusReporter
 from kilo_etcd.agent.trial import try_installed
 from kilo_etcd.etcd import api as etcd
@@ -243,6 +244,8 @@ class Daemon:
         """Sentences on nodes that, like this host, are behind NAT, and cannot be reached."""
         self.unanswered = UnansweredPeers()
         """The peers that do not answer although WireGuard sends to them."""
+        self.state_trouble: str | None = None
+        """A sentence on a state directory that is not of use for the next start."""
         self.clock_set_back: str | None = None
         """A sentence on this host's clock, as long as it matters that it went back."""
         self.leader_hints = LeaderHints()
@@ -542,6 +545,7 @@ class Daemon:
             self._reconciler.run,
             self._serve_diagnostics,
             self.cache.run,
+            self._follow_state_directory,
         ):
             nursery.start_soon(task)
         if self._peer_query is not None and self._post is not None:
@@ -1135,6 +1139,24 @@ class Daemon:
         self._set_back.note(seconds, now=trio.current_time())
         self._clock_news.set()
 
+    async def _follow_state_directory(self) -> None:
+        """See to it that the state directory has what the next start needs, and say if it has not."""
+        while True:
+            found = await self.cache.look()
+            if found.restored:
+                self.log.warning(
+                    "the private key was gone from the state directory, and was written there again; to have a new one "
+                    "made, stop the agent, remove it, and start the agent"
+                )
+            self.metrics.state_directory.set(found.trouble is None)
+            if found.trouble != self.state_trouble:
+                self.state_trouble = found.trouble
+                # That a snapshot cannot be written the cache logs itself.
+                own = None if found.trouble == self.cache.trouble else found.trouble
+                self.once.errors("state directory", () if own is None else (own,), level="warning")
+                self._publish_again()
+            await trio.sleep(PERIOD_SECONDS)
+
     async def _follow_clock(self) -> None:
         """Have the others forget this host's handshakes when its clock went back, and say so while it matters."""
         while True:
@@ -1292,6 +1314,7 @@ class Daemon:
             self.metrics.listen_trouble,
             self.not_reloaded,
             self.clock_set_back,
+            self.state_trouble,
             self._dns_hosts and self._dns_hosts.trouble,
         )
         errors = (
@@ -1324,8 +1347,9 @@ class Daemon:
         return self._waiting or self.session.last_error or self.session.contested
 
     def _own_trouble(self) -> str | None:
-        """Why this host does not do its part although etcd is followed and the plan is in the kernel."""
-        return self._restorer.trouble or next(iter(self.obstructed), None)
+        """Why this host does not do its part, or would not after a boot, although etcd is followed and the plan is in
+        the kernel."""
+        return self._restorer.trouble or next(iter(self.obstructed), None) or self.state_trouble
 
     def _bridged(self) -> str | None:
         """Why this host forwards without having joined, and by what, as a sentence; None: it has joined."""

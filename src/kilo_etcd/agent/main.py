@@ -167,7 +167,7 @@ async def _only_agent(config: AgentConfig) -> None:
         metrics = Metrics()
         async with metrics.serve(config.listen):
             public = key_file.public_key(private)
-            disk = snapshot_cache.Disk(config.state_dir)
+            disk = snapshot_cache.Disk(config.state_dir, private_key=private)
             _all_is_loaded()
             await Daemon(
                 config,

@@ -56,6 +56,10 @@ class Metrics:
             "kilo_snapshot_from_cache",
             "1 if the snapshot in force is from the cache on disk, since etcd was away at the start",
         )
+        self.state_directory = gauge(
+            "kilo_state_directory_usable",
+            "1 if the state directory has the private key and takes the snapshot for a boot without etcd",
+        )
         self.last_etcd_contact = gauge(
             "kilo_last_etcd_contact_timestamp_seconds", "When etcd last answered, seconds since 1970"
         )

@@ -8,15 +8,17 @@ alone.
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Any, TypeVar
 
 import trio
-from attrs import field, frozen
+from attrs import evolve, field, frozen
 
 from kilo_etcd.agent.cachefile import FILE, CachedMesh, CachedSnapshot, Identity, Unusable, read, remove, save
+from kilo_etcd.agent.state_directory import StateFound, look
 from kilo_etcd.model import Snapshot
 from kilo_etcd.runtime.logs import Once
 from kilo_etcd.store.view import Holdings
@@ -45,6 +47,8 @@ class Disk:
     run: Callable[[Callable[[], Any]], Awaitable[Any]] = _in_thread
     """What runs file work, in which a disk may take its time."""
     clock: Callable[[], float] = field(default=time.time)
+    private_key: str | None = field(default=None, repr=False)
+    """The host's, which is to be in that directory too; None: that is not looked at."""
 
     @property
     def path(self) -> Path:
@@ -63,6 +67,8 @@ class SnapshotCache:
         self._holdings: Callable[[], Holdings | None] = lambda: None
         self._due = trio.Event()
         self._writing = trio.Lock()
+        self.trouble: str | None = None
+        """A sentence on a snapshot that could not be written; None: the last one was."""
 
     async def read(self) -> CachedMesh | None:
         """The cached content, if it is of use; if it is not, a warning says so."""
@@ -104,6 +110,22 @@ class SnapshotCache:
             self._noted, self._holdings = snapshot, holdings
             self._due.set()
 
+    async def look(self) -> StateFound:
+        """What is wrong with the directory, or with what was written there last; what can be restored is. A snapshot
+        that is gone is written again."""
+        disk = self._disk
+        if disk is None or disk.private_key is None:
+            await trio.lowlevel.checkpoint()
+            return StateFound(self.trouble)
+        private_key = disk.private_key
+        found: StateFound = await disk.run(lambda: look(disk.state_dir, private_key))
+        gone = self._noted is not None and not await disk.run(lambda: os.path.exists(disk.path))
+        if gone:
+            self._due.set()
+        if found.trouble is None and (gone or self.trouble is not None):
+            await self.flush()
+        return found if found.trouble is not None else evolve(found, trouble=self.trouble)
+
     async def run(self) -> None:
         """Write what is noted, the newest only, until cancelled."""
         while True:
@@ -132,8 +154,13 @@ class SnapshotCache:
                 "snapshot cache", "the snapshot cannot be cached on disk for a boot without etcd",
                 path=str(disk.path), error=reason,
             )  # fmt: skip
+            self.trouble = (
+                f"the snapshot cannot be cached on disk for a boot without etcd: {disk.path}: {reason}; make room "
+                "there, or make the directory writable"
+            )
             self._due.set()
             return RETRY_SECONDS
+        self.trouble = None
         self._once.clear("snapshot cache", "the snapshot is cached on disk again")
         return max(PAUSE_SECONDS, PAUSE_FACTOR * (time.monotonic() - began))
 

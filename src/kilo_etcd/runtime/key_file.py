@@ -34,21 +34,21 @@ class UnusableKey(KeyFileError):
     """The file that is there is no key, or others can read it: that does not pass by itself."""
 
 
-def load_or_create(state_dir: Path) -> str:
-    """The private key in base64, as `wg genkey` prints it; made (with its directory) where there is none.
+def load_or_create(state_dir: Path, new: str | None = None) -> str:
+    """The private key in base64, as `wg genkey` prints it; made (with its directory) where there is none, or `new`.
     KeyFileError."""
-    return load_or_create_file(state_dir / KEY_FILE, flag="--state-dir")
+    return load_or_create_file(state_dir / KEY_FILE, flag="--state-dir", new=new)
 
 
-def load_or_create_file(path: Path, *, flag: str) -> str:
-    """The private key in this file, made (with its directory) where there is none. `flag` is the option that names
-    another place. KeyFileError."""
+def load_or_create_file(path: Path, *, flag: str, new: str | None = None) -> str:
+    """The private key in this file, made (with its directory) where there is none, or `new`. `flag` is the option that
+    names another place. KeyFileError."""
     existing = peek_file(path)
     if existing is not None:
         return existing
     try:
         path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-        _write_new(path, generate())
+        _write_new(path, new or generate())
     except OSError as error:
         if (short := descriptors.shortage(error)) is not None:
             raise KeyFileError(f"the private key cannot be written to {path.parent}: {short}") from None
