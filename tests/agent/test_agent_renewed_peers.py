@@ -15,11 +15,11 @@ from attrs import evolve
 from helpers import eventually
 from kilo_etcd.agent.clock import SetBack
 from kilo_etcd.agent.nat.renewed_peers import OVERDUE_SECONDS, QUIET_SECONDS, RenewedPeers
-from kilo_etcd.agent.nat.unanswered_peers import LASTING, PATIENCE, PeerAccounts, UnansweredPeers
 from kilo_etcd.kernel.state import HostAddress, ObservedPeer, PeerActivity, SetPeer
-from kilo_etcd.model import SESSION_SECONDS, Endpoint, Node, Snapshot
+from kilo_etcd.model import SESSION_SECONDS, Endpoint, Node, Peer, Snapshot
 from kilo_etcd.model.hostplan import HostPlan, PeerPlan
 from kilo_etcd.runtime.host_facts import HostFacts
+from kilo_etcd.runtime.unanswered_peers import LASTING, PATIENCE, PeerAccounts, UnansweredPeers
 from kilo_etcd.store.records import NodeRecord, encode
 
 KEY, PHONE = (base64.b64encode(bytes([number]) * 32).decode() for number in (77, 78))
@@ -85,6 +85,20 @@ def test_a_handshake_since_the_news_is_a_session_that_works() -> None:
     assert peers.look(activity(1.5, silence=1.4), now=1.5) == frozenset()
     # The other end may have answered this host's handshake: its own would be dropped still.
     assert peers.look(activity(200.0, silence=199.9), now=200.0) == {KEY}
+
+
+def test_a_laptop_whose_record_is_another_one_is_made_anew() -> None:
+    def world(revision: int) -> Snapshot:
+        peer = Peer(name="phone", public_key=PHONE, registered_revision=revision)
+        return evolve(snapshot(None), peers={"phone": peer})
+
+    peers = RenewedPeers()
+    peers.follow(world(7), plan(PHONE), now=0.0)
+    peers.follow(world(7), plan(PHONE), now=1.0)
+    assert peers.due(1.0) == float("inf")
+    peers.follow(world(9), plan(PHONE), now=2.0)
+    assert peers.look(activity(2.0, silence=20, key=PHONE), now=2.0) == frozenset()
+    assert peers.look(activity(4.0, silence=22, key=PHONE), now=4.0) == {PHONE}
 
 
 def test_what_is_no_news_makes_nothing_anew() -> None:

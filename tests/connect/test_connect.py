@@ -285,6 +285,62 @@ async def test_a_machine_that_slept_longer_than_its_lease_comes_back_by_itself(w
     assert nothing_is_left(world)
 
 
+async def test_a_machine_whose_clock_goes_back_is_a_new_peer_to_the_nodes(world: World) -> None:
+    off = 0.0
+    world.host.clock = lambda: trio.current_time() + off
+    async with connected(world):
+        await trio.sleep(30)
+        before, address = world.etcd.data[RECORD.encode()], world.host.observed.addresses
+        off = 3600.0
+        await trio.sleep(30)
+        assert world.etcd.data[RECORD.encode()] == before
+        off = 0.0
+        await eventually(lambda: RECORD in world.etcd and world.etcd.data[RECORD.encode()] != before, 20, every=0.1)
+        after = world.etcd.data[RECORD.encode()]
+        assert after.create_revision > before.create_revision
+        assert (after.value, after.lease) == (before.value, before.lease)
+        await trio.sleep(5 * LEASE_SECONDS)
+        assert world.etcd.data[RECORD.encode()] == after
+        assert world.host.observed.addresses == address
+        assert world.leaders() == {1, 3}
+        assert world.logged("this machine's clock went back") == 1
+    assert nothing_is_left(world)
+
+
+async def test_a_record_that_etcd_does_not_take_back_at_once_is_put_again(world: World) -> None:
+    off = 3600.0
+    world.host.clock = lambda: trio.current_time() + off
+    async with connected(world):
+        await trio.sleep(30)
+        before, transact = world.etcd.data[RECORD.encode()], world.client.txn
+        failures = 0
+
+        async def txn(*args: Any, **kwargs: Any) -> TxnResult:
+            nonlocal failures
+            if RECORD not in world.etcd and failures < 3:
+                failures += 1
+                raise Unavailable("it is busy")
+            return await transact(*args, **kwargs)
+
+        world.client.txn = txn  # type: ignore[method-assign]
+        off = 0.0
+        await eventually(lambda: failures == 3 and RECORD in world.etcd, 60, every=0.1)
+        assert world.etcd.data[RECORD.encode()].create_revision > before.create_revision
+        await trio.sleep(3 * LEASE_SECONDS)
+        assert world.leaders() == {1, 3}
+    assert nothing_is_left(world)
+
+
+async def test_a_node_that_does_not_answer_is_named(world: World) -> None:
+    async with connected(world):
+        for _ in range(8):
+            world.host.send_to(key_of(1))
+            await trio.sleep(5)
+        assert world.logged("node gcp-1 does not answer, although WireGuard sends to it") == 1
+        world.host.receive_from(key_of(1))
+        await eventually(lambda: world.logged("no longer: node gcp-1 does not answer"), 15, every=0.1)
+
+
 async def test_a_machine_that_dies_is_forgotten_when_its_lease_ends(world: World) -> None:
     await world.build()
     registration = PeerRegistration(world.client, KEYS, DesiredPeer(name="laptop", public_key=PUBLIC), lambda: None)

@@ -38,7 +38,6 @@ from kilo_etcd.agent.leadership.candidacy import CandidacyTask
 from kilo_etcd.agent.leadership.served_families import refused_families
 from kilo_etcd.agent.metrics import Metrics
 from kilo_etcd.agent.namesakes import Namesakes
-from kilo_etcd.agent.nat.unanswered_peers import UnansweredPeers
 from kilo_etcd.agent.nat.wireguard_monitor import WireGuardMonitor
 from kilo_etcd.agent.notify import notify, notify_reloading, watchdog_interval
 from kilo_etcd.agent.probing.prober import Prober
@@ -65,6 +64,7 @@ from kilo_etcd.runtime.exit_node_monitor import ExitNodeMonitor
 from kilo_etcd.runtime.logs import Once, get_logger, write_due, write_rest
 from kilo_etcd.runtime.reconciler import Reconciler
 from kilo_etcd.runtime.resolve import Resolver, known_endpoints
+from kilo_etcd.runtime.unanswered_peers import UnansweredPeers
 from kilo_etcd.store.events import wait_any
 from kilo_etcd.store.keys import Keys
 from kilo_etcd.store.mirror import ClusterNotTrusted, Mirror

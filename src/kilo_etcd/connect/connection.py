@@ -20,6 +20,7 @@ from kilo_etcd.connect.registration import KEEPALIVE, LEASE_SECONDS, DesiredPeer
 from kilo_etcd.ctl.commands.wait import applied
 from kilo_etcd.ctl.context import Failure
 from kilo_etcd.etcd import api as etcd
+from kilo_etcd.kernel.handshake_clock import SET_BACK
 from kilo_etcd.model import IPAddress, IPInterface, Snapshot
 from kilo_etcd.model.hostplan import HostPlan
 from kilo_etcd.planning.exit_node import BYPASSES_OF_A_PEER
@@ -30,8 +31,10 @@ from kilo_etcd.runtime.handshakes import moved, trigger_handshakes
 from kilo_etcd.runtime.host_facts import HostFacts
 from kilo_etcd.runtime.hostnames import known_names
 from kilo_etcd.runtime.logs import Once, get_logger
+from kilo_etcd.runtime.parsing import shown_duration
 from kilo_etcd.runtime.reconciler import Reconciler
 from kilo_etcd.runtime.resolve import LOOKUP_TIMEOUT, Resolver, known_endpoints
+from kilo_etcd.runtime.unanswered_peers import PeerAccounts
 from kilo_etcd.store.keys import Keys
 from kilo_etcd.store.mirror import Mirror
 from kilo_etcd.topology.segments import Topology, build_topology
@@ -41,6 +44,9 @@ KNOWN_SECONDS = 2.0
 
 WITHDRAW_SECONDS = 3.0
 ETCD_RETRY_SECONDS = 2.0
+
+ACTIVITY_SECONDS = 5.0
+"""Seconds between two readings of what WireGuard sends and receives."""
 
 Names = dict[str, tuple[IPAddress, ...]]
 
@@ -166,6 +172,7 @@ class PeerConnection:
             self._follow_etcd_endpoints,
             self.exit_node_monitor.run,
             self._reconciler.run,
+            self._follow_wireguard,
         ):
             nursery.start_soon(task)
 
@@ -191,6 +198,40 @@ class PeerConnection:
             "exit node", f"{sentence}, so nothing leaves this machine but for {BYPASSES_OF_A_PEER}: is it up, "
             "and does UDP reach it? else end this command, or name another exit node",
         )  # fmt: skip
+
+    async def _follow_wireguard(self) -> None:
+        """Say which nodes do not answer; and when this machine's clock goes back, have the nodes forget its handshakes,
+        which their WireGuard would drop as replays."""
+        accounts, known, renews = PeerAccounts(), 0.0, False
+        while True:
+            await trio.sleep(ACTIVITY_SECONDS)
+            if self.plan is None or self.topology is None:
+                continue
+            try:
+                activity = await self.kernel.peer_activity()
+            except (OSError, kernel.KernelError):
+                continue  # The reconciler will say so.
+            unanswered = accounts.look(self.topology.snapshot, self.plan, activity).nodes
+            self.once.errors(
+                "unanswered",
+                tuple(f"node {name} does not answer, although WireGuard sends to it" for name in unanswered),
+                level="warning",
+            )
+            if activity.set_back - known >= SET_BACK:
+                renews = self.registration.removes
+                self.log.warning(
+                    "this machine's clock went back; the nodes make it a new WireGuard peer"
+                    if renews
+                    else "this machine's clock went back; the nodes drop its handshakes as replays until kgctl peer "
+                    f"remove {self.desired.name} and add, or until the clock has caught up",
+                    by=shown_duration(round(activity.set_back)),
+                )
+            known = activity.set_back
+            if renews and self.mirror.connected and self.mirror.untrusted_reason is None:
+                with suppress(etcd.EtcdError):
+                    await self.registration.renew()
+                    renews = False
+                    self._nudge()
 
     # -- what wakes the reconciler ---------------------------------------------------------------------------
 

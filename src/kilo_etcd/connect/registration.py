@@ -195,6 +195,10 @@ def _to_claim(name: str, allowed: Iterable[IPNetwork], snapshot: Snapshot, view:
             yield address
 
 
+MOST_REVISION = 2**63 - 1
+"""etcd never gets so far."""
+
+
 class Gone(Failure):
     """Somebody has taken the record away, or has given the name to another key."""
 
@@ -308,6 +312,20 @@ class PeerRegistration:
         """Whether no claim of these addresses is older than this machine's."""
         index = await look(self._client, self._keys)
         return all(index.holder(address) == ("peer", self._desired.name) for address in addresses)
+
+    async def renew(self) -> None:
+        """Put the record anew, if this run has put it: the nodes take its key for a new peer's then, and forget its
+        handshakes. Failure; EtcdError: call again, since it may be gone."""
+        if not self.removes:
+            return
+        # In between it is not there, and nobody else has taken it away.
+        self.revision = MOST_REVISION
+        key = self._keys.peer(self._desired.name)
+        held = await self._client.get(key)
+        if held is not None and held.lease == self._lease.id:
+            await self._client.txn([unchanged(held)], [Delete(key)])
+        self._desired = evolve(self._desired, replace=False)
+        await self.register()
 
     async def mend(self, held: KeyValue | None) -> bool:
         """Put the record back where it went with its lease; whether it was. `held` is what stands there as of

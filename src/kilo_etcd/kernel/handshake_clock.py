@@ -17,6 +17,9 @@ from attrs import evolve
 
 from kilo_etcd.kernel.state import ObservedPeer
 
+SET_BACK = 5.0
+"""Seconds at least by which the host's clock goes back before anybody is told: less is soon made up for."""
+
 SET_SECONDS = 1.0
 """Differences between the two clocks that grow less than this between two readings are not worth a thought."""
 

@@ -52,16 +52,19 @@ class RenewedPeers:
     """Times are seconds of one monotonic clock."""
 
     _epochs: Mapping[str, int | None] | None = None
-    """Public key -> the epoch of its node in the last plan; None: there was none yet."""
+    """Public key -> the epoch of its node or peer in the last plan; None: there was none yet."""
     _pending: dict[str, _Renewed] = field(factory=dict)
 
     def follow(self, snapshot: Snapshot, plan: HostPlan, *, now: float) -> None:
         """`plan`, made of `snapshot`, is in the kernel."""
         epochs: dict[str, int | None] = {}
         for key, planned in plan.peers.items():
-            node = snapshot.nodes.get(planned.name)
+            node, peer = snapshot.nodes.get(planned.name), snapshot.peers.get(planned.name)
             if node is not None and node.public_key == key:
                 epochs[key] = node.handshake_epoch
+            elif peer is not None and peer.public_key == key:
+                # A machine that connects and whose clock goes back makes its record anew.
+                epochs[key] = peer.registered_revision
         if self._epochs is not None:
             for key, epoch in epochs.items():
                 if self._epochs.get(key, epoch) != epoch:

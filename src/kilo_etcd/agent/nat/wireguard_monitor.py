@@ -2,7 +2,7 @@
 
 It reads the device every few seconds, less often the longer nothing changes. It publishes what it sees
 (`agent.nat.observed_endpoints`); it reports peers that it should receive from and does not (`agent.nat.nat_traversal`,
-`agent.nat.unanswered_peers`), and has those made anew that have begun anew (`agent.nat.renewed_peers`).
+`runtime.unanswered_peers`), and has those made anew that have begun anew (`agent.nat.renewed_peers`).
 """
 
 from __future__ import annotations
@@ -17,10 +17,11 @@ from kilo_etcd import kernel
 from kilo_etcd.agent.nat.nat_traversal import Attempts, partners
 from kilo_etcd.agent.nat.observed_endpoints import PublishSchedule, Watched, observed_here, to_publish, to_watch
 from kilo_etcd.agent.nat.renewed_peers import RenewedPeers
-from kilo_etcd.agent.nat.unanswered_peers import PeerAccounts, UnansweredPeers
+from kilo_etcd.kernel.handshake_clock import SET_BACK
 from kilo_etcd.kernel.state import PeerActivity
 from kilo_etcd.model import Node, Snapshot
 from kilo_etcd.model.hostplan import HostPlan
+from kilo_etcd.runtime.unanswered_peers import PeerAccounts, UnansweredPeers
 from kilo_etcd.store.records import ObservedEndpointRecord
 from kilo_etcd.store.session.session import Session
 
@@ -39,9 +40,6 @@ PER_PEER = 0.002
 
 SHORTEST = 0.5
 """Seconds at least between two readings, however much changes."""
-
-SET_BACK = 5.0
-"""Seconds at least by which the host's clock goes back before anybody is told: less is soon made up for."""
 
 
 @frozen
