@@ -26,7 +26,7 @@ class SetBack:
         self._seconds, self._since = seconds, now
 
     def sentence(self, *, unanswered: bool, now: float) -> str | None:
-        """What to say of it; None: it does not matter, or not any more. `unanswered`: some peer does not answer."""
+        """What to say of it; None: it does not matter, or not any more. `unanswered`: some node does not answer."""
         passed = now - self._since
         if passed >= self._seconds or (passed >= SESSION_SECONDS and not unanswered):
             return None

@@ -1165,7 +1165,8 @@ class Daemon:
             self.registration.epoch = (self.registration.epoch or 0) + 1
             await self.registration.look_again(register=True)
             while not self._clock_news.is_set():
-                unanswered = bool(self.unanswered.nodes or self.unanswered.peers)
+                # Of outside peers silence says little: they sleep.
+                unanswered = bool(self.unanswered.nodes)
                 sentence = self._set_back.sentence(unanswered=unanswered, now=trio.current_time())
                 if sentence != self.clock_set_back:
                     self.clock_set_back = sentence

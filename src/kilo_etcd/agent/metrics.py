@@ -60,6 +60,7 @@ class Metrics:
             "kilo_state_directory_usable",
             "1 if the state directory has the private key and takes the snapshot for a boot without etcd",
         )
+        self.state_directory.set(1)
         self.last_etcd_contact = gauge(
             "kilo_last_etcd_contact_timestamp_seconds", "When etcd last answered, seconds since 1970"
         )

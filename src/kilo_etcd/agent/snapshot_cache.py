@@ -154,9 +154,9 @@ class SnapshotCache:
                 "snapshot cache", "the snapshot cannot be cached on disk for a boot without etcd",
                 path=str(disk.path), error=reason,
             )  # fmt: skip
+            remedy = "; make room there, or make the directory writable" if isinstance(error, OSError) else ""
             self.trouble = (
-                f"the snapshot cannot be cached on disk for a boot without etcd: {disk.path}: {reason}; make room "
-                "there, or make the directory writable"
+                f"the snapshot cannot be cached on disk for a boot without etcd: {disk.path}: {reason}{remedy}"
             )
             self._due.set()
             return RETRY_SECONDS

@@ -47,6 +47,7 @@ class _Followed:
     snapshot: Snapshot
     plan: HostPlan
     tunnels: bool
+    since: float
 
 
 _Company = tuple[KeysView[str], KeysView[str]]
@@ -114,8 +115,7 @@ class WireGuardMonitor:
 
     def follow(self, snapshot: Snapshot, plan: HostPlan, *, tunnels: bool) -> None:
         """`plan`, made of `snapshot`, is in the kernel. `tunnels`: this host uses them, as a silent member does not."""
-        self._followed = _Followed(snapshot, plan, tunnels)
-        self._renewed.follow(snapshot, plan, now=trio.current_time())
+        self._followed = _Followed(snapshot, plan, tunnels, trio.current_time())
         self._news.set()
 
     async def run(self) -> None:
@@ -139,6 +139,8 @@ class WireGuardMonitor:
             self._watched, self._partners = {}, {}
             if own is not None and followed.tunnels:
                 self._watched, self._partners = to_watch(own, snapshot, plan), partners(own, snapshot, plan)
+            # Here and not with each plan: it takes as long as there are peers.
+            self._renewed.follow(snapshot, plan, now=followed.since)
             self._concerned_by = followed
         watched, hidden = self._watched, self._partners
         published = self._session.observed_endpoints
