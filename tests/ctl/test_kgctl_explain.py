@@ -77,6 +77,7 @@ def reports(
     *unreachable: tuple[Any, ...],
     errors: tuple[str, ...] = (),
     clear: tuple[str, ...] | None = None,
+    unanswered: tuple[str, ...] = (),
 ) -> None:
     """The agent of a host lives and has these things to say."""
     number, location = HOSTS[name][:2]
@@ -87,6 +88,7 @@ def reports(
         location=location,
         leader=f"{location}-1",
         unreachable=tuple(Unreachable(*one) for one in unreachable),
+        unanswered=unanswered,
         errors=errors,
         clear=clear,
     )
@@ -222,6 +224,12 @@ NO_TUNNEL = (
          "arrives; the answer takes the same way"),
         ("gcp-1", [], ["the names of the mesh cannot be brought into the hosts file: /etc/hosts: Read-only"],
          "arrives; the answer takes the same way"),
+        ("gcp-1", [], ["the state directory /var/lib/kilo-etcd cannot be written to: No space left on device"],
+         "arrives; the answer takes the same way"),
+        ("gcp-1", [], ["the snapshot cannot be cached on disk for a boot without etcd: /var/lib/x: Read-only"],
+         "arrives; the answer takes the same way"),
+        ("gcp-1", [], ["etcd's endpoint 10.4.0.9 is a mesh address: a host that boots has no tunnel"],
+         "arrives; the answer takes the same way"),
         ("gcp-1", [("gcp-3", "10.1.9.3", True)], ["gcp-3 no longer answers gcp-1 at its internal IP 10.1.9.3"],
          "arrives; the answer takes the same way"),
         ("gcp-1", [], [NO_TUNNEL.replace("home-1", "lone-1")], "arrives; the answer takes the same way"),
@@ -244,6 +252,13 @@ def test_the_headline_follows_from_the_worst_hop(
 ) -> None:
     reports(etcd, name, *unreachable, errors=tuple(errors))
     assert headline("gcp-2", "10.4.0.5") == (0 if says.startswith("arrives;") else 1, THERE + says)
+
+
+@pytest.mark.parametrize(("name", "other"), [("gcp-1", "home-1"), ("home-1", "gcp-1")])
+def test_a_tunnel_whose_other_end_does_not_answer_is_named(etcd: FakeEtcd, name: str, other: str) -> None:
+    reports(etcd, name, unanswered=(other,))
+    says = f"does not arrive: {other} does not answer WireGuard of {name}"
+    assert headline("gcp-2", "10.4.0.5") == (1, THERE + says)
 
 
 def probed(etcd: FakeEtcd, prober: str, leader: str, *targets: str, candidacy: int | None = None) -> None:

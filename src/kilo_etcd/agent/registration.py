@@ -25,6 +25,7 @@ from kilo_etcd.runtime.resolve import etcd_networks
 from kilo_etcd.store.records import NodeRecord
 from kilo_etcd.store.session.node_identity import NameTaken
 from kilo_etcd.store.session.session import Session
+from kilo_etcd.store.status_texts import ETCD_INSIDE
 
 KEPT_SECONDS, MOST_KEPT_SECONDS = 60.0, 3600.0
 """Seconds for which a passing network still counts after it is gone: at first, and at most. They double each time that
@@ -192,7 +193,7 @@ class HostRegistration:
 def etcd_inside(etcd_at: Iterable[IPNetwork], subnets: Collection[IPNetwork]) -> tuple[str, ...]:
     """A sentence for each address of etcd's that is within the mesh's subnets."""
     return tuple(
-        f"etcd's endpoint {network.network_address} is a mesh address: a host that boots has no tunnel yet to reach it "
+        f"{ETCD_INSIDE}{network.network_address} is a mesh address: a host that boots has no tunnel yet to reach it "
         "by, and one that loses its tunnels loses etcd too; give etcd's address on the network outside the mesh "
         "(ETCDCTL_ENDPOINTS)"
         for network in etcd_at

@@ -17,3 +17,7 @@ FORWARDING_LOOK = (
     r"rp_filter of 1: sysctl -ar '\.rp_filter') or leads them elsewhere (ip rule; ip route get MESH-ADDRESS)"
 )
 """What to look for on a host that does not forward, with the commands that show it."""
+STATE_TROUBLE = ("the state directory ", "the private key ", "the snapshot cannot be cached ")
+"""How the sentences begin on files that an agent needs at its next start."""
+ETCD_INSIDE = "etcd's endpoint "
+"""How the sentence on an endpoint of etcd begins that is a mesh address."""

@@ -33,7 +33,7 @@ from kilo_etcd.planning.reach import about_member
 from kilo_etcd.runtime.hostnames import NAMES_TROUBLE
 from kilo_etcd.store.records import StatusRecord
 from kilo_etcd.store.session.contested import about_status_key
-from kilo_etcd.store.status_texts import NO_BASELINE
+from kilo_etcd.store.status_texts import ETCD_INSIDE, NO_BASELINE, STATE_TROUBLE
 from kilo_etcd.topology.nat import about_partner
 from kilo_etcd.topology.places import has_address
 from kilo_etcd.topology.segments import Topology
@@ -81,6 +81,10 @@ class _HopCheck:
                 return f"there is no tunnel between {here} and {there}, which are both behind NAT"
         if any(text.startswith(f"{NOTHING_BACK}{target},") for text in self._errors(source)):
             return f"nothing comes back to {source} from {target}"
+        for here, there in ((source, target), (target, source)):
+            reporting = self.statuses.get(here)
+            if reporting is not None and there in reporting.unanswered:
+                return f"{there} does not answer WireGuard of {here}"
         return self._no_session(source, target)
 
     def another_route(self, name: str, address: str) -> str:
@@ -140,9 +144,12 @@ class _HopCheck:
         return status.errors if status is not None else ()
 
 
-_OF_NO_PACKET = ("--", "metrics and health are not served", NAMES_TROUBLE, NOTHING_BACK)
-"""How errors begin that are about a flag, about the agent itself, about the hosts file, or about an exit node, which
-has a hop of its own."""
+_OF_NO_PACKET = (
+    *("--", "metrics and health are not served", NAMES_TROUBLE, NOTHING_BACK),
+    *STATE_TROUBLE, ETCD_INSIDE,
+)  # fmt: skip
+"""How errors begin that are about a flag, about the agent itself, its files or etcd, about the hosts file, or about an
+exit node, which has a hop of its own."""
 
 
 def _concerns(error: str, destination: IPAddress | None, *, forwards: bool) -> bool:
