@@ -29,6 +29,7 @@ def test_a_to_g_on_kernel_wireguard() -> None:
 
 @pytest.mark.guest
 @pytest.mark.lab
+@pytest.mark.beside
 def test_a_clock_that_goes_back() -> None:
     done = pytest_in_guest("tests/lab/clock_on_kernel.py", "--durations=5", own_clock=True)
     assert done.returncode == 0, done.stdout + done.stderr
