@@ -73,9 +73,11 @@ def test_a_directory_that_cannot_be_had_is_named_with_what_a_start_would_do(stat
 @pytest.mark.parametrize(
     ("values", "reason"),
     [
-        ({"f_bavail": 0}, "No space left on device"),
-        ({"f_favail": 0, "f_files": 5}, "No space left on device"),
-        ({"f_favail": 0, "f_files": 0}, None),
+        ({"f_bavail": 0, "f_bfree": 0}, "No space left on device"),
+        ({"f_bavail": 0, "f_bfree": 5}, None),
+        ({"f_favail": 0, "f_ffree": 0, "f_files": 5}, "No space left on device"),
+        ({"f_favail": 0, "f_ffree": 3, "f_files": 5}, None),
+        ({"f_favail": 0, "f_ffree": 0, "f_files": 0}, None),
     ],
 )
 def test_a_full_disk_is_named(
@@ -131,7 +133,7 @@ async def test_a_state_directory_that_is_of_no_use_is_in_status_health_and_metri
     async with running(world, disk=disk):
         await eventually(lambda: world.metrics.health() is None, 30, every=0.1)
         with monkeypatch.context() as full:
-            space(full, f_bavail=0)
+            space(full, f_bavail=0, f_bfree=0)
             await eventually(lambda: len(errors(world)) == 1, 2 * PERIOD_SECONDS, every=0.1)
             assert "cannot be written to: No space left on device" in errors(world)[0]
             assert world.metrics.health() == errors(world)[0]
@@ -154,3 +156,22 @@ async def test_a_snapshot_that_cannot_be_written_is_in_the_status_until_it_is(wo
         aside.rmdir()
         await eventually(lambda: errors(world) == [], 2 * PERIOD_SECONDS, every=0.1)
         assert (state / FILE).exists()
+
+
+@pytest.mark.autojump
+@pytest.mark.parametrize("spoil", [lambda key: key.chmod(0o644), lambda key: key.write_text("no key\n")])
+async def test_a_key_that_others_may_have_read_does_not_come_back(
+    world: World, state: Path, spoil: Callable[[Path], object]
+) -> None:
+    disk = Disk(state, at_once, private_key=PRIVATE)
+    async with running(world, disk=disk):
+        await eventually((state / FILE).exists, 30, every=0.1)
+        spoil(state / "key")
+        await eventually(lambda: len(errors(world)) == 1, 2 * PERIOD_SECONDS, every=0.1)
+        (state / "key").unlink()
+        await eventually(lambda: "is gone, and is not restored" in str(errors(world)), 2 * PERIOD_SECONDS, every=0.1)
+        await trio.sleep(5 * PERIOD_SECONDS)
+        assert not (state / "key").exists()
+        # An operator's own is taken for what it is.
+        key_file.load_or_create(state, PRIVATE)
+        await eventually(lambda: errors(world) == [], 2 * PERIOD_SECONDS, every=0.1)

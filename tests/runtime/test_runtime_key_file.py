@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from kilo_etcd.runtime import key_file
-from kilo_etcd.runtime.key_file import KeyFileError
+from kilo_etcd.runtime.key_file import DanglingLink, KeyFileError, UnusableKey
 
 
 def test_the_first_start_makes_a_key_and_the_second_finds_it(tmp_path: Path) -> None:
@@ -62,6 +62,24 @@ def test_what_is_no_key_is_refused_and_left_alone(tmp_path: Path, content: bytes
     with pytest.raises(KeyFileError, match="holds no WireGuard private key"):
         key_file.load_or_create(tmp_path)
     assert path.read_bytes() == content
+
+
+def test_a_symbolic_link_that_leads_nowhere_is_refused_with_what_to_do(tmp_path: Path) -> None:
+    (tmp_path / "key").symlink_to(tmp_path / "unmounted" / "key")
+    with pytest.raises(
+        DanglingLink, match="is a symbolic link, and there is no file where it leads; put the key there"
+    ):
+        key_file.load_or_create(tmp_path)
+    assert (tmp_path / "key").is_symlink()
+
+
+def test_a_key_that_is_to_be_replaced_is_removed_while_nothing_runs_with_it(tmp_path: Path) -> None:
+    key_file.load_or_create(tmp_path)
+    for change in (lambda: (tmp_path / "key").chmod(0o640), lambda: (tmp_path / "key").write_text("no key")):
+        change()
+        with pytest.raises(UnusableKey, match=r"\(systemctl stop kilo-etcd\), remove it, and start that again"):
+            key_file.load_or_create(tmp_path)
+        (tmp_path / "key").chmod(0o600)
 
 
 def test_a_key_behind_a_symbolic_link_is_taken(tmp_path: Path) -> None:

@@ -67,6 +67,8 @@ class SnapshotCache:
         self._holdings: Callable[[], Holdings | None] = lambda: None
         self._due = trio.Event()
         self._writing = trio.Lock()
+        self._key_unusable = False
+        """Whether the key's file was of no use at some time since this agent began."""
         self.trouble: str | None = None
         """A sentence on a snapshot that could not be written; None: the last one was."""
 
@@ -118,7 +120,9 @@ class SnapshotCache:
             await trio.lowlevel.checkpoint()
             return StateFound(self.trouble)
         private_key = disk.private_key
-        found: StateFound = await disk.run(lambda: look(disk.state_dir, private_key))
+        restore = not self._key_unusable
+        found: StateFound = await disk.run(lambda: look(disk.state_dir, private_key, restore=restore))
+        self._key_unusable |= found.unusable
         gone = self._noted is not None and not await disk.run(lambda: os.path.exists(disk.path))
         if gone:
             self._due.set()

@@ -2,7 +2,8 @@
 
 An agent that runs needs neither, so nothing would show that the directory is full, read-only or gone until the host
 boots, as another node or without a mesh. `look` restores what it can, the directory and the key among it, and says what
-it cannot. A key that is there is never overwritten.
+it cannot. A key that is there is never overwritten, and one that was of no use before it went is not restored: most
+likely an operator has removed it for a new one.
 """
 
 from __future__ import annotations
@@ -29,18 +30,27 @@ class StateFound:
     trouble: str | None = None
     restored: bool = False
     """Whether the private key had gone, and was written again."""
+    unusable: bool = False
+    """Whether the key's file is there and of no use: open to others, no key, or a link that leads nowhere."""
 
 
-def look(directory: Path, private_key: str) -> StateFound:
-    """Look at the directory, and restore it and the key. Blocks as long as the disk does."""
+def look(directory: Path, private_key: str, *, restore: bool = True) -> StateFound:
+    """Look at the directory, and restore it and the key, which is left out without `restore`. Blocks as long as the
+    disk does."""
     restored = False
     try:
         present = key_file.peek(directory)
+        if present is None and not restore:
+            return StateFound(
+                f"the private key {directory / key_file.KEY_FILE} is gone, and is not restored, since it was of no use "
+                "before (open to others, no key, or a link to none): systemctl restart "
+                "kilo-etcd has a new one made, or put it back"
+            )
         if present is None:
             present = key_file.load_or_create(directory, private_key)
             restored = present == private_key
-    except key_file.UnusableKey as error:
-        return StateFound(f"{error}; the agent goes on with the one that it has read")
+    except (key_file.UnusableKey, key_file.DanglingLink) as error:
+        return StateFound(f"{error}; the agent goes on with the one that it has read", unusable=True)
     except key_file.KeyFileError as error:
         return StateFound(f"{error}; {NOT_KEPT}{WITHOUT_KEY}")
     if present != private_key:
@@ -63,6 +73,8 @@ def _not_writable(directory: Path) -> int | None:
         space = os.statvfs(directory)
     except OSError as error:
         return error.errno or errno.EIO
+    root = os.geteuid() == 0
+    blocks, inodes = (space.f_bfree, space.f_ffree) if root else (space.f_bavail, space.f_favail)
     # Some file systems count no inodes.
-    full = (space.f_blocks and not space.f_bavail) or (space.f_files and not space.f_favail)
+    full = (space.f_blocks and not blocks) or (space.f_files and not inodes)
     return errno.ENOSPC if full else None

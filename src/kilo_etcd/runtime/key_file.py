@@ -24,6 +24,7 @@ from kilo_etcd.base.regularfile import NotRegular, open_regular
 KEY_FILE = "key"
 KEY_BYTES = 32
 _MOST_BYTES = 1024
+_REPLACE = "stop what uses it (systemctl stop kilo-etcd), remove it, and start that again: a new one is made"
 
 
 class KeyFileError(Exception):
@@ -32,6 +33,10 @@ class KeyFileError(Exception):
 
 class UnusableKey(KeyFileError):
     """The file that is there is no key, or others can read it: that does not pass by itself."""
+
+
+class DanglingLink(KeyFileError):
+    """The file is a symbolic link that leads nowhere: perhaps what it leads to is not mounted yet."""
 
 
 def load_or_create(state_dir: Path, new: str | None = None) -> str:
@@ -73,6 +78,11 @@ def peek_file(path: Path) -> str | None:
     try:
         opened = open_regular(path, follow=True)
     except FileNotFoundError:
+        if path.is_symlink():
+            raise DanglingLink(
+                f"the private key {path} is a symbolic link, and there is no file where it leads; "
+                f"put the key there, or {_REPLACE}"
+            ) from None
         return None
     except NotRegular:
         raise UnusableKey(f"the private key {path} is no regular file; move it away") from None
@@ -85,7 +95,7 @@ def peek_file(path: Path) -> str | None:
         if status.st_mode & 0o077:
             raise UnusableKey(
                 f"the private key {path} is open to others (mode {stat.S_IMODE(status.st_mode):04o}); "
-                f"run chmod 600 {path}, and if others may have read it, remove it so that a new one is made"
+                f"run chmod 600 {path}; if others may have read it, {_REPLACE}"
             )
         raw = file.read(_MOST_BYTES)
     text = raw.strip()
@@ -95,8 +105,7 @@ def peek_file(path: Path) -> str | None:
         key = b""
     if len(key) != KEY_BYTES:
         raise UnusableKey(
-            f"{path} holds no WireGuard private key (44 characters of base64); "
-            f"put the right one back, or remove the file so that a new one is made"
+            f"{path} holds no WireGuard private key (44 characters of base64); put the right one back, or {_REPLACE}"
         )
     return base64.b64encode(key).decode()
 
