@@ -12,8 +12,9 @@ import trio
 from agent_world import World, running
 from attrs import evolve
 
-from helpers import eventually
-from kilo_etcd.agent.clock import SetBack
+from helpers import eventually, put_kept
+from kilo_etcd.agent import apply
+from kilo_etcd.agent.clock import FIRST_PAUSE, SetBack
 from kilo_etcd.agent.nat.renewed_peers import OVERDUE_SECONDS, QUIET_SECONDS, RenewedPeers
 from kilo_etcd.kernel.state import HostAddress, ObservedPeer, PeerActivity, SetPeer
 from kilo_etcd.model import SESSION_SECONDS, Endpoint, Node, Peer, Snapshot
@@ -26,10 +27,10 @@ KEY, PHONE = (base64.b64encode(bytes([number]) * 32).decode() for number in (77,
 NOW = 1_000_000.0
 
 
-def snapshot(epoch: int | None, public_key: str = KEY) -> Snapshot:
+def snapshot(epoch: int | None, *, clock: int | None = None) -> Snapshot:
     node = Node(
-        name="b", public_key=public_key, mesh_addresses=(ip_address("10.4.0.2"),), handshake_epoch=epoch,
-        endpoint=Endpoint.parse("203.0.113.2:51820"),
+        name="b", public_key=KEY, mesh_addresses=(ip_address("10.4.0.2"),), handshake_epoch=epoch,
+        clock_epoch=clock, endpoint=Endpoint.parse("203.0.113.2:51820"),
     )  # fmt: skip
     return Snapshot(revision=1, nodes={"b": node}, subnets=(ip_network("10.4.0.0/16"),))
 
@@ -51,11 +52,11 @@ def activity(now: float, *, silence: float, received: int = 1000, sent: int = 10
     return PeerActivity(time=NOW + now, peers={key: peer})
 
 
-def renewed() -> RenewedPeers:
-    """At 0 a node has begun anew."""
+def renewed(*, clock: bool = False) -> RenewedPeers:
+    """At 0 a node has begun anew; `clock`: its clock went back."""
     peers = RenewedPeers()
     peers.follow(snapshot(None), plan(KEY), now=-100.0)
-    peers.follow(snapshot(1), plan(KEY), now=0.0)
+    peers.follow(snapshot(None, clock=5) if clock else snapshot(1), plan(KEY), now=0.0)
     return peers
 
 
@@ -87,9 +88,57 @@ def test_a_handshake_since_the_news_is_a_session_that_works() -> None:
     assert peers.look(activity(200.0, silence=199.9), now=200.0) == {KEY}
 
 
-def test_a_laptop_whose_record_is_another_one_is_made_anew() -> None:
+def test_a_handshake_just_before_the_news_is_a_session_that_works() -> None:
+    peers = renewed()
+    # The record came by etcd, and the handshake did not have to wait for it.
+    assert peers.look(activity(0.1, silence=0.6), now=0.1) == frozenset()
+    assert peers.look(activity(1.5, silence=2.0), now=1.5) == frozenset()
+    peers = renewed()
+    assert peers.look(activity(0.1, silence=1.6), now=0.1) == frozenset()
+    assert peers.look(activity(1.5, silence=3.0), now=1.5) == {KEY}
+
+
+def test_a_session_of_a_host_whose_clock_went_back_stays_until_it_is_overdue_even_if_nobody_uses_it() -> None:
+    peers = renewed(clock=True)
+    for second in (0.1, 1.5, 60.0, OVERDUE_SECONDS - 31):
+        assert peers.look(activity(second, silence=30 + second), now=second) == frozenset()
+    late = OVERDUE_SECONDS - 30
+    assert peers.due(60.0) == late
+    assert peers.look(activity(late, silence=OVERDUE_SECONDS), now=late) == {KEY}
+    # If it boots meanwhile, the session is lost.
+    peers = renewed(clock=True)
+    peers.look(activity(0.1, silence=30), now=0.1)
+    peers.follow(snapshot(1, clock=5), plan(KEY), now=2.0)
+    peers.follow(snapshot(1, clock=6), plan(KEY), now=2.1)
+    assert peers.look(activity(2.2, silence=32), now=2.2) == frozenset()
+    assert peers.look(activity(3.5, silence=33), now=3.5) == {KEY}
+
+
+def test_an_etcd_that_was_restored_makes_nothing_anew() -> None:
+    peers = RenewedPeers()
+    peers.follow(snapshot(5, clock=9), plan(KEY), now=0.0)
+    for number, former in enumerate((snapshot(3, clock=9), snapshot(3, clock=2), snapshot(None)), 1):
+        peers.follow(former, plan(KEY), now=float(number))
+        assert peers.due(float(number)) == float("inf")
+    peers.follow(snapshot(1), plan(KEY), now=9.0)
+    assert peers.look(activity(9.0, silence=30), now=9.0) == frozenset()
+    assert peers.look(activity(11.0, silence=32), now=11.0) == {KEY}
+
+
+def test_a_record_without_a_lease_that_somebody_puts_anew_is_no_news_of_the_peer() -> None:
     def world(revision: int) -> Snapshot:
         peer = Peer(name="phone", public_key=PHONE, registered_revision=revision)
+        return evolve(snapshot(None), peers={"phone": peer})
+
+    peers = RenewedPeers()
+    peers.follow(world(7), plan(PHONE), now=0.0)
+    peers.follow(world(9), plan(PHONE), now=1.0)
+    assert peers.due(1.0) == float("inf")
+
+
+def test_a_laptop_whose_record_is_another_one_is_made_anew() -> None:
+    def world(revision: int) -> Snapshot:
+        peer = Peer(name="phone", public_key=PHONE, registered_revision=revision, leased=True)
         return evolve(snapshot(None), peers={"phone": peer})
 
     peers = RenewedPeers()
@@ -157,31 +206,70 @@ def test_laptops_and_phones_are_named_apart() -> None:
 
 
 def test_a_clock_that_went_back_is_told_of_as_long_as_it_matters() -> None:
+    clock, day = SetBack(), 86400.0
+    assert clock.sentence(unanswered=["b"], now=5.0) is None
+    clock.note(day, was_at=NOW, unanswered=["off"], now=10.0)
+    assert "clock went back by 24 h" in (clock.sentence(unanswered=[], now=11.0) or "")
+    later = 11.0 + SESSION_SECONDS
+    assert clock.sentence(unanswered=[], now=later) is None
+    assert clock.sentence(unanswered=["off"], now=later) is None, "it did not answer before either"
+    assert clock.sentence(unanswered=["b", "off"], now=2 * later) is not None, "it comes again"
+    assert clock.sentence(unanswered=["b"], now=10.0 + day) is None, "it has caught up"
+    clock.note(86399.99, was_at=NOW, now=10.0)
+    assert "by 24 h" in (clock.sentence(unanswered=[], now=11.0) or "")
+    clock.note(130.0, was_at=NOW, now=100_000.0)
+    assert clock.sentence(unanswered=["b"], now=100_131.0) is None
+    clock.note(1000 * day, was_at=NOW, now=0.0)
+    assert clock.sentence(unanswered=["b"], now=30 * day) is None, "by then it is something else"
+
+
+def test_an_epoch_is_told_once_and_never_again_for_the_same_jump() -> None:
     clock = SetBack()
-    assert clock.sentence(unanswered=True, now=5.0) is None
-    clock.note(86400.0, now=10.0)
-    assert "clock went back by 24 h" in (clock.sentence(unanswered=False, now=11.0) or "")
-    assert clock.sentence(unanswered=False, now=11.0 + SESSION_SECONDS) is None
-    assert clock.sentence(unanswered=True, now=11.0 + SESSION_SECONDS) is not None
-    assert clock.sentence(unanswered=True, now=10.0 + 86400.0) is None, "it has caught up"
-    clock.note(86399.99, now=10.0)
-    assert "by 24 h" in (clock.sentence(unanswered=False, now=11.0) or "")
-    clock.note(20.0, now=100_000.0)
-    assert clock.sentence(unanswered=True, now=100_021.0) is None
+    assert clock.epoch(None, now=0.0) is None
+    assert not clock.matters(now=0.0)
+    clock.note(3600.0, was_at=NOW + 0.4, now=1.0)
+    assert clock.epoch(None, now=1.0) == NOW
+    assert clock.epoch(int(NOW), now=2.0) is None
+    assert clock.matters(now=2.0)
+    assert not clock.matters(now=3601.0)
+    # The agent starts again, and reads the same handshake of the future.
+    clock = SetBack()
+    clock.note(1800.0, was_at=NOW + 0.6, now=1.0)
+    assert clock.epoch(int(NOW), now=1.0) is None
+
+
+def test_a_clock_that_goes_to_and_fro_makes_ever_fewer_epochs() -> None:
+    clock, epochs = SetBack(), list[float]()
+    for second in range(0, 86400, 30):
+        clock.note(150.0, was_at=NOW + second, now=second)
+        if clock.epoch(None, now=second) is not None:
+            epochs.append(second)
+    assert epochs[:4] == [0, FIRST_PAUSE, 3 * FIRST_PAUSE, 7 * FIRST_PAUSE]
+    assert len(epochs) <= 9
+    # What waits is told in the end, unless the clock has caught up.
+    clock = SetBack()
+    for seconds, late in ((3600.0, NOW + 5), (130.0, None)):
+        clock = SetBack()
+        clock.note(3600.0, was_at=NOW, now=0.0)
+        assert clock.epoch(None, now=0.0) == NOW
+        clock.note(seconds, was_at=NOW + 5, now=5.0)
+        assert clock.epoch(None, now=5.0) is None
+        assert clock.epoch(None, now=FIRST_PAUSE) == late
 
 
 # --- an agent ------------------------------------------------------------------------------------------------------
 
 
-def other(world: World, epoch: int | None = None) -> None:
+def other(world: World, epoch: int | None = None, *, clock: int | None = None) -> None:
     """A public node elsewhere, and this host is one too."""
     world.facts = HostFacts(
         hostname="h1",
         addresses=(HostAddress(interface="eth0", index=2, address=ip_interface("203.0.113.1/24")),),
     )
     record = NodeRecord(
-        public_key=KEY, endpoint=Endpoint.parse("203.0.113.2:51820"), location="b", handshake_epoch=epoch
-    )
+        public_key=KEY, endpoint=Endpoint.parse("203.0.113.2:51820"), location="b", handshake_epoch=epoch,
+        clock_epoch=clock,
+    )  # fmt: skip
     world.etcd.put("/kilo/by/b/addresses/10.4.9.2", "")
     world.etcd.put("/kilo/by/b/node", encode(record))
 
@@ -199,15 +287,18 @@ STATUS = "kilo-status/by/h1/status"
 
 
 @pytest.mark.autojump
-async def test_an_agent_makes_a_peer_anew_that_has_begun_anew(world: World) -> None:
+async def test_an_agent_makes_a_peer_anew_that_has_begun_anew(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
     other(world)
     async with running(world):
         await eventually(lambda: KEY in world.host.observed.peers, 10, every=0.1)
         world.host.receive_from(KEY)
         await trio.sleep(60)
         before = resets(world)
+        triggered: list[object] = []
+        monkeypatch.setattr(apply, "trigger_handshakes", lambda addresses: triggered.extend(addresses))
         other(world, epoch=1)
         await eventually(lambda: resets(world) == before + 1, 4, every=0.1)
+        assert triggered == [ip_address("10.4.9.2")]
         world.host.receive_from(KEY)
         await trio.sleep(300)
         assert resets(world) == before + 1
@@ -224,13 +315,19 @@ async def test_an_agent_whose_clock_goes_back_has_others_forget_it_and_says_so(w
         await eventually(lambda: own(world), 5, every=0.1)
         off = 86400.0
         await trio.sleep(60)
-        assert "handshakeEpoch" not in own(world), "forward is no harm"
-        off = 0.0
-        await eventually(lambda: own(world).get("handshakeEpoch") == 1, 30, every=0.1)
+        assert "clockEpoch" not in own(world), "forward is no harm"
+        chosen = world.logged("address chosen")
+        off, date = 0.0, trio.current_time() + off
+        await eventually(lambda: "clockEpoch" in own(world), 30, every=0.1)
+        epoch = own(world)["clockEpoch"]
+        assert isinstance(epoch, int)
+        assert date <= epoch <= date + 60
+        assert "handshakeEpoch" not in own(world), "its sessions go on"
         await eventually(lambda: "clock went back by 24 h" in str(own(world, STATUS).get("errors")), 10, every=0.1)
         await trio.sleep(600)
         assert "errors" not in own(world, STATUS)
-        assert own(world).get("handshakeEpoch") == 1
+        assert own(world).get("clockEpoch") == epoch
+        assert world.logged("address chosen") == chosen, "nothing of its addresses is new"
         assert world.logged("clock went back") == 2, "that it does, and that it matters no longer"
 
 
@@ -246,6 +343,86 @@ async def test_a_host_that_boots_has_others_forget_it_and_one_whose_agent_restar
         world.host.observed = evolve(world.host.observed, link=None, peers={}, public_key="")
         async with running(world):
             await eventually(lambda: own(world).get("handshakeEpoch") == boot, 5, every=0.1)  # noqa: B023
+
+
+@pytest.mark.autojump
+async def test_a_small_step_of_the_clock_is_nothing_to_anybody(world: World) -> None:
+    other(world)
+    off = 0.0
+    world.host.clock = lambda: trio.current_time() + off
+    async with running(world):
+        await eventually(lambda: KEY in world.host.observed.peers, 10, every=0.1)
+        await trio.sleep(30)
+        for back in range(5):
+            off = -20.0 * back
+            await trio.sleep(60)
+        assert "clockEpoch" not in own(world)
+        assert "errors" not in own(world, STATUS)
+
+
+@pytest.mark.autojump
+async def test_an_agent_that_starts_again_has_told_of_a_handshake_of_the_future(world: World) -> None:
+    other(world)
+    async with running(world):
+        await eventually(lambda: KEY in world.host.observed.peers, 10, every=0.1)
+        await trio.sleep(3)
+    world.host.receive_from(KEY, when=world.host.clock() + 86400)
+    epochs = []
+    for _ in range(3):
+        async with running(world):
+            await trio.sleep(40)
+            epochs.append(own(world).get("clockEpoch"))
+    assert epochs[0] is not None
+    assert len(set(epochs)) == 1
+    assert "handshakeEpoch" not in own(world)
+
+
+@pytest.mark.autojump
+async def test_a_device_of_somebody_else_is_no_boot(world: World) -> None:
+    async with running(world):
+        await eventually(lambda: own(world), 5, every=0.1)
+    world.host.observed = evolve(world.host.observed, ours=False, peers={})
+    async with running(world, joined=False):
+        await trio.sleep(30)
+        assert "handshakeEpoch" not in own(world)
+
+
+@pytest.mark.autojump
+@pytest.mark.parametrize("key", [KEY, PHONE])
+async def test_a_peer_behind_nat_that_is_made_anew_keeps_the_endpoint_where_it_was_heard(
+    world: World, key: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    triggered: list[object] = []
+    other(world)
+
+    def behind_nat(epoch: int | None) -> None:
+        record = NodeRecord(
+            public_key=KEY, location="b", handshake_epoch=epoch, persistent_keepalive=25,
+            internal_ips=(ip_interface("192.168.5.2/24"),), endpoint=Endpoint.parse("192.168.5.2:51820"),
+        )  # fmt: skip
+        world.etcd.put("/kilo/by/b/node", encode(record))
+
+    client = world.etcd.client()
+    phone = json.dumps({"publicKey": PHONE, "allowedIPs": ["10.5.0.7/32"]}).encode()
+    behind_nat(None)
+    await put_kept(client, "/kilo/peers/phone", phone)
+    async with running(world):
+        await eventually(lambda: key in world.host.observed.peers, 10, every=0.1)
+        heard = Endpoint.parse("198.51.100.9:40000")
+        world.host.receive_from(key, endpoint=heard)
+        await trio.sleep(60)
+        before = resets(world)
+        monkeypatch.setattr(apply, "trigger_handshakes", lambda addresses: triggered.extend(addresses))
+        if key == KEY:
+            behind_nat(1)
+        else:
+            world.etcd.delete("/kilo/peers/phone")
+            await put_kept(client, "/kilo/peers/phone", phone)
+        await trio.sleep(8)
+        assert world.host.observed.peers[key].endpoint == heard
+        if key == KEY:
+            assert resets(world) == before + 1
+        assert triggered == [], "it alone knows when it can begin"
 
 
 @pytest.mark.autojump

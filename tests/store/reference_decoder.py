@@ -265,6 +265,7 @@ READERS: dict[type, dict[str, Callable[[object], Any]]] = {
         "underlay": items(network),
         "encryption": or_nothing(one_of(EncryptionStage)),
         "handshakeEpoch": or_nothing(whole),
+        "clockEpoch": or_nothing(whole),
         "subnets": items(network),
         "location": label,
         "port": port,

@@ -26,6 +26,7 @@ RECORD = NodeRecord(
     port=4711,
     persistent_keepalive=25,
     handshake_epoch=2,
+    clock_epoch=3,
     encapsulate=Encapsulate.ALWAYS,
     version="1.2",
     mesh_addresses=(ip_interface("10.4.0.9/16"),),

@@ -15,7 +15,7 @@ from kilo_etcd import kernel
 from kilo_etcd.kernel.state import SetPeer
 from kilo_etcd.model import IPAddress
 from kilo_etcd.model.hostplan import TAKEOVER_CHECK_KEEPALIVE, HostPlan
-from kilo_etcd.planning.handshake_order import MOST_TRIGGERED, handshake_order, peered_since, promotions
+from kilo_etcd.planning.handshake_order import MOST_TRIGGERED, handshake_order, must_come, peered_since, promotions
 from kilo_etcd.runtime.handshakes import moved, trigger_handshakes
 from kilo_etcd.topology.segments import Topology
 
@@ -60,7 +60,7 @@ class PlanApplier:
         renewed, self._renew = self._renew & new_keys, self._renew & self._reset_session
         if not standby:
             trigger_handshakes(_addresses(renewed, order.plan, topology) if len(renewed) <= MOST_TRIGGERED else ())
-            trigger_handshakes(_set_to_observed(report, order.plan, topology)[:MOST_TRIGGERED])
+            trigger_handshakes(_set_to_observed(report, order.plan, topology, apart_from=renewed)[:MOST_TRIGGERED])
             trigger_handshakes(moved(report, before, order.plan, topology, apart_from=reset)[:MOST_TRIGGERED])
             remade = _remade(report, before, topology)
             trigger_handshakes(remade if len(remade) <= MOST_TRIGGERED else ())
@@ -125,17 +125,23 @@ class PlanApplier:
 
 
 def _addresses(keys: Collection[str], plan: HostPlan, topology: Topology) -> list[IPAddress]:
-    """Mesh addresses of the nodes of these peers, as far as they are in use."""
-    peers = (plan.peers[key] for key in keys if key in plan.peers)
-    nodes = (topology.snapshot.nodes.get(peer.name) for peer in peers if peer.in_use)
-    return [address for node in nodes if node is not None for address in node.mesh_addresses[:1]]
+    """Mesh addresses of the nodes of these peers, as far as they are in use and need not begin by themselves."""
+    own, addresses = topology.snapshot.nodes[plan.node], list[IPAddress]()
+    for peer in (plan.peers[key] for key in keys if key in plan.peers):
+        node = topology.snapshot.nodes.get(peer.name)
+        if peer.in_use and node is not None and not must_come(own, node, peer):
+            addresses += node.mesh_addresses[:1]
+    return addresses
 
 
-def _set_to_observed(report: kernel.ApplyReport, plan: HostPlan, topology: Topology) -> list[IPAddress]:
-    """Mesh addresses of nodes that were just set to where others see them: both ends do so at about the same time."""
+def _set_to_observed(
+    report: kernel.ApplyReport, plan: HostPlan, topology: Topology, *, apart_from: Collection[str]
+) -> list[IPAddress]:
+    """Mesh addresses of nodes that were just set to where others see them: both ends do so at about the same time. Not
+    of those that were made anew for another reason (`apart_from`)."""
     addresses: list[IPAddress] = []
     for change in report.changes:
-        if isinstance(change, SetPeer) and change.endpoint is not None:
+        if isinstance(change, SetPeer) and change.endpoint is not None and change.public_key not in apart_from:
             peer = plan.peers.get(change.public_key)
             node = topology.snapshot.nodes.get(peer.name) if peer is not None and peer.observed else None
             addresses += node.mesh_addresses[:1] if node is not None else ()

@@ -652,12 +652,13 @@ class Daemon:
             return False
 
     async def _reported(self) -> StageReport:
-        """The stage of the switch to `encrypted` in this host's record in etcd, whose former names and epoch of
-        handshakes are taken in too."""
+        """The stage of the switch to `encrypted` in this host's record in etcd, whose former names and epochs
+        are taken in too."""
         record = await self._own_record()
         if record is None:
             return StageReport()
         self.registration.epoch = record.handshake_epoch or 0
+        self.registration.clock_epoch = max(record.clock_epoch or 0, self.registration.clock_epoch or 0) or None
         self.namesakes.recall(record.former_names)
         return StageReport(stage=record.encryption, accepts_since=record.accepts_since or 0)
 
@@ -667,7 +668,8 @@ class Daemon:
             observed = await self.kernel.observe()
         except (OSError, kernel.KernelError):
             return True
-        return observed.link is not None and observed.ours
+        # One that is not ours leaves this host without a device, and its agent without a start.
+        return observed.link is not None
 
     async def _report_stage(self, report: StageReport) -> bool:
         self.registration.report = report
@@ -1135,8 +1137,8 @@ class Daemon:
         )
         self._publish_again()
 
-    def _note_set_back(self, seconds: float) -> None:
-        self._set_back.note(seconds, now=trio.current_time())
+    def _note_set_back(self, seconds: float, was_at: float) -> None:
+        self._set_back.note(seconds, was_at=was_at, unanswered=self.unanswered.nodes, now=trio.current_time())
         self._clock_news.set()
 
     async def _follow_state_directory(self) -> None:
@@ -1162,17 +1164,18 @@ class Daemon:
         while True:
             await self._clock_news.wait()
             self._clock_news = trio.Event()
-            self.registration.epoch = (self.registration.epoch or 0) + 1
-            await self.registration.look_again(register=True)
-            while not self._clock_news.is_set():
+            while True:
+                now = trio.current_time()
+                if (epoch := self._set_back.epoch(self.registration.clock_epoch, now=now)) is not None:
+                    self.registration.clock_epoch = epoch
+                    await self.registration.look_again(register=True)
                 # Of outside peers silence says little: they sleep.
-                unanswered = bool(self.unanswered.nodes)
-                sentence = self._set_back.sentence(unanswered=unanswered, now=trio.current_time())
+                sentence = self._set_back.sentence(unanswered=self.unanswered.nodes, now=now)
                 if sentence != self.clock_set_back:
                     self.clock_set_back = sentence
                     self.once.errors("clock", () if sentence is None else (sentence,))
                     self._publish_again()
-                if sentence is None:
+                if self._clock_news.is_set() or not self._set_back.matters(now=now):
                     break
                 with trio.move_on_after(CLOCK_PERIOD):
                     await self._clock_news.wait()

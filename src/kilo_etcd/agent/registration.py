@@ -92,7 +92,9 @@ class HostRegistration:
         self.report = StageReport()
         """The stage of the switch to `encrypted` in the record."""
         self.epoch: int | None = None
-        """The epoch of the host's WireGuard handshakes in the record; None: it had no record."""
+        """The epoch of the host's WireGuard device in the record; None: it had no record."""
+        self.clock_epoch: int | None = None
+        """The epoch of its clock there; None: it never went back."""
         self.facts = HostFacts()
         """What was found on the host when it was last looked at."""
         self.overlaps: tuple[str, ...] = ()
@@ -129,6 +131,7 @@ class HostRegistration:
                         encryption=record.encryption,
                         accepts_since=record.accepts_since,
                         handshake_epoch=record.handshake_epoch,
+                        clock_epoch=record.clock_epoch,
                     )
                     self._keep(record, () if alike else reasons)
             except (etcd.EtcdError, NameTaken) as error:
@@ -171,6 +174,7 @@ class HostRegistration:
             encryption=self.report.stage,
             accepts_since=self.report.accepts_since or None,
             handshake_epoch=self.epoch or None,
+            clock_epoch=self.clock_epoch,
             location=location or "",
             port=config.port,
             persistent_keepalive=config.persistent_keepalive,

@@ -373,7 +373,10 @@ def _wireguard(
         if observed_peer is not None and (
             peer.public_key in reset or _is_stuck(peer, observed_peer, observed, memory, target)
         ):
-            gaining.append(_new_peer(peer, target, reset=True))
+            anew = _new_peer(peer, target, reset=True)
+            if peer.public_key in reset and (learnt := _to_keep(plan, peer, observed_peer)) is not None:
+                anew = evolve(anew, endpoint=learnt)
+            gaining.append(anew)
             continue
         change = _peer(peer, observed_peer, observed, memory, target, gained)
         if change is None and observed_peer is not None and (endpoint := _address(peer)) is not None:
@@ -469,6 +472,15 @@ def _new_peer(plan: PeerPlan, target: DeviceTarget, *, reset: bool = False) -> S
     )
 
 
+def _to_keep(plan: HostPlan, peer: PeerPlan, observed: ObservedPeer) -> Endpoint | None:
+    """The endpoint that was learnt, if nobody else knows where a peer is that is made anew: the plan has none for it,
+    or one behind its NAT. Without it this host could not begin, and the peer may not have a reason to."""
+    planned, learnt = _address(peer), observed.endpoint
+    if learnt is None or learnt.address is None or plan.leads_into_tunnel(learnt.address):
+        return None
+    return learnt if planned is None or (learnt.public and not planned.public) else None
+
+
 def _address(peer: PeerPlan) -> Endpoint | None:
     """The peer's endpoint, unless it is still a name."""
     return None if peer.endpoint is None or peer.endpoint.address is None else peer.endpoint
@@ -525,7 +537,9 @@ def _endpoint(plan: PeerPlan, peer: ObservedPeer, observed: Observed, memory: Me
     # Adopted from a former run, or an observed endpoint: an endpoint in use may have been learnt, which is better.
     if peer.endpoint == planned or in_use:
         return None
-    return planned
+    # One that was kept when the peer was made anew has its turn first.
+    kept = not peer.last_handshake and peer.endpoint.public and not planned.public
+    return None if kept else planned
 
 
 def _up(plan: HostPlan, observed: Observed, target: DeviceTarget) -> Iterator[Change]:

@@ -17,8 +17,9 @@ from attrs import evolve
 
 from kilo_etcd.kernel.state import ObservedPeer
 
-SET_BACK = 5.0
-"""Seconds at least by which the host's clock goes back before anybody is told: less is soon made up for."""
+SET_BACK = 120.0
+"""Seconds at least by which the host's clock goes back before anybody is told: a host begins handshakes in one session
+so far apart (whitepaper section 6.1, Rekey-After-Time), so that less makes no timestamp older than the one before."""
 
 SET_SECONDS = 1.0
 """Differences between the two clocks that grow less than this between two readings are not worth a thought."""
@@ -38,6 +39,8 @@ class HandshakeClock:
         """What has to be added to the wall clock's time."""
         self.set_back = 0.0
         """Seconds by which the wall clock is behind what handshakes were dated by before, as far as is known."""
+        self.was_at = 0.0
+        """The date (Unix seconds) that the wall clock had when it last went back."""
         self._last: Mapping[str, ObservedPeer] = {}
         """The last reading as it came."""
         self._fixed: dict[str, tuple[float, float]] = {}
@@ -55,7 +58,7 @@ class HandshakeClock:
             for key, former in self._last.items():
                 if former.last_handshake and self._fixed.get(key, (0.0, 0.0))[0] != former.last_handshake:
                     self._fixed[key] = former.last_handshake, former.last_handshake + self._shift
-            self.set_back = max(0.0, self.set_back + shift - self._shift)
+            self._went_back(max(0.0, self.set_back + shift - self._shift))
             self._shift = shift
         self._last = peers
         self._fixed = {
@@ -71,8 +74,13 @@ class HandshakeClock:
             when = self._fixed[key][1] if key in self._fixed else reported + self._shift
             if when > now + SET_SECONDS:
                 # The clock was ahead when this agent was not there yet. It ages from now on.
-                self.set_back = max(self.set_back, when - now)
+                self._went_back(max(self.set_back, when - now))
                 self._fixed[key], when = (reported, now), now
             if when != reported and abs(when - reported) > SET_SECONDS:
                 observed_peers[key] = evolve(peer, last_handshake=when)
         return observed_peers
+
+    def _went_back(self, seconds: float) -> None:
+        if seconds > self.set_back:
+            self.was_at = self._wall() + seconds
+        self.set_back = seconds

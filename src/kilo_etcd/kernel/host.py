@@ -306,7 +306,12 @@ class Host:
         link = self._find(self.interface)
         ours, state = self._read_device(link.link if link is not None else None)
         clock = self.handshake_clock
-        return PeerActivity(time=clock.now(), peers=state.peers if ours else {}, set_back=clock.set_back)
+        return PeerActivity(
+            time=clock.now(),
+            peers=state.peers if ours else {},
+            set_back=clock.set_back,
+            was_at=clock.was_at,
+        )
 
     def fingerprint(self, link: Link) -> int | None:
         """A number that stays the same while nobody sets anything of our WireGuard device `link`. Of endpoints only

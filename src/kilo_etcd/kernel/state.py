@@ -297,6 +297,8 @@ class PeerActivity:
     """Public key -> peer."""
     set_back: float = 0.0
     """Seconds by which the host's clock has gone back, against what it dated handshakes by before."""
+    was_at: float = 0.0
+    """The date (Unix seconds) that the host's clock had before it last went back."""
 
     def silence(self, peer: ObservedPeer) -> float:
         """Seconds since the last handshake; infinite if there was none."""

@@ -26,8 +26,11 @@ class StatedNode:
     encryption: EncryptionStage | None = None
     """How far it is with the switch to `encrypted`, or back."""
     handshake_epoch: int | None = None
-    """Another one than before: others are to forget the host's WireGuard handshakes, which are dated by its clock. Its
-    device is new, or its clock went back. None: neither has happened."""
+    """Greater than before: the host's WireGuard device is new, and others are to forget its handshakes, which are dated
+    by its clock. None: it has not been new since the host is a node."""
+    clock_epoch: int | None = None
+    """Greater than before: the host's clock went back, and others are to forget its handshakes when their sessions end.
+    At least the date that the clock had before (Unix seconds), so that an agent that starts knows what it has told."""
     subnets: tuple[IPNetwork, ...] = ()
     location: str = DEFAULT_LOCATION
     port: int = DEFAULT_PORT

@@ -22,3 +22,5 @@ class Peer:
     """As a node's; only of peers with keepalive whose record has no endpoint."""
     registered_revision: int = 0
     """etcd's create revision of the peer's record: older peers have lower ones."""
+    leased: bool = False
+    """Whether the record is under a lease, as that of a machine that is connected is."""

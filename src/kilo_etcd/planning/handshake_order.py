@@ -99,7 +99,7 @@ def handshake_order(
             continue
         if not peer.in_use:
             continue  # It led until now.
-        if _must_come(own, node, peer):
+        if must_come(own, node, peer):
             # A reset here could undo what it has begun: it would keep a session that is gone.
             continue
         if key not in waiting and not (_listens(own, node, promoted) and _reachable(own, peer)):
@@ -131,7 +131,7 @@ def handshake_order(
 
 def begins(own: Node, other: Node, peer: PeerPlan) -> bool:
     """Whether `own` is the first to send a packet where the two have just become known to each other elsewhere."""
-    return not (_must_come(own, other, peer) or (_listens(own, other, ()) and _reachable(own, peer)))
+    return not (must_come(own, other, peer) or (_listens(own, other, ()) and _reachable(own, peer)))
 
 
 def promotions(before: Topology | None, now: Topology) -> frozenset[str]:
@@ -153,7 +153,7 @@ def _listens(own: Node, other: Node, promoted: Collection[str]) -> bool:
     return own.public_key > other.public_key
 
 
-def _must_come(own: Node, other: Node, peer: PeerPlan) -> bool:
+def must_come(own: Node, other: Node, peer: PeerPlan) -> bool:
     """Whether the peer is behind NAT, as far as this public host can tell, so that it alone can begin."""
     address = None if peer.endpoint is None else peer.endpoint.address
     if address is None or not own.public_in(address.version):

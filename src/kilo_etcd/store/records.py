@@ -710,7 +710,7 @@ _REQUIRED = {
     for record in _RECORDS
 }
 _OPTIONAL: Mapping[type, tuple[str, ...]] = {
-    NodeRecord: ("encryption", "acceptsSince", "formerNames", "duplicateOf", "handshakeEpoch")
+    NodeRecord: ("encryption", "acceptsSince", "formerNames", "duplicateOf", "handshakeEpoch", "clockEpoch")
 }
 """Kind -> the fields without which, if they cannot be read, the record is in force all the same: a stage that a later
 version has must not take a node out of the mesh, nor what is for the host alone."""

@@ -545,6 +545,7 @@ class View:
                 persistent_keepalive=record.persistent_keepalive,
                 preshared_key=record.preshared_key,
                 registered_revision=created,
+                leased=kv is not None and bool(kv.lease),
             ),
         )
         self._dirty.add(("peer", name))

@@ -327,8 +327,13 @@ class FakeKernel:
         self._read()
         if self._clock is None:
             self._clock = HandshakeClock(lambda: self.host.clock(), trio.current_time)
-        self._clock.date({})
-        return PeerActivity(time=self.host.clock(), peers=self.host.observed.peers, set_back=self._clock.set_back)
+        self._clock.date(self.host.observed.peers)
+        return PeerActivity(
+            time=self.host.clock(),
+            peers=self.host.observed.peers,
+            set_back=self._clock.set_back,
+            was_at=self._clock.was_at,
+        )
 
     async def count_echoes(self, addresses: Collection[IPAddress], requests: EchoRequests) -> Mapping[IPAddress, int]:
         """Implements `kernel.api.Kernel.count_echoes`, as `ping`."""

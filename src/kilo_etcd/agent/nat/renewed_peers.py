@@ -5,10 +5,10 @@ WireGuard takes a handshake only if its timestamp is greater than any before fro
 are dropped as replays until its clock has caught up, and nobody is told. Only a peer that is removed and added again is
 forgotten, and its session with it.
 
-So a host raises the epoch in its record (`model.node.StatedNode.handshake_epoch`) when its device is new or its clock
-went back, and each other host makes the peer anew once, as soon as that costs nothing: the session is dead, since
-nothing came through it since the news, or is so old that WireGuard would have renewed one that works. A session that
-works stays.
+So a host raises an epoch in its record (`model.node.StatedNode`) when its device is new, or when its clock went back,
+and each other host makes the peer anew once, as soon as that costs nothing. If the device is new, the session is dead
+as soon as nothing comes through it since the news. In either case one is dead that is so old that WireGuard would have
+renewed it if it worked. A session that works stays.
 
 Pure: plans, readings and times come in, public keys go out.
 """
@@ -37,8 +37,16 @@ _GRACE = 1.0
 
 
 @frozen
+class _Epochs:
+    device: int = 0
+    clock: int = 0
+
+
+@frozen
 class _Renewed:
     since: float
+    device: bool
+    """Whether the peer's device is new, so that a session of before is lost there."""
     looked: float = inf
     """When the peer was first read since then."""
     received: int = 0
@@ -51,24 +59,28 @@ class _Renewed:
 class RenewedPeers:
     """Times are seconds of one monotonic clock."""
 
-    _epochs: Mapping[str, int | None] | None = None
-    """Public key -> the epoch of its node or peer in the last plan; None: there was none yet."""
+    _epochs: Mapping[str, _Epochs] = field(factory=dict)
+    """Public key -> the epochs of its node or peer in the last plan."""
     _pending: dict[str, _Renewed] = field(factory=dict)
 
     def follow(self, snapshot: Snapshot, plan: HostPlan, *, now: float) -> None:
         """`plan`, made of `snapshot`, is in the kernel."""
-        epochs: dict[str, int | None] = {}
+        epochs: dict[str, _Epochs] = {}
         for key, planned in plan.peers.items():
             node, peer = snapshot.nodes.get(planned.name), snapshot.peers.get(planned.name)
             if node is not None and node.public_key == key:
-                epochs[key] = node.handshake_epoch
+                epochs[key] = _Epochs(node.handshake_epoch or 0, node.clock_epoch or 0)
             elif peer is not None and peer.public_key == key:
-                # A machine that connects and whose clock goes back makes its record anew.
-                epochs[key] = peer.registered_revision
-        if self._epochs is not None:
-            for key, epoch in epochs.items():
-                if self._epochs.get(key, epoch) != epoch:
-                    self._pending[key] = _Renewed(now)
+                # A machine that connects and whose clock went back makes its record anew, and its device. A record
+                # without a lease is somebody else's, who knows nothing of the peer's clock.
+                epochs[key] = _Epochs(peer.registered_revision if peer.leased else 0)
+        for key, epoch in epochs.items():
+            before = self._epochs.get(key, epoch)
+            device = epoch.device > before.device
+            # Less: etcd was restored, or is another one, and nobody's clock went back.
+            if device or epoch.clock > before.clock:
+                known = self._pending.get(key)
+                self._pending[key] = _Renewed(now, device or (known is not None and known.device))
         # A peer that is gone is forgotten already.
         self._pending = {key: renewed for key, renewed in self._pending.items() if key in epochs}
         self._epochs = epochs
@@ -94,7 +106,8 @@ class RenewedPeers:
                 continue
             silence = activity.silence(peer)
             works = silence <= now - renewed.since + _GRACE or peer.rx_bytes != renewed.received
-            if silence >= OVERDUE_SECONDS or (not works and now - renewed.looked >= QUIET_SECONDS):
+            lost = renewed.device and not works and now - renewed.looked >= QUIET_SECONDS
+            if silence >= OVERDUE_SECONDS or lost:
                 reset.add(key)
                 del self._pending[key]
             else:

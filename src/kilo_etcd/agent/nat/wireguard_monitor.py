@@ -70,8 +70,8 @@ class _Look:
 
 class WireGuardMonitor:
     """Of node `name`. `on_traversal_failures` is told the sentences when they change, `on_unanswered` who does not
-    answer, `on_set_back` by how many seconds the host's clock has gone back, `reset_session` whose sessions to make
-    anew, and `renew` which peers to make anew with a handshake from here."""
+    answer, `on_set_back` by how many seconds the host's clock has gone back, and from which date, `reset_session` whose
+    sessions to make anew, and `renew` which peers to make anew with a handshake from here."""
 
     def __init__(
         self,
@@ -81,7 +81,7 @@ class WireGuardMonitor:
         *,
         on_traversal_failures: Callable[[tuple[str, ...]], object],
         on_unanswered: Callable[[UnansweredPeers], object],
-        on_set_back: Callable[[float], object],
+        on_set_back: Callable[[float, float], object],
         reset_session: Callable[[Collection[str]], object],
         renew: Callable[[Collection[str]], object],
         rng: random.Random | None = None,
@@ -99,7 +99,7 @@ class WireGuardMonitor:
         self._accounts = PeerAccounts()
         self._renewed = RenewedPeers()
         self._set_back = 0.0
-        """By how much the host's clock had gone back at the last reading."""
+        """By how much the host's clock had gone back when that was last told, or less since."""
         self._reported: tuple[str, ...] = ()
         self._unanswered = UnansweredPeers()
         self._followed: _Followed | None = None
@@ -155,9 +155,10 @@ class WireGuardMonitor:
             except (kernel.KernelError, OSError):
                 return _Look(concerned=True)  # The reconciler will say so.
         now = trio.current_time()
+        self._set_back = min(self._set_back, activity.set_back)
         if activity.set_back - self._set_back >= SET_BACK:
-            self._on_set_back(activity.set_back)
-        self._set_back = activity.set_back
+            self._set_back = activity.set_back
+            self._on_set_back(activity.set_back, activity.was_at)
         if renewed := self._renewed.look(activity, now=now):
             self._renew(renewed)
         desired = to_publish(observed_here(watched, activity), snapshot, self._name, published)
