@@ -25,7 +25,7 @@ from kilo_etcd.connect.registration import LEASE_SECONDS, DesiredPeer, Gone, Pee
 from kilo_etcd.ctl.context import Failure
 from kilo_etcd.etcd.api import Compare, Op, PermissionDenied, Put, TxnResult, Unavailable
 from kilo_etcd.kernel.routing.exit_node import exit_table
-from kilo_etcd.kernel.state import Change, DeleteLink, DeleteRoute, HostAddress
+from kilo_etcd.kernel.state import Change, DeleteLink, DeleteRoute, HostAddress, SetPeer
 from kilo_etcd.model import CandidateClass, Endpoint, IPAddress
 from kilo_etcd.runtime import key_file
 from kilo_etcd.runtime.host_facts import HostFacts
@@ -90,6 +90,10 @@ class World:
 
     def logged(self, sentence: str) -> int:
         return self.log.getvalue().count(sentence)
+
+    def resets(self) -> list[SetPeer]:
+        """The peers that were made anew."""
+        return [change for change in self.host.history if isinstance(change, SetPeer) and change.reset]
 
     def record(self) -> PeerRecord:
         return decode_peer(self.etcd.get(RECORD) or b"")
@@ -285,21 +289,36 @@ async def test_a_machine_that_slept_longer_than_its_lease_comes_back_by_itself(w
     assert nothing_is_left(world)
 
 
-async def test_a_machine_whose_clock_goes_back_is_a_new_peer_to_the_nodes(world: World) -> None:
+async def test_a_machine_whose_clock_goes_back_is_a_new_peer_to_the_nodes(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
     off = 0.0
+    triggered: list[IPAddress] = []
+    monkeypatch.setattr(connection_module, "trigger_handshakes", lambda addresses: triggered.extend(addresses))
     world.host.clock = lambda: trio.current_time() + off
     async with connected(world):
         await trio.sleep(30)
         before, address = world.etcd.data[RECORD.encode()], world.host.observed.addresses
         off = 3600.0
         await trio.sleep(30)
+        for back in range(5):
+            # A step that is soon made up for is nothing to anybody.
+            off = 3600.0 - 20 * back
+            await trio.sleep(30)
         assert world.etcd.data[RECORD.encode()] == before
-        off = 0.0
+        assert world.resets() == []
+        off, begun = 0.0, len(triggered)
         await eventually(lambda: RECORD in world.etcd and world.etcd.data[RECORD.encode()] != before, 20, every=0.1)
         after = world.etcd.data[RECORD.encode()]
         assert after.create_revision > before.create_revision
         assert (after.value, after.lease) == (before.value, before.lease)
+        # The nodes have forgotten its sessions, so it begins new ones.
+        await eventually(
+            lambda: {change.public_key for change in world.resets()} == {key_of(1), key_of(3)}, 5, every=0.1
+        )
+        assert set(triggered[begun:]) == {ip_address("10.4.0.1"), ip_address("10.4.0.3")}
         await trio.sleep(5 * LEASE_SECONDS)
+        assert len(world.resets()) == 2
         assert world.etcd.data[RECORD.encode()] == after
         assert world.host.observed.addresses == address
         assert world.leaders() == {1, 3}
@@ -642,7 +661,7 @@ async def test_a_record_of_before_is_not_written_with_an_address_that_a_node_cla
     assert first == ["10.4.0.77"]
     assert world.record().allowed_ips == (ip_network("10.9.0.7/32"), ip_network(address))
     assert world.etcd.keys("/kilo/peer-addresses/") == [KEYS.peer_address("laptop", address)]
-    assert world.etcd.data[RECORD.encode()].version == 2, "it was not written before the look"
+    assert world.etcd.data[RECORD.encode()].version == 1, "it was put anew once, and not written before the look"
     assert written < world.etcd.data[RECORD.encode()].mod_revision
 
 
@@ -718,7 +737,10 @@ async def test_the_leftover_of_a_run_that_crashed_is_taken_over_and_goes_at_the_
     first = await PeerRegistration(world.client, KEYS, desired, lambda: None).register()
     await trio.sleep(200)
     second = PeerRegistration(world.client, KEYS, desired, lambda: None)
+    before = world.etcd.data[RECORD.encode()]
     assert (await second.register()).record == first.record
+    # The machine may have booted with a clock that went back: to the nodes it is a new peer.
+    assert world.etcd.data[RECORD.encode()].create_revision > before.create_revision
     async with trio.open_nursery() as nursery:
         nursery.start_soon(second.keep)
         await trio.sleep(2 * LEASE_SECONDS)
@@ -726,6 +748,36 @@ async def test_the_leftover_of_a_run_that_crashed_is_taken_over_and_goes_at_the_
         nursery.cancel_scope.cancel()
     await second.withdraw()
     assert not any("peers/" in key for key in world.etcd.keys("/"))
+
+
+async def test_a_name_that_was_taken_over_once_is_not_taken_again_when_the_clock_goes_back(world: World) -> None:
+    other = PeerRecord(public_key=key_of(99), allowed_ips=(ip_network("10.4.0.60/32"),))
+    await put_kept(world.etcd.client(), RECORD, encode(other))
+    off = 3600.0
+    world.host.clock = lambda: trio.current_time() + off
+    transact = world.client.txn
+
+    async def txn(*args: Any, **kwargs: Any) -> TxnResult:
+        result = await transact(*args, **kwargs)
+        if off == 0.0 and RECORD not in world.etcd:
+            # The other machine is faster.
+            await put_kept(world.etcd.client(), RECORD, encode(other))
+        return result
+
+    world.client.txn = txn  # type: ignore[method-assign]
+
+    async def connect() -> None:
+        nonlocal off
+        async with connected(world, replace=True):
+            await trio.sleep(30)
+            assert world.record().public_key == PUBLIC
+            off = 0.0
+            await trio.sleep(60)
+
+    with pytest.raises(BaseExceptionGroup) as caught:
+        await connect()
+    assert caught.group_contains(Failure, match="is registered with another public key", depth=None)
+    assert world.record().public_key == key_of(99)
 
 
 async def test_no_two_machines_choose_one_address_and_none_a_nodes(world: World) -> None:

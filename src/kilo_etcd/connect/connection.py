@@ -121,6 +121,8 @@ class PeerConnection:
         self.exit_node_monitor = ExitNodeMonitor(device, self._note_exit_node)
         self.topology: Topology | None = None
         self.plan: HostPlan | None = None
+        self._reset: set[str] = set()
+        """The public keys of the peers to make anew with the next plan."""
         self._logged_summary: tuple[tuple[IPInterface, ...], tuple[str, ...]] | None = None
         self._stopping = trio.Event()
         self._joined = False
@@ -217,7 +219,9 @@ class PeerConnection:
                 tuple(f"node {name} does not answer, although WireGuard sends to it" for name in unanswered),
                 level="warning",
             )
+            known = min(known, activity.set_back)
             if activity.set_back - known >= SET_BACK:
+                known = activity.set_back
                 renews = self.registration.removes
                 self.log.warning(
                     "this machine's clock went back; the nodes make it a new WireGuard peer"
@@ -226,12 +230,15 @@ class PeerConnection:
                     f"remove {self.desired.name} and add, or until the clock has caught up",
                     by=shown_duration(round(activity.set_back)),
                 )
-            known = activity.set_back
             if renews and self.mirror.connected and self.mirror.untrusted_reason is None:
                 with suppress(etcd.EtcdError):
                     await self.registration.renew()
                     renews = False
-                    self._nudge()
+                    # The nodes have forgotten its sessions too, as soon as they know the new record.
+                    with suppress(etcd.EtcdError):
+                        await applied(self.client, self.keys, timeout=KNOWN_SECONDS)
+                    self._reset |= self.plan.peers.keys()
+                    self._nudge(fresh=True)
 
     # -- what wakes the reconciler ---------------------------------------------------------------------------
 
@@ -308,10 +315,18 @@ class PeerConnection:
         plans = peer_plans(topology, self.desired.name, options, surroundings)
         plan = plans.final
         self.resolver.set_names(plan_names(plans.raw))
-        report = await self._reconciler.program(lambda: self.kernel.apply(plan, fresh=fresh))
+        reset = frozenset(self._reset)
+        report = await self._reconciler.program(lambda: self.kernel.apply(plan, fresh=fresh, reset=reset))
         if isinstance(report, str):
             return
-        trigger_handshakes(moved(report, self.plan, plan, topology))
+        self._reset -= reset
+        trigger_handshakes(moved(report, self.plan, plan, topology, apart_from=reset))
+        trigger_handshakes(
+            address
+            for peer in plan.peers.values()
+            if peer.public_key in reset and (node := topology.snapshot.nodes.get(peer.name)) is not None
+            for address in node.mesh_addresses[:1]
+        )
         self.plan = plan
         self.exit_node_monitor.follow(plan)
         for change in report.changes:

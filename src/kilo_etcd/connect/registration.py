@@ -288,6 +288,15 @@ class PeerRegistration:
                 return 0
         lease = self._lease.id if self._desired.clean_up else 0
         stands = new if lease else []
+        record = self._keys.peer(self._desired.name)
+        former = held[record]
+        if lease and former is not None and former.lease not in (0, lease):
+            # An earlier run's. The machine may have booted with a clock that went back, and a record that is put over
+            # does not have the nodes forget its handshakes.
+            if not (await self._client.txn([compare[record]], [Delete(record)])).succeeded:
+                await self._take_back(compare[key] for key in new)
+                return 0
+            compare[record] = absent(record)
         result = await self._client.txn(
             [*compare.values()],
             [
