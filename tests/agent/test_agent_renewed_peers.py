@@ -449,3 +449,18 @@ async def test_a_node_that_does_not_answer_is_in_status_metrics_and_log(world: W
             await eventually(lambda: "unanswered" not in own(world, STATUS), 15, every=0.1)
             assert silent() == 0
             nursery.cancel_scope.cancel()
+
+
+@pytest.mark.autojump
+async def test_a_phone_that_does_not_answer_is_in_the_log_without_a_warning(world: World) -> None:
+    other(world)
+    world.etcd.put("/kilo/peers/phone", json.dumps({"publicKey": PHONE, "allowedIPs": ["10.5.0.7/32"]}))
+    async with running(world):
+        await eventually(lambda: PHONE in world.host.observed.peers, 10, every=0.1)
+        for _ in range(12):
+            world.host.send_to(PHONE)
+            await trio.sleep(5)
+        assert own(world, STATUS).get("unansweredPeers") == ["phone"]
+        (line,) = [line for line in world.log.getvalue().splitlines() if "peer phone does not answer" in line]
+        assert "warning" not in line.lower()
+        assert "info" in line.lower()

@@ -812,6 +812,12 @@ def test_labels_that_would_only_do_harm_are_refused(label: str) -> None:
         check_label(label)
 
 
+def test_a_field_that_is_not_known_is_a_warning_and_its_record_is_not_said_to_be_rejected() -> None:
+    reason = "colour: no such field is known; a peer has publicKey; the rest of the record is in force"
+    found = report(evolve(WORLD, rejected=(RejectedRecord("/kilo/peers/laptop", reason),)), {}, newest=40)
+    assert [(finding.severity, finding.text) for finding in _records(found)] == [(Severity.WARNING, reason)]
+
+
 def test_ten_thousand_rejected_records_are_counted_and_the_first_are_shown() -> None:
     flood = tuple(RejectedRecord(f"/kilo/by/b{number:05}/node", "the value is not UTF-8") for number in range(10_000))
     names = frozenset(note.key.split("/")[3] for note in flood)

@@ -18,6 +18,7 @@ from kilo_etcd.model import CandidateClass, Endpoint
 from kilo_etcd.store import keys as k
 from kilo_etcd.store.keys import Keys
 from kilo_etcd.store.records import (
+    MAX_NAMED,
     CandidateRecord,
     NodeRecord,
     PeerRecord,
@@ -199,6 +200,12 @@ def test_a_peer_of_a_newer_kgctl_is_read_without_the_field_that_is_not_known(fie
     decoded = read_peer(value)
     assert decoded.unknown == (field.split('"')[1],)
     assert [str(network) for network in decoded.record.allowed_ips] == ["10.9.0.0/24"]
+
+
+def test_a_typing_error_is_found_among_many_fields_that_are_not_known() -> None:
+    more = ",".join(f'"aa{number}":1' for number in range(MAX_NAMED + 5))
+    with pytest.raises(RecordError, match="allowedIps: no such field; allowedIPs is probably meant"):
+        decode_peer(b'{"publicKey":"%s",%s,"allowedIps":[]}' % (wg_key("a").encode(), more.encode()))
 
 
 def test_a_field_like_one_that_the_peer_has_is_no_typing_error() -> None:

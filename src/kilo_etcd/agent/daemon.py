@@ -1124,17 +1124,14 @@ class Daemon:
 
     def _note_unanswered(self, unanswered: UnansweredPeers) -> None:
         self.unanswered = unanswered
-        for kind, names in (("node", unanswered.nodes), ("peer", unanswered.peers)):
+        # A phone that sleeps is nothing to warn of.
+        for kind, names, level in (("node", unanswered.nodes, "warning"), ("peer", unanswered.peers, "info")):
             self.metrics.unanswered.labels(kind).set(len(names))
-        self.once.errors(
-            "unanswered",
-            tuple(
-                f"{kind} {name} does not answer, although WireGuard sends to it"
-                for kind, names in (("node", unanswered.nodes), ("peer", unanswered.peers))
-                for name in names
-            ),
-            level="warning",
-        )
+            self.once.errors(
+                f"unanswered {kind}",
+                tuple(f"{kind} {name} does not answer, although WireGuard sends to it" for name in names),
+                level=level,
+            )
         self._publish_again()
 
     def _note_set_back(self, seconds: float, was_at: float) -> None:

@@ -48,6 +48,10 @@ K = TypeVar("K")
 V = TypeVar("V")
 
 MOST_SHOWN = 3
+
+NOT_ENCAPSULATED = "go over IPv6 as they are"
+"""What the problem says of packets that are to be encapsulated and are not: no packet is lost by it."""
+
 """Nodes that are named in one sentence."""
 
 
@@ -267,8 +271,8 @@ class _Local:
             self._return(node)
         if self.plain:
             text = (
-                f"packets to {first_of(self.plain, MOST_SHOWN)} go over IPv6 as they are, although encapsulate is "
-                "always: IPIP carries IPv4 only; encapsulate wireguard encapsulates them"
+                f"packets to {first_of(self.plain, MOST_SHOWN)} {NOT_ENCAPSULATED}, although encapsulate is always: "
+                "IPIP carries IPv4 only; encapsulate wireguard encapsulates them"
             )
             self.problems.append(Problem(subject=self.own.name, text=text))
 

@@ -772,10 +772,7 @@ def _unknown(decoded: Read[R] | None, known: str = "") -> Sequence[str]:
     """What to report of unknown fields; `known` says which there are."""
     if decoded is None or not (decoded.unknown or decoded.unreadable):
         return ()
-    notes = [
-        f"{shown_name(name)}: no such field is known{known}; {REST_IN_FORCE}"
-        for name in decoded.unknown
-    ]
+    notes = [f"{shown_name(name)}: no such field is known{known}; {REST_IN_FORCE}" for name in decoded.unknown]
     notes += (f"{text}; {REST_IN_FORCE}" for text in decoded.unreadable)
     if decoded.more_unknown:
         notes.append(f"{decoded.more_unknown} more fields are not known; {REST_IN_FORCE}")

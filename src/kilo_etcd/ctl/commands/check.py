@@ -347,7 +347,8 @@ def _records(report: Report, named_elsewhere: Collection[Remark] = ()) -> Iterat
             )  # fmt: skip
             continue
         yield Finding(
-            severity=Severity.ERROR, subject=aside.key, text=f"rejected: {aside.reason}",
+            severity=Severity.WARNING if aside.in_force else Severity.ERROR,
+            subject=aside.key, text=aside.reason if aside.in_force else f"rejected: {aside.reason}",
             remedy=f"etcdctl get {aside.key}; " + (
                 f"the agent of {aside.author} writes it: is it up? systemctl status kilo-etcd there; gone for good: "
                 f"etcdctl del {aside.key}" if aside.author else "put it right or delete it"

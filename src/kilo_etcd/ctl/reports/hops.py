@@ -29,11 +29,12 @@ from kilo_etcd.model import InternalIPs, IPAddress, IPNetwork, is_within
 from kilo_etcd.model.hostplan import Via
 from kilo_etcd.planning.dropped import dropped_networks
 from kilo_etcd.planning.exit_node import NOTHING_BACK
+from kilo_etcd.planning.plan import NOT_ENCAPSULATED
 from kilo_etcd.planning.reach import about_member
 from kilo_etcd.runtime.hostnames import NAMES_TROUBLE
 from kilo_etcd.store.records import StatusRecord
 from kilo_etcd.store.session.contested import about_status_key
-from kilo_etcd.store.status_texts import ETCD_INSIDE, NO_BASELINE, STATE_TROUBLE
+from kilo_etcd.store.status_texts import CLOCK_WENT_BACK, ETCD_INSIDE, NO_BASELINE, STATE_TROUBLE
 from kilo_etcd.topology.nat import about_partner
 from kilo_etcd.topology.places import has_address
 from kilo_etcd.topology.segments import Topology
@@ -146,16 +147,16 @@ class _HopCheck:
 
 _OF_NO_PACKET = (
     *("--", "metrics and health are not served", NAMES_TROUBLE, NOTHING_BACK),
-    *STATE_TROUBLE, ETCD_INSIDE,
+    *STATE_TROUBLE, ETCD_INSIDE, CLOCK_WENT_BACK,
 )  # fmt: skip
 """How errors begin that are about a flag, about the agent itself, its files or etcd, about the hosts file, or about an
-exit node, which has a hop of its own."""
+exit node, which has a hop of its own. Of a clock that went back tell those that do not answer."""
 
 
 def _concerns(error: str, destination: IPAddress | None, *, forwards: bool) -> bool:
     """Whether an agent's error may be about packets for this address. What concerns single pairs is weighed at their
     hops."""
-    if error.startswith(_OF_NO_PACKET) or about_status_key(error):
+    if error.startswith(_OF_NO_PACKET) or NOT_ENCAPSULATED in error or about_status_key(error):
         return False
     if about_partner(error) is not None or about_member(error) is not None:
         return False
