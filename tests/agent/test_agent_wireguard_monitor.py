@@ -5,7 +5,8 @@ from __future__ import annotations
 import base64
 import json
 import random
-from ipaddress import ip_interface
+from ipaddress import ip_address, ip_interface, ip_network
+from typing import Any, ClassVar, cast
 
 import pytest
 import trio
@@ -14,9 +15,11 @@ from attrs import evolve
 
 from helpers import eventually, examples
 from kilo_etcd.agent.nat.nat_traversal import PATIENCE
+from kilo_etcd.agent.nat.wireguard_monitor import WireGuardMonitor
 from kilo_etcd.kernel import KernelError
-from kilo_etcd.kernel.state import HostAddress, PeerActivity, SetPeer
-from kilo_etcd.model import Endpoint
+from kilo_etcd.kernel.state import HostAddress, ObservedPeer, PeerActivity, SetPeer
+from kilo_etcd.model import Endpoint, Node, Snapshot
+from kilo_etcd.model.hostplan import HostPlan, PeerPlan
 from kilo_etcd.runtime import key_file
 from kilo_etcd.runtime.host_facts import HostFacts
 from kilo_etcd.store.records import NodeRecord, ObservedEndpointRecord, encode
@@ -213,11 +216,49 @@ async def test_who_is_not_heard_is_named_in_log_and_status_until_it_is(world: Wo
         assert trio.current_time() - start >= PATIENCE - 1
         (said,) = errors(world)
         assert said.startswith("no tunnel to node home: it and h1 are both behind NAT, and both NATs show")
-        await trio.sleep(300)
+        for _ in range(60):
+            world.host.send_to(HOME)
+            await trio.sleep(5)
         assert world.logged(said) == 1
+        # It is named once, with what is wrong with its NAT.
+        assert "unanswered" not in json.loads(world.etcd.get("/kilo-status/by/h1/status") or b"{}")
         world.host.receive_from(HOME, endpoint=MOVED)
         await eventually(lambda: not errors(world), 15, every=0.1)
         assert world.logged(f"no longer: {said}") == 1
+
+
+async def test_a_silent_member_names_nobody_who_does_not_answer_it() -> None:
+    node = Node(name="b", public_key=HOME, mesh_addresses=(ip_address("10.4.0.2"),), endpoint=SEEN)
+    own = Node(name="a", public_key=PHONE, mesh_addresses=(ip_address("10.4.0.1"),), endpoint=MOVED)
+    snapshot = Snapshot(revision=1, nodes={"a": own, "b": node}, subnets=(ip_network("10.4.0.0/16"),))
+    peer = PeerPlan(public_key=HOME, name="b", allowed_ips=(ip_network("10.4.0.2/32"),), endpoint=SEEN)
+    found: list[tuple[str, ...]] = []
+
+    class Device:
+        async def peer_activity(self) -> PeerActivity:
+            await trio.lowlevel.checkpoint()
+            now = trio.current_time()
+            # Whatever WireGuard sends of its own accord.
+            return PeerActivity(time=now, peers={HOME: ObservedPeer(public_key=HOME, tx_bytes=int(now * 10))})
+
+    class Session:
+        observed_endpoints: ClassVar[dict[str, ObservedEndpointRecord]] = {}
+
+    def ignore(*_of: object) -> None: ...
+
+    monitor = WireGuardMonitor(
+        cast(Any, Device()), cast(Any, Session()), "a", on_traversal_failures=ignore,
+        on_unanswered=lambda unanswered: found.append(unanswered.nodes), on_set_back=ignore, reset_session=ignore,
+        renew=ignore,
+    )  # fmt: skip
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(monitor.run)
+        monitor.follow(snapshot, HostPlan(node="a", listen_port=1, peers={HOME: peer}), tunnels=False)
+        await trio.sleep(200)
+        assert found == []
+        monitor.follow(snapshot, HostPlan(node="a", listen_port=1, peers={HOME: peer}), tunnels=True)
+        await eventually(lambda: found == [("b",)], 100, every=0.1)
+        nursery.cancel_scope.cancel()
 
 
 async def test_a_device_is_read_seldom_where_nothing_changes_and_not_without_peers(

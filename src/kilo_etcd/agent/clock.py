@@ -68,7 +68,7 @@ class SetBack:
         if passed >= SESSION_SECONDS and self._silent_before.issuperset(unanswered):
             return None
         return (
-            f"{CLOCK_WENT_BACK}by {shown_duration(round(self._seconds))}: other hosts drop its WireGuard "
+            f"{CLOCK_WENT_BACK}{shown_duration(round(self._seconds))}: other hosts drop its WireGuard "
             "handshakes as replays until they make it a new peer, which their agents do within some minutes; if a host "
             "does not answer after that, remove its WireGuard device (ip link del kilo0 there: its agent makes it "
             "anew); connect a laptop or phone anew"

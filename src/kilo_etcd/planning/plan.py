@@ -49,7 +49,7 @@ V = TypeVar("V")
 
 MOST_SHOWN = 3
 
-NOT_ENCAPSULATED = "go over IPv6 as they are"
+NOT_ENCAPSULATED = "go over IPv6 as they are, although encapsulate is always"
 """What the problem says of packets that are to be encapsulated and are not: no packet is lost by it."""
 
 """Nodes that are named in one sentence."""
@@ -271,7 +271,7 @@ class _Local:
             self._return(node)
         if self.plain:
             text = (
-                f"packets to {first_of(self.plain, MOST_SHOWN)} {NOT_ENCAPSULATED}, although encapsulate is always: "
+                f"packets to {first_of(self.plain, MOST_SHOWN)} {NOT_ENCAPSULATED}: "
                 "IPIP carries IPv4 only; encapsulate wireguard encapsulates them"
             )
             self.problems.append(Problem(subject=self.own.name, text=text))

@@ -19,7 +19,7 @@ FORWARDING_LOOK = (
 """What to look for on a host that does not forward, with the commands that show it."""
 STATE_TROUBLE = ("the state directory ", "the private key ", "the snapshot cannot be cached ")
 """How the sentences begin on files that an agent needs at its next start."""
-CLOCK_WENT_BACK = "this host's clock went back "
+CLOCK_WENT_BACK = "this host's clock went back by "
 """How the sentence on that begins."""
 ETCD_INSIDE = "etcd's endpoint "
 """How the sentence on an endpoint of etcd begins that is a mesh address."""
