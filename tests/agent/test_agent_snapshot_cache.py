@@ -35,7 +35,7 @@ from kilo_etcd.runtime import key_file
 from kilo_etcd.runtime.host_facts import HostFacts
 from kilo_etcd.runtime.logs import setup_logging
 from kilo_etcd.store.keys import Keys
-from kilo_etcd.store.records import NodeRecord, encode, encode_adoption
+from kilo_etcd.store.records import NodeRecord, decode_node, encode, encode_adoption
 from kilo_etcd.store.view import Holdings
 from kilo_etcd.testing.fake_etcd import FakeEtcd
 from kilo_etcd.testing.fake_kernel import FakeHost, FakeKernel
@@ -571,6 +571,8 @@ async def test_a_host_that_boots_follows_an_etcd_that_takes_no_writes(
         world.client.mend()
         await eventually(lambda: KEYS.status("h1") in world.etcd, 60, every=0.1)
         await eventually(lambda: world.metrics.health() is None, 60, every=0.1)
+        # Its device is new, although it was there before etcd took the record.
+        assert decode_node(world.etcd.get(KEYS.node("h1")) or b"").handshake_epoch == 1
         assert len(world.host.observed.peers) == 2
 
 

@@ -130,7 +130,6 @@ class HostRegistration:
                         underlay=record.underlay,
                         encryption=record.encryption,
                         accepts_since=record.accepts_since,
-                        handshake_epoch=record.handshake_epoch,
                         clock_epoch=record.clock_epoch,
                     )
                     self._keep(record, () if alike else reasons)
