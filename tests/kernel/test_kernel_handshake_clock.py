@@ -121,3 +121,17 @@ def test_a_handshake_dated_ahead_shows_that_the_clock_went_back_before_the_agent
     clock = clocks.clock()
     assert clocks.ages(clock) == {ONE: 0}
     assert round(clock.set_back) == DAY - 60
+    assert round(clock.was_at) == round(clocks.handshakes[ONE])
+
+
+def test_the_date_is_known_from_which_a_clock_went_back() -> None:
+    clocks = Clocks()
+    clock = clocks.clock()
+    clocks.pass_by(50)
+    before = clocks.wall
+    clocks.wall -= DAY
+    clocks.ages(clock)
+    assert round(clock.was_at) == round(before)
+    clocks.pass_by(500)
+    clocks.ages(clock)
+    assert round(clock.was_at) == round(before), "it stays"
