@@ -114,6 +114,25 @@ def test_a_session_of_a_host_whose_clock_went_back_stays_until_it_is_overdue_eve
     assert peers.look(activity(3.5, silence=33), now=3.5) == {KEY}
 
 
+def test_a_session_since_a_boot_is_not_taken_for_lost_when_the_clock_goes_back_later() -> None:
+    peers = renewed()
+    peers.look(activity(0.1, silence=30), now=0.1)
+    assert peers.look(activity(1.5, silence=0.5), now=1.5) == frozenset(), "it has booted, and has begun a session"
+    peers.follow(snapshot(1, clock=5), plan(KEY), now=20.0)
+    for second in (20.1, 21.5, 60.0):
+        assert peers.look(activity(second, silence=second - 1), now=second) == frozenset(), (
+            "nobody uses it, and it works"
+        )
+    late = OVERDUE_SECONDS + 1
+    assert peers.look(activity(late, silence=OVERDUE_SECONDS), now=late) == {KEY}
+
+
+def test_nobody_looks_often_for_a_peer_that_the_device_does_not_have() -> None:
+    peers = renewed()
+    assert peers.look(PeerActivity(time=NOW), now=0.1) == frozenset()
+    assert peers.due(0.1) == float("inf")
+
+
 def test_an_etcd_that_was_restored_makes_nothing_anew() -> None:
     peers = RenewedPeers()
     peers.follow(snapshot(5, clock=9), plan(KEY), now=0.0)

@@ -261,6 +261,48 @@ async def test_a_silent_member_names_nobody_who_does_not_answer_it() -> None:
         nursery.cancel_scope.cancel()
 
 
+async def test_a_session_between_two_plans_that_came_before_one_reading_is_a_session_since_the_first() -> None:
+    node = Node(name="b", public_key=HOME, mesh_addresses=(ip_address("10.4.0.2"),), endpoint=SEEN)
+    own = Node(name="a", public_key=PHONE, mesh_addresses=(ip_address("10.4.0.1"),), endpoint=MOVED)
+    former = Snapshot(revision=1, nodes={"a": own, "b": node}, subnets=(ip_network("10.4.0.0/16"),))
+    booted = evolve(former, revision=2, nodes={"a": own, "b": evolve(node, handshake_epoch=1)})
+    keys = (HOME, *(base64.b64encode(number.to_bytes(32)).decode() for number in range(1, 2000)))
+    peers = {key: PeerPlan(public_key=key, name="b" if key == HOME else key, allowed_ips=()) for key in keys}
+    plan = HostPlan(node="a", listen_port=1, peers=peers)
+    handshake, readings, renewed = trio.current_time() - 100, 0, list[object]()
+
+    class Device:
+        async def peer_activity(self) -> PeerActivity:
+            nonlocal readings
+            await trio.lowlevel.checkpoint()
+            readings += 1
+            peer = ObservedPeer(public_key=HOME, last_handshake=handshake)
+            return PeerActivity(time=trio.current_time(), peers={HOME: peer})
+
+    class Session:
+        observed_endpoints: ClassVar[dict[str, ObservedEndpointRecord]] = {}
+
+    def ignore(*_of: object) -> None: ...
+
+    monitor = WireGuardMonitor(
+        cast(Any, Device()), cast(Any, Session()), "a", on_traversal_failures=ignore, on_unanswered=ignore,
+        on_set_back=ignore, reset_session=ignore, renew=renewed.append,
+    )  # fmt: skip
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(monitor.run)
+        monitor.follow(former, plan, tunnels=True)
+        await eventually(lambda: readings == 1, 1, every=0.1)
+        monitor.follow(booted, plan, tunnels=True)
+        handshake = trio.current_time()
+        await trio.sleep(3)
+        assert readings == 1, "so many peers take their time"
+        monitor.follow(evolve(booted, revision=3), plan, tunnels=True)
+        await trio.sleep(60)
+        assert readings > 2
+        assert renewed == []
+        nursery.cancel_scope.cancel()
+
+
 async def test_a_device_is_read_seldom_where_nothing_changes_and_not_without_peers(
     world: World, monkeypatch: pytest.MonkeyPatch
 ) -> None:

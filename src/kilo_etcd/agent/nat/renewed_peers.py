@@ -46,7 +46,7 @@ class _Epochs:
 class _Renewed:
     since: float
     device: bool
-    """Whether the peer's device is new, so that a session of before is lost there."""
+    """Whether the peer's device is new, so that a session of before is lost there, and no session since was seen."""
     looked: float = inf
     """When the peer was first read since then."""
     received: int = 0
@@ -90,7 +90,7 @@ class RenewedPeers:
         times = (
             time
             for renewed in self._pending.values()
-            for time in (min(renewed.looked, now) + QUIET_SECONDS, renewed.overdue)
+            for time in (renewed.looked + QUIET_SECONDS if renewed.device else inf, renewed.overdue)
         )
         return min((time for time in times if time > now), default=inf)
 
@@ -111,5 +111,6 @@ class RenewedPeers:
                 reset.add(key)
                 del self._pending[key]
             else:
-                self._pending[key] = evolve(renewed, overdue=now + OVERDUE_SECONDS - silence)
+                device = renewed.device and not works
+                self._pending[key] = evolve(renewed, device=device, overdue=now + OVERDUE_SECONDS - silence)
         return frozenset(reset)

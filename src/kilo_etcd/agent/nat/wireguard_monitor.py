@@ -48,6 +48,7 @@ class _Followed:
     plan: HostPlan
     tunnels: bool
     since: float
+    """When the first plan was followed since the last reading; what is news may have come with it."""
 
 
 _Company = tuple[KeysView[str], KeysView[str]]
@@ -115,7 +116,9 @@ class WireGuardMonitor:
 
     def follow(self, snapshot: Snapshot, plan: HostPlan, *, tunnels: bool) -> None:
         """`plan`, made of `snapshot`, is in the kernel. `tunnels`: this host uses them, as a silent member does not."""
-        self._followed = _Followed(snapshot, plan, tunnels, trio.current_time())
+        before = self._followed
+        since = trio.current_time() if before is None or before is self._concerned_by else before.since
+        self._followed = _Followed(snapshot, plan, tunnels, since)
         self._news.set()
 
     async def run(self) -> None:
