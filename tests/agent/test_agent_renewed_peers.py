@@ -19,11 +19,14 @@ from kilo_etcd.agent.nat.renewed_peers import OVERDUE_SECONDS, QUIET_SECONDS, Re
 from kilo_etcd.kernel.state import HostAddress, ObservedPeer, PeerActivity, SetPeer
 from kilo_etcd.model import SESSION_SECONDS, Endpoint, Node, Peer, Snapshot
 from kilo_etcd.model.hostplan import HostPlan, PeerPlan
+from kilo_etcd.planning.handshake_order import STAGES
 from kilo_etcd.runtime.host_facts import HostFacts
 from kilo_etcd.runtime.unanswered_peers import LASTING, PATIENCE, PeerAccounts, UnansweredPeers
 from kilo_etcd.store.records import NodeRecord, encode
 
 KEY, PHONE = (base64.b64encode(bytes([number]) * 32).decode() for number in (77, 78))
+FIRST, LAST = "+" * 42 + "8=", "z" * 42 + "w="
+"""Public keys before and after every other: a host leaves the handshake to the first, and begins with the last."""
 NOW = 1_000_000.0
 
 
@@ -279,14 +282,14 @@ def test_a_clock_that_goes_to_and_fro_makes_ever_fewer_epochs() -> None:
 # --- an agent ------------------------------------------------------------------------------------------------------
 
 
-def other(world: World, epoch: int | None = None, *, clock: int | None = None) -> None:
+def other(world: World, epoch: int | None = None, *, clock: int | None = None, key: str = KEY) -> None:
     """A public node elsewhere, and this host is one too."""
     world.facts = HostFacts(
         hostname="h1",
         addresses=(HostAddress(interface="eth0", index=2, address=ip_interface("203.0.113.1/24")),),
     )
     record = NodeRecord(
-        public_key=KEY, endpoint=Endpoint.parse("203.0.113.2:51820"), location="b", handshake_epoch=epoch,
+        public_key=key, endpoint=Endpoint.parse("203.0.113.2:51820"), location="b", handshake_epoch=epoch,
         clock_epoch=clock,
     )  # fmt: skip
     world.etcd.put("/kilo/by/b/addresses/10.4.9.2", "")
@@ -306,22 +309,49 @@ STATUS = "kilo-status/by/h1/status"
 
 
 @pytest.mark.autojump
-async def test_an_agent_makes_a_peer_anew_that_has_begun_anew(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
-    other(world)
+@pytest.mark.parametrize("key", [FIRST, LAST])
+async def test_an_agent_makes_a_peer_anew_that_has_begun_anew(
+    world: World, key: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    other(world, key=key)
     async with running(world):
-        await eventually(lambda: KEY in world.host.observed.peers, 10, every=0.1)
-        world.host.receive_from(KEY)
+        await eventually(lambda: key in world.host.observed.peers, 10, every=0.1)
+        world.host.receive_from(key)
         await trio.sleep(60)
         before = resets(world)
         triggered: list[object] = []
         monkeypatch.setattr(apply, "trigger_handshakes", lambda addresses: triggered.extend(addresses))
-        other(world, epoch=1)
-        await eventually(lambda: resets(world) == before + 1, 4, every=0.1)
-        assert triggered == [ip_address("10.4.9.2")]
-        world.host.receive_from(KEY)
+        other(world, epoch=1, key=key)
+        await eventually(lambda: resets(world) == before + 1, 4, every=0.01)
+        # If the other end has made this host anew too, one of the two begins.
+        assert triggered == ([ip_address("10.4.9.2")] if key == LAST else [])
+        world.host.receive_from(key)
         await trio.sleep(300)
         assert resets(world) == before + 1
+        assert len(triggered) == 1, "the host that waited sends a packet through the session, to see that it works"
         assert world.logged("another program changed") == 0
+
+
+@pytest.mark.autojump
+async def test_a_peer_that_was_made_anew_and_does_not_begin_is_begun_with_a_moment_later(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    other(world, key=FIRST)
+    async with running(world):
+        await eventually(lambda: FIRST in world.host.observed.peers, 10, every=0.1)
+        world.host.receive_from(FIRST)
+        await trio.sleep(60)
+        before = resets(world)
+        triggered: list[float] = []
+        monkeypatch.setattr(
+            apply, "trigger_handshakes", lambda addresses: triggered.extend(trio.current_time() for _ in addresses)
+        )
+        other(world, epoch=1, key=FIRST)
+        await eventually(lambda: resets(world) == before + 1, 4, every=0.01)
+        made = trio.current_time()
+        await eventually(lambda: triggered, 1, every=0.01)
+        assert made + STAGES[0] - 0.02 <= triggered[0] <= made + STAGES[0] + 0.02
+        assert world.host.observed.peers[FIRST].endpoint == Endpoint.parse("203.0.113.2:51820")
 
 
 @pytest.mark.autojump
@@ -456,7 +486,7 @@ async def test_a_peer_behind_nat_that_is_made_anew_keeps_the_endpoint_where_it_w
         assert world.host.observed.peers[key].endpoint == heard
         if key == KEY:
             assert resets(world) == before + 1
-        assert triggered == [], "it alone knows when it can begin"
+            assert triggered == [ip_address("10.4.9.2")], "it may have nothing to send"
 
 
 @pytest.mark.autojump

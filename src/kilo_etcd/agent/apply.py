@@ -6,16 +6,24 @@ In the agent only this module calls `Kernel.apply`. Between two plans it remembe
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 
 import trio
-from attrs import evolve
+from attrs import evolve, frozen
 
 from kilo_etcd import kernel
 from kilo_etcd.kernel.state import SetPeer
 from kilo_etcd.model import IPAddress
 from kilo_etcd.model.hostplan import TAKEOVER_CHECK_KEEPALIVE, HostPlan
-from kilo_etcd.planning.handshake_order import MOST_TRIGGERED, handshake_order, must_come, peered_since, promotions
+from kilo_etcd.planning.handshake_order import (
+    MOST_TRIGGERED,
+    STAGES,
+    begins,
+    handshake_order,
+    must_come,
+    peered_since,
+    promotions,
+)
 from kilo_etcd.runtime.handshakes import moved, trigger_handshakes
 from kilo_etcd.topology.segments import Topology
 
@@ -33,7 +41,7 @@ class PlanApplier:
         self._topology: Topology | None = None
         self._reset_session: set[str] = set()
         self._renew: set[str] = set()
-        """Those of them with which this host starts a handshake then."""
+        """Those of them whose handshakes of before are forgotten, so that new ones are to be started."""
         self._proving: frozenset[str] = frozenset()
         self._due_changed = trio.Event()
 
@@ -58,13 +66,20 @@ class PlanApplier:
         self._reset_session = (self._reset_session - new_keys) & desired.peers.keys()
         trigger_handshakes({**order.trigger, **{key: order.late[key] for key in silent}}.values())
         renewed, self._renew = self._renew & new_keys, self._renew & self._reset_session
+        waiting, due = order.waiting, order.due
         if not standby:
-            trigger_handshakes(_addresses(renewed, order.plan, topology) if len(renewed) <= MOST_TRIGGERED else ())
+            started = _Renewals.of(renewed, report, order.plan, topology)
+            trigger_handshakes(started.trigger)
+            if started.wait:
+                # From here on they are like new peers: the other end may have made this host anew as well.
+                self._since = {**since, **dict.fromkeys(started.wait, now)}
+                waiting = {**waiting, **dict.fromkeys(started.wait, 0)}
+                due = min(now + STAGES[0], now + STAGES[0] if due is None else due)
             trigger_handshakes(_set_to_observed(report, order.plan, topology, apart_from=renewed)[:MOST_TRIGGERED])
             trigger_handshakes(moved(report, before, order.plan, topology, apart_from=reset)[:MOST_TRIGGERED])
             remade = _remade(report, before, topology)
             trigger_handshakes(remade if len(remade) <= MOST_TRIGGERED else ())
-        self._waiting, self._due, self._topology = order.waiting, order.due, topology
+        self._waiting, self._due, self._topology = waiting, due, topology
         self._due_changed.set()
         return report
 
@@ -79,8 +94,8 @@ class PlanApplier:
         self._reset_session.update(keys)
 
     def renew(self, keys: Collection[str]) -> None:
-        """Have the next `apply` make these peers anew, so that their handshakes of before are forgotten, and start new
-        ones."""
+        """Have the next `apply` make these peers anew, so that their handshakes of before are forgotten, and see to it
+        that there is a new one."""
         self._reset_session.update(keys)
         self._renew.update(keys)
 
@@ -124,14 +139,33 @@ class PlanApplier:
         return frozenset(key for key in late if key in observed and not observed[key].last_handshake)
 
 
-def _addresses(keys: Collection[str], plan: HostPlan, topology: Topology) -> list[IPAddress]:
-    """Mesh addresses of the nodes of these peers, as far as they are in use and need not begin by themselves."""
-    own, addresses = topology.snapshot.nodes[plan.node], list[IPAddress]()
-    for peer in (plan.peers[key] for key in keys if key in plan.peers):
-        node = topology.snapshot.nodes.get(peer.name)
-        if peer.in_use and node is not None and not must_come(own, node, peer):
-            addresses += node.mesh_addresses[:1]
-    return addresses
+@frozen
+class _Renewals:
+    """How the sessions with peers begin that were made anew since their handshakes were to be forgotten."""
+
+    trigger: Sequence[IPAddress] = ()
+    """The mesh addresses of those with which this host starts the handshake."""
+    wait: Sequence[str] = ()
+    """The public keys of those that may start it, and have a moment for it."""
+
+    @classmethod
+    def of(cls, renewed: Collection[str], report: kernel.ApplyReport, plan: HostPlan, topology: Topology) -> _Renewals:
+        if len(renewed) > MOST_TRIGGERED:
+            return cls()
+        own, trigger, wait = topology.snapshot.nodes[plan.node], list[IPAddress](), list[str]()
+        set_to = {change.public_key: change.endpoint for change in report.changes if isinstance(change, SetPeer)}
+        for key in sorted(renewed & plan.peers.keys()):
+            peer, endpoint = plan.peers[key], set_to.get(key)
+            node = topology.snapshot.nodes.get(peer.name)
+            if not peer.in_use or node is None:
+                continue
+            # Where one behind NAT was heard it may be found still, and it may have no reason to begin.
+            found = endpoint is not None and endpoint.public
+            if begins(own, node, peer) or (found and must_come(own, node, peer)):
+                trigger += node.mesh_addresses[:1]
+            elif not must_come(own, node, peer):
+                wait.append(key)
+        return cls(trigger, wait)
 
 
 def _set_to_observed(
