@@ -14,13 +14,13 @@ from attrs import evolve
 
 from helpers import eventually, put_kept
 from kilo_etcd.agent import apply
-from kilo_etcd.agent.clock import FIRST_PAUSE, SetBack
 from kilo_etcd.agent.nat.renewed_peers import OVERDUE_SECONDS, QUIET_SECONDS, RenewedPeers
 from kilo_etcd.kernel.state import HostAddress, ObservedPeer, PeerActivity, SetPeer
 from kilo_etcd.model import SESSION_SECONDS, Endpoint, Node, Peer, Snapshot
 from kilo_etcd.model.hostplan import HostPlan, PeerPlan
 from kilo_etcd.planning.handshake_order import STAGES
 from kilo_etcd.runtime.host_facts import HostFacts
+from kilo_etcd.runtime.set_back import FIRST_PAUSE, SetBack
 from kilo_etcd.runtime.unanswered_peers import LASTING, PATIENCE, PeerAccounts, UnansweredPeers
 from kilo_etcd.store.records import NodeRecord, encode
 
@@ -227,43 +227,88 @@ def test_laptops_and_phones_are_named_apart() -> None:
     assert (found.nodes, found.peers) == ((), ("phone",))
 
 
+def gone_back(seconds: float, *, was_at: float, now: float, seen: bool = True) -> PeerActivity:
+    return PeerActivity(time=now, set_back=seconds, was_at=was_at, seen=seen)
+
+
+def nobody(*names: str, heard: float | None = None) -> UnansweredPeers:
+    """Nodes that do not answer, and when there was a handshake with them."""
+    return UnansweredPeers(names, heard={} if heard is None else dict.fromkeys(names, heard))
+
+
 def test_a_clock_that_went_back_is_told_of_as_long_as_it_matters() -> None:
     clock, day = SetBack(), 86400.0
-    assert clock.sentence(unanswered=["b"], now=5.0) is None
-    clock.note(day, was_at=NOW, unanswered=["off"], now=10.0)
-    assert "clock went back by 24 h" in (clock.sentence(unanswered=[], now=11.0) or "")
+    assert clock.sentence(unanswered=nobody("b"), now=5.0) is None
+    clock.note(gone_back(day, was_at=NOW, now=10.0), unanswered=nobody("off"), now=10.0)
+    assert "clock went back by 24 h" in (clock.sentence(unanswered=nobody(), now=11.0) or "")
     later = 11.0 + SESSION_SECONDS
-    assert clock.sentence(unanswered=[], now=later) is None
-    assert clock.sentence(unanswered=["off"], now=later) is None, "it did not answer before either"
-    assert clock.sentence(unanswered=["b", "off"], now=2 * later) is not None, "it comes again"
-    assert clock.sentence(unanswered=["b"], now=10.0 + day) is None, "it has caught up"
-    clock.note(86399.99, was_at=NOW, now=10.0)
-    assert "by 24 h" in (clock.sentence(unanswered=[], now=11.0) or "")
-    clock.note(130.0, was_at=NOW, now=100_000.0)
-    assert clock.sentence(unanswered=["b"], now=100_131.0) is None
-    clock.note(1000 * day, was_at=NOW, now=0.0)
-    assert clock.sentence(unanswered=["b"], now=30 * day) is None, "by then it is something else"
+    assert clock.sentence(unanswered=nobody(), now=later) is None
+    assert clock.sentence(unanswered=nobody("off"), now=later) is None, "it did not answer before either"
+    assert clock.sentence(unanswered=nobody("b", "off"), now=2 * later) is not None, "it comes again"
+    assert clock.sentence(unanswered=nobody("b"), now=10.0 + day) is None, "it has caught up"
+    clock.note(gone_back(86399.99, was_at=NOW, now=10.0), now=10.0)
+    assert "by 24 h" in (clock.sentence(unanswered=nobody(), now=11.0) or "")
+    clock.note(gone_back(130.0, was_at=NOW, now=100_000.0), now=100_000.0)
+    assert clock.sentence(unanswered=nobody("b"), now=100_131.0) is None
+    clock.note(gone_back(1000 * day, was_at=NOW, now=0.0), now=0.0)
+    assert clock.sentence(unanswered=nobody("b"), now=30 * day) is None, "by then it is something else"
 
 
 def test_an_epoch_is_told_once_and_never_again_for_the_same_jump() -> None:
     clock = SetBack()
     assert clock.epoch(None, now=0.0) is None
     assert not clock.matters(now=0.0)
-    clock.note(3600.0, was_at=NOW + 0.4, now=1.0)
+    clock.note(gone_back(3600.0, was_at=NOW + 0.4, now=1.0), now=1.0)
     assert clock.epoch(None, now=1.0) == NOW
     assert clock.epoch(int(NOW), now=2.0) is None
     assert clock.matters(now=2.0)
     assert not clock.matters(now=3601.0)
     # The agent starts again, and reads the same handshake of the future.
     clock = SetBack()
-    clock.note(1800.0, was_at=NOW + 0.6, now=1.0)
+    clock.note(gone_back(1800.0, was_at=NOW + 0.6, now=1.0, seen=False), now=1.0)
     assert clock.epoch(int(NOW), now=1.0) is None
+
+
+def test_a_jump_that_is_seen_is_told_although_the_clock_was_further_ahead_before_another_one() -> None:
+    year = 365 * 86400
+    clock = SetBack()
+    clock.note(gone_back(3600.0, was_at=NOW, now=1.0), now=1.0)
+    assert clock.epoch(int(NOW) + year, now=1.0) == NOW + year + 1
+    # That of before, in a record that was told of it: what is seen is one more.
+    clock = SetBack()
+    clock.note(gone_back(3600.0, was_at=NOW, now=1.0, seen=False), now=1.0)
+    clock.note(gone_back(7200.0, was_at=NOW, now=2.0), now=2.0)
+    assert clock.epoch(int(NOW), now=2.0) == NOW + 1
+
+
+def test_a_node_with_which_there_was_a_handshake_since_is_silent_for_another_reason() -> None:
+    clock, later = SetBack(), 10 + SESSION_SECONDS
+    clock.note(gone_back(86400.0, was_at=NOW, now=10.0), now=10.0)
+    assert clock.sentence(unanswered=nobody("b", heard=9.0), now=later) is not None
+    assert clock.sentence(unanswered=nobody("b", heard=11.0), now=later) is None
+    assert clock.sentence(unanswered=nobody("b"), now=later) is not None, "there was none at all"
+
+
+def test_the_sentence_says_when_the_others_make_the_host_anew() -> None:
+    clock = SetBack()
+    for at in (0.0, 60.0):
+        clock.note(gone_back(86400.0, was_at=NOW + at, now=at), now=at)
+        clock.epoch(None, now=at)
+        said = clock.sentence(now=at) or ""
+        assert ("within 3 min" in said) == (at == 0)
+        assert ("not before 10 min after the last time" in said) == (at == 60)
+
+
+def test_a_step_is_noted_once_and_only_if_it_matters() -> None:
+    clock = SetBack()
+    found = [clock.read(gone_back(by, was_at=NOW, now=0.0), now=0.0) for by in (0, 100, 119, 121, 130, 20, 139, 141)]
+    assert found == [False, False, False, True, False, False, False, True]
 
 
 def test_a_clock_that_goes_to_and_fro_makes_ever_fewer_epochs() -> None:
     clock, epochs = SetBack(), list[float]()
     for second in range(0, 86400, 30):
-        clock.note(150.0, was_at=NOW + second, now=second)
+        clock.note(gone_back(150.0, was_at=NOW + second, now=second), now=second)
         if clock.epoch(None, now=second) is not None:
             epochs.append(second)
     assert epochs[:4] == [0, FIRST_PAUSE, 3 * FIRST_PAUSE, 7 * FIRST_PAUSE]
@@ -272,9 +317,9 @@ def test_a_clock_that_goes_to_and_fro_makes_ever_fewer_epochs() -> None:
     clock = SetBack()
     for seconds, late in ((3600.0, NOW + 5), (130.0, None)):
         clock = SetBack()
-        clock.note(3600.0, was_at=NOW, now=0.0)
+        clock.note(gone_back(3600.0, was_at=NOW, now=0.0), now=0.0)
         assert clock.epoch(None, now=0.0) == NOW
-        clock.note(seconds, was_at=NOW + 5, now=5.0)
+        clock.note(gone_back(seconds, was_at=NOW + 5, now=5.0), now=5.0)
         assert clock.epoch(None, now=5.0) is None
         assert clock.epoch(None, now=FIRST_PAUSE) == late
 

@@ -22,6 +22,7 @@ from kilo_etcd.model import Endpoint, Node, Snapshot
 from kilo_etcd.model.hostplan import HostPlan, PeerPlan
 from kilo_etcd.runtime import key_file
 from kilo_etcd.runtime.host_facts import HostFacts
+from kilo_etcd.runtime.set_back import SetBack
 from kilo_etcd.store.records import NodeRecord, ObservedEndpointRecord, encode
 
 pytestmark = pytest.mark.autojump
@@ -248,8 +249,8 @@ async def test_a_silent_member_names_nobody_who_does_not_answer_it() -> None:
 
     monitor = WireGuardMonitor(
         cast(Any, Device()), cast(Any, Session()), "a", on_traversal_failures=ignore,
-        on_unanswered=lambda unanswered: found.append(unanswered.nodes), on_set_back=ignore, reset_session=ignore,
-        renew=ignore,
+        on_unanswered=lambda unanswered: found.append(unanswered.nodes), set_back=SetBack(),
+        on_set_back=ignore, reset_session=ignore, renew=ignore,
     )  # fmt: skip
     async with trio.open_nursery() as nursery:
         nursery.start_soon(monitor.run)
@@ -286,7 +287,7 @@ async def test_a_session_between_two_plans_that_came_before_one_reading_is_a_ses
 
     monitor = WireGuardMonitor(
         cast(Any, Device()), cast(Any, Session()), "a", on_traversal_failures=ignore, on_unanswered=ignore,
-        on_set_back=ignore, reset_session=ignore, renew=renewed.append,
+        set_back=SetBack(), on_set_back=ignore, reset_session=ignore, renew=renewed.append,
     )  # fmt: skip
     async with trio.open_nursery() as nursery:
         nursery.start_soon(monitor.run)

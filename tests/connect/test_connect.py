@@ -350,6 +350,70 @@ async def test_a_record_that_etcd_does_not_take_back_at_once_is_put_again(world:
     assert nothing_is_left(world)
 
 
+async def test_while_the_record_is_put_anew_the_machine_itself_goes_on(world: World) -> None:
+    off = 3600.0
+    world.host.clock = lambda: trio.current_time() + off
+    async with connected(world):
+        await trio.sleep(30)
+        transact, busy = world.client.txn, True
+
+        async def txn(*args: Any, **kwargs: Any) -> TxnResult:
+            if RECORD not in world.etcd and busy:
+                raise Unavailable("it is busy")
+            return await transact(*args, **kwargs)
+
+        world.client.txn = txn  # type: ignore[method-assign]
+        off = 0.0
+        await eventually(lambda: RECORD not in world.etcd, 20, every=0.1)
+        (route,) = world.host.observed.routes.values()
+        world.host.tamper([DeleteRoute(route)], "kilo-kilo")
+        await eventually(lambda: world.host.observed.routes, 40, every=0.1)
+        assert RECORD not in world.etcd
+        busy = False
+        await eventually(lambda: RECORD in world.etcd, 20, every=0.1)
+    assert nothing_is_left(world)
+
+
+async def test_an_etcd_that_takes_no_writes_keeps_the_record(world: World) -> None:
+    off = 3600.0
+    world.host.clock = lambda: trio.current_time() + off
+    async with connected(world):
+        await trio.sleep(30)
+        before, transact, full = world.etcd.data[RECORD.encode()], world.client.txn, True
+
+        async def txn(*args: Any, **kwargs: Any) -> TxnResult:
+            # So etcd is when its disk is full: it deletes still.
+            if full and any(isinstance(op, Put) for op in args[1]):
+                raise Unavailable("mvcc: database space exceeded")
+            return await transact(*args, **kwargs)
+
+        world.client.txn = txn  # type: ignore[method-assign]
+        off = 0.0
+        await trio.sleep(60)
+        assert world.etcd.data[RECORD.encode()] == before
+        full = False
+        await eventually(lambda: world.etcd.data[RECORD.encode()].create_revision > before.create_revision, 20, every=1)
+    assert nothing_is_left(world)
+
+
+async def test_a_clock_that_goes_to_and_fro_interrupts_the_sessions_seldom(world: World) -> None:
+    off, revisions = 0.0, set[int]()
+    world.host.clock = lambda: trio.current_time() + off
+    async with connected(world):
+        await trio.sleep(30)
+        for _ in range(60):
+            for ahead in (3600.0, 0.0):
+                off = ahead
+                await trio.sleep(30)
+                if RECORD in world.etcd:
+                    revisions.add(world.etcd.data[RECORD.encode()].create_revision)
+        # One of before, and three in the hour: pauses grow.
+        assert len(revisions) == 4
+        assert world.logged("this machine's clock went back") == 3
+        assert world.leaders() == {1, 3}
+    assert nothing_is_left(world)
+
+
 async def test_a_node_that_does_not_answer_is_named(world: World) -> None:
     async with connected(world):
         for _ in range(8):

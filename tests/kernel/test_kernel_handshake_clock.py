@@ -105,11 +105,27 @@ def test_how_far_a_clock_went_back_is_known_and_undone_by_going_forward() -> Non
     assert [set_by(DAY), set_by(-DAY), set_by(-DAY), set_by(0), set_by(1.5 * DAY)] == [
         0,
         DAY,
-        2 * DAY,
-        2 * DAY,
-        DAY / 2,
+        2 * DAY - 10,
+        2 * DAY - 20,
+        DAY / 2 - 30,
     ]
-    assert [set_by(-0.5) for _ in range(3)] == [DAY / 2, DAY / 2, DAY / 2 + 1.5], "small steps add up"
+    assert [set_by(-100) for _ in range(2)] == [DAY / 2 + 60, DAY / 2 + 150], "steps add up"
+    assert clock.seen
+
+
+def test_what_a_clock_has_caught_up_is_no_part_of_the_next_step() -> None:
+    clocks = Clocks()
+    clock = clocks.clock()
+    clocks.wall -= 3600
+    clocks.ages(clock)
+    assert round(clock.set_back) == 3600
+    clocks.pass_by(7200)
+    clocks.ages(clock)
+    assert round(clock.set_back) == 0
+    before = clocks.wall
+    clocks.wall -= 130
+    clocks.ages(clock)
+    assert (round(clock.set_back), round(clock.was_at)) == (130, round(before))
 
 
 def test_a_handshake_dated_ahead_shows_that_the_clock_went_back_before_the_agent_began() -> None:
@@ -122,6 +138,10 @@ def test_a_handshake_dated_ahead_shows_that_the_clock_went_back_before_the_agent
     assert clocks.ages(clock) == {ONE: 0}
     assert round(clock.set_back) == DAY - 60
     assert round(clock.was_at) == round(clocks.handshakes[ONE])
+    assert not clock.seen
+    clocks.wall -= 600
+    clocks.ages(clock)
+    assert clock.seen
 
 
 def test_the_date_is_known_from_which_a_clock_went_back() -> None:

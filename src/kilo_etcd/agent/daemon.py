@@ -24,7 +24,6 @@ from kilo_etcd import kernel
 from kilo_etcd.agent.adoption import LONGEST_SECONDS, Adoption
 from kilo_etcd.agent.apply import PlanApplier
 from kilo_etcd.agent.cachefile import CachedMesh, CachedSnapshot, Identity
-from kilo_etcd.agent.clock import SetBack
 from kilo_etcd.agent.config import AgentConfig, too_small_for
 from kilo_etcd.agent.diagnostics import AppliedPlan, DiagnosticsServer
 from kilo_etcd.agent.dnshosts import DnsHosts, WriteNames
@@ -64,6 +63,7 @@ from kilo_etcd.runtime.exit_node_monitor import ExitNodeMonitor
 from kilo_etcd.runtime.logs import Once, get_logger, write_due, write_rest
 from kilo_etcd.runtime.reconciler import Reconciler
 from kilo_etcd.runtime.resolve import Resolver, known_endpoints
+from kilo_etcd.runtime.set_back import SetBack
 from kilo_etcd.runtime.unanswered_peers import UnansweredPeers
 from kilo_etcd.store.events import wait_any
 from kilo_etcd.store.keys import Keys
@@ -354,7 +354,8 @@ class Daemon:
             self.name,
             on_traversal_failures=self._note_traversal_failures,
             on_unanswered=self._note_unanswered,
-            on_set_back=self._note_set_back,
+            set_back=self._set_back,
+            on_set_back=lambda: self._clock_news.set(),
             reset_session=self._reset_session,
             renew=self._renew,
         )
@@ -1134,10 +1135,6 @@ class Daemon:
             )
         self._publish_again()
 
-    def _note_set_back(self, seconds: float, was_at: float) -> None:
-        self._set_back.note(seconds, was_at=was_at, unanswered=self.unanswered.nodes, now=trio.current_time())
-        self._clock_news.set()
-
     async def _follow_state_directory(self) -> None:
         """See to it that the state directory has what the next start needs, and say if it has not."""
         while True:
@@ -1167,7 +1164,7 @@ class Daemon:
                     self.registration.clock_epoch = epoch
                     await self.registration.look_again(register=True)
                 # Of outside peers silence says little: they sleep.
-                sentence = self._set_back.sentence(unanswered=self.unanswered.nodes, now=now)
+                sentence = self._set_back.sentence(unanswered=self.unanswered, now=now)
                 if sentence != self.clock_set_back:
                     self.clock_set_back = sentence
                     self.once.errors("clock", () if sentence is None else (sentence,))

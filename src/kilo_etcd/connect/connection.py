@@ -20,7 +20,6 @@ from kilo_etcd.connect.registration import KEEPALIVE, LEASE_SECONDS, DesiredPeer
 from kilo_etcd.ctl.commands.wait import applied
 from kilo_etcd.ctl.context import Failure
 from kilo_etcd.etcd import api as etcd
-from kilo_etcd.kernel.handshake_clock import SET_BACK
 from kilo_etcd.model import IPAddress, IPInterface, Snapshot
 from kilo_etcd.model.hostplan import HostPlan
 from kilo_etcd.planning.exit_node import BYPASSES_OF_A_PEER
@@ -34,6 +33,7 @@ from kilo_etcd.runtime.logs import Once, get_logger
 from kilo_etcd.runtime.parsing import shown_duration
 from kilo_etcd.runtime.reconciler import Reconciler
 from kilo_etcd.runtime.resolve import LOOKUP_TIMEOUT, Resolver, known_endpoints
+from kilo_etcd.runtime.set_back import SetBack
 from kilo_etcd.runtime.unanswered_peers import PeerAccounts
 from kilo_etcd.store.keys import Keys
 from kilo_etcd.store.mirror import Mirror
@@ -121,6 +121,8 @@ class PeerConnection:
         self.exit_node_monitor = ExitNodeMonitor(device, self._note_exit_node)
         self.topology: Topology | None = None
         self.plan: HostPlan | None = None
+        self._followed: Snapshot | None = None
+        """The last snapshot in which this machine's record stood."""
         self._reset: set[str] = set()
         """The public keys of the peers to make anew with the next plan."""
         self._logged_summary: tuple[tuple[IPInterface, ...], tuple[str, ...]] | None = None
@@ -204,7 +206,7 @@ class PeerConnection:
     async def _follow_wireguard(self) -> None:
         """Say which nodes do not answer; and when this machine's clock goes back, have the nodes forget its handshakes,
         which their WireGuard would drop as replays."""
-        accounts, known, renews = PeerAccounts(), 0.0, False
+        accounts, set_back, renews = PeerAccounts(), SetBack(), False
         while True:
             await trio.sleep(ACTIVITY_SECONDS)
             if self.plan is None or self.topology is None:
@@ -219,16 +221,17 @@ class PeerConnection:
                 tuple(f"node {name} does not answer, although WireGuard sends to it" for name in unanswered),
                 level="warning",
             )
-            known = min(known, activity.set_back)
-            if activity.set_back - known >= SET_BACK:
-                known = activity.set_back
+            now = trio.current_time()
+            set_back.read(activity, now=now)
+            # Not each time that it goes back: the sessions are interrupted.
+            if set_back.epoch(None, now=now) is not None:
                 renews = self.registration.removes
                 self.log.warning(
                     "this machine's clock went back; the nodes make it a new WireGuard peer"
                     if renews
                     else "this machine's clock went back; the nodes drop its handshakes as replays until kgctl peer "
                     f"remove {self.desired.name} and add, or until the clock has caught up",
-                    by=shown_duration(round(activity.set_back)),
+                    by=shown_duration(round(set_back.seconds)),
                 )
             if renews and self.mirror.connected and self.mirror.untrusted_reason is None:
                 with suppress(etcd.EtcdError):
@@ -272,11 +275,16 @@ class PeerConnection:
     async def _apply_newest(self, fresh: bool) -> None:
         snapshot = self.mirror.current
         if snapshot is not None and await self._still_registered(snapshot):
-            await self._apply(snapshot, fresh)
+            self._followed = snapshot
+        elif not self.registration.renewing:
+            return
+        # While the record is being put anew the machine itself goes on: its addresses, names, and what is restored.
+        if self._followed is not None:
+            await self._apply(self._followed, fresh)
 
     async def _still_registered(self, snapshot: Snapshot) -> bool:
         """Whether the snapshot is to be followed: the record is this machine's, and stands there. Gone."""
-        if snapshot.revision < self.registration.revision:
+        if self.registration.renewing or snapshot.revision < self.registration.revision:
             return False
         held = self.mirror.kv(self.keys.peer(self.desired.name))
         peer = snapshot.peers.get(self.desired.name)

@@ -195,10 +195,6 @@ def _to_claim(name: str, allowed: Iterable[IPNetwork], snapshot: Snapshot, view:
             yield address
 
 
-MOST_REVISION = 2**63 - 1
-"""etcd never gets so far."""
-
-
 class Gone(Failure):
     """Somebody has taken the record away, or has given the name to another key."""
 
@@ -214,6 +210,8 @@ class PeerRegistration:
         self.decision: Decision | None = None
         self.revision = 0
         """etcd's, from which on the record stands there."""
+        self.renewing = False
+        """Whether the record is being put anew, and may not stand there meanwhile."""
 
     @property
     def removes(self) -> bool:
@@ -327,14 +325,19 @@ class PeerRegistration:
         handshakes. Failure; EtcdError: call again, since it may be gone."""
         if not self.removes:
             return
-        # In between it is not there, and nobody else has taken it away.
-        self.revision = MOST_REVISION
         key = self._keys.peer(self._desired.name)
         held = await self._client.get(key)
         if held is not None and held.lease == self._lease.id:
-            await self._client.txn([unchanged(held)], [Delete(key)])
+            # etcd whose disk is full deletes, and puts nothing: then the record is better left as it is.
+            put = await self._client.txn([unchanged(held)], [Put(key, held.value, lease=held.lease)])
+            if put.succeeded:
+                # In between it is not there, and nobody else has taken it away.
+                self.renewing = True
+                await self._client.txn([Compare(key, CompareTarget.MOD, Is.EQUAL, put.header.revision)], [Delete(key)])
+        self.renewing = True
         self._desired = evolve(self._desired, replace=False)
         await self.register()
+        self.renewing = False
 
     async def mend(self, held: KeyValue | None) -> bool:
         """Put the record back where it went with its lease; whether it was. `held` is what stands there as of

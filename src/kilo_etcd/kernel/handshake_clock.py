@@ -18,8 +18,9 @@ from attrs import evolve
 from kilo_etcd.kernel.state import ObservedPeer
 
 SET_BACK = 120.0
-"""Seconds at least by which the host's clock goes back before anybody is told: a host begins handshakes in one session
-so far apart (whitepaper section 6.1, Rekey-After-Time), so that less makes no timestamp older than the one before."""
+"""Seconds at least by which the host's clock goes back before anybody is told: in a session that goes on a host begins
+handshakes so far apart (whitepaper section 6.1, Rekey-After-Time), so that less makes no timestamp older than the one
+before. One that ended sooner waits until the clock has caught up, for less than that."""
 
 SET_SECONDS = 1.0
 """Differences between the two clocks that grow less than this between two readings are not worth a thought."""
@@ -38,9 +39,12 @@ class HandshakeClock:
         self._shift = 0.0
         """What has to be added to the wall clock's time."""
         self.set_back = 0.0
-        """Seconds by which the wall clock is behind what handshakes were dated by before, as far as is known."""
-        self.was_at = 0.0
-        """The date (Unix seconds) that the wall clock had when it last went back."""
+        """Seconds by which the wall clock is behind the latest date that it had, or that a handshake has, as far as is
+        known."""
+        self.was_at = wall()
+        """That date (Unix seconds)."""
+        self.seen = False
+        """Whether the wall clock was seen to go back; else a handshake of the future is all that says so."""
         self._last: Mapping[str, ObservedPeer] = {}
         """The last reading as it came."""
         self._fixed: dict[str, tuple[float, float]] = {}
@@ -52,13 +56,14 @@ class HandshakeClock:
 
     def date(self, peers: Mapping[str, ObservedPeer]) -> dict[str, ObservedPeer]:
         """A reading that was just made, with its handshakes on this clock."""
-        now = self.now()
-        shift = now - self._wall()
+        now, wall = self.now(), self._wall()
+        shift = now - wall
         if abs(shift - self._shift) > SET_SECONDS:
             for key, former in self._last.items():
                 if former.last_handshake and self._fixed.get(key, (0.0, 0.0))[0] != former.last_handshake:
                     self._fixed[key] = former.last_handshake, former.last_handshake + self._shift
-            self._went_back(max(0.0, self.set_back + shift - self._shift))
+            self.was_at = max(self.was_at, now - self._shift)
+            self.seen |= shift > self._shift
             self._shift = shift
         self._last = peers
         self._fixed = {
@@ -74,13 +79,11 @@ class HandshakeClock:
             when = self._fixed[key][1] if key in self._fixed else reported + self._shift
             if when > now + SET_SECONDS:
                 # The clock was ahead when this agent was not there yet. It ages from now on.
-                self._went_back(max(self.set_back, when - now))
+                if reported > self.was_at + SET_SECONDS:
+                    self.was_at, self.seen = reported, False
                 self._fixed[key], when = (reported, now), now
             if when != reported and abs(when - reported) > SET_SECONDS:
                 observed_peers[key] = evolve(peer, last_handshake=when)
+        self.was_at = max(self.was_at, wall)
+        self.set_back = self.was_at - wall
         return observed_peers
-
-    def _went_back(self, seconds: float) -> None:
-        if seconds > self.set_back:
-            self.was_at = self._wall() + seconds
-        self.set_back = seconds

@@ -311,6 +311,7 @@ class Host:
             peers=state.peers if ours else {},
             set_back=clock.set_back,
             was_at=clock.was_at,
+            seen=clock.seen,
         )
 
     def fingerprint(self, link: Link) -> int | None:

@@ -296,9 +296,11 @@ class PeerActivity:
     peers: Mapping[str, ObservedPeer] = field(factory=dict)
     """Public key -> peer."""
     set_back: float = 0.0
-    """Seconds by which the host's clock has gone back, against what it dated handshakes by before."""
+    """Seconds by which the host's clock is behind the latest date that it had, or dated a handshake by."""
     was_at: float = 0.0
-    """The date (Unix seconds) that the host's clock had before it last went back."""
+    """That date (Unix seconds)."""
+    seen: bool = False
+    """Whether the clock was seen to go back; else a handshake of the future is all that says so."""
 
     def silence(self, peer: ObservedPeer) -> float:
         """Seconds since the last handshake; infinite if there was none."""

@@ -10,7 +10,7 @@ Pure: readings come in, names go out.
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 
 from attrs import define, field, frozen
 
@@ -34,6 +34,8 @@ class UnansweredPeers:
     peers: tuple[str, ...] = ()
     """Outside peers: a laptop that sleeps is one."""
     waiting: bool = False
+    heard: Mapping[str, float] = field(factory=dict, eq=False)
+    """Node -> its last handshake, on the readings' clock; of those nodes with which there was one."""
 
 
 @define
@@ -51,6 +53,7 @@ class PeerAccounts:
         silent: set[str] = set()
         nodes: list[str] = []
         peers: list[str] = []
+        heard: dict[str, float] = {}
         waiting = False
         for key, planned in plan.peers.items():
             peer = activity.peers.get(key)
@@ -66,8 +69,13 @@ class PeerAccounts:
             if sending >= PATIENCE or (lasting and before is not None and before.received == peer.rx_bytes):
                 silent.add(key)
                 node = snapshot.nodes.get(planned.name)
-                (peers if node is None or node.public_key != key else nodes).append(planned.name)
+                if node is None or node.public_key != key:
+                    peers.append(planned.name)
+                    continue
+                nodes.append(planned.name)
+                if peer.last_handshake:
+                    heard[planned.name] = peer.last_handshake
             elif sending >= 0:
                 waiting = True
         self._accounts, self._silent = accounts, frozenset(silent)
-        return UnansweredPeers(tuple(sorted(nodes)), tuple(sorted(peers)), waiting)
+        return UnansweredPeers(tuple(sorted(nodes)), tuple(sorted(peers)), waiting, heard)

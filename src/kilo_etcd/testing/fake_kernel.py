@@ -333,6 +333,7 @@ class FakeKernel:
             peers=self.host.observed.peers,
             set_back=self._clock.set_back,
             was_at=self._clock.was_at,
+            seen=self._clock.seen,
         )
 
     async def count_echoes(self, addresses: Collection[IPAddress], requests: EchoRequests) -> Mapping[IPAddress, int]:

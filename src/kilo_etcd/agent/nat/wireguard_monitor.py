@@ -17,10 +17,10 @@ from kilo_etcd import kernel
 from kilo_etcd.agent.nat.nat_traversal import Attempts, partners
 from kilo_etcd.agent.nat.observed_endpoints import PublishSchedule, Watched, observed_here, to_publish, to_watch
 from kilo_etcd.agent.nat.renewed_peers import RenewedPeers
-from kilo_etcd.kernel.handshake_clock import SET_BACK
 from kilo_etcd.kernel.state import PeerActivity
 from kilo_etcd.model import Node, Snapshot
 from kilo_etcd.model.hostplan import HostPlan
+from kilo_etcd.runtime.set_back import SetBack
 from kilo_etcd.runtime.unanswered_peers import PeerAccounts, UnansweredPeers
 from kilo_etcd.store.records import ObservedEndpointRecord
 from kilo_etcd.store.session.session import Session
@@ -71,7 +71,7 @@ class _Look:
 
 class WireGuardMonitor:
     """Of node `name`. `on_traversal_failures` is told the sentences when they change, `on_unanswered` who does not
-    answer, `on_set_back` by how many seconds the host's clock has gone back, and from which date, `reset_session` whose
+    answer, `on_set_back` that `set_back` has noted that the host's clock went back, `reset_session` whose
     sessions to make anew, and `renew` which peers to make anew with a handshake from here."""
 
     def __init__(
@@ -82,7 +82,8 @@ class WireGuardMonitor:
         *,
         on_traversal_failures: Callable[[tuple[str, ...]], object],
         on_unanswered: Callable[[UnansweredPeers], object],
-        on_set_back: Callable[[float, float], object],
+        set_back: SetBack,
+        on_set_back: Callable[[], object],
         reset_session: Callable[[Collection[str]], object],
         renew: Callable[[Collection[str]], object],
         rng: random.Random | None = None,
@@ -92,6 +93,7 @@ class WireGuardMonitor:
         self._name = name
         self._on_traversal_failures = on_traversal_failures
         self._on_unanswered = on_unanswered
+        self._set_back = set_back
         self._on_set_back = on_set_back
         self._reset_session = reset_session
         self._renew = renew
@@ -99,8 +101,6 @@ class WireGuardMonitor:
         self._attempts = Attempts()
         self._accounts = PeerAccounts()
         self._renewed = RenewedPeers()
-        self._set_back = 0.0
-        """By how much the host's clock had gone back when that was last told, or less since."""
         self._reported: tuple[str, ...] = ()
         self._unanswered = UnansweredPeers()
         self._followed: _Followed | None = None
@@ -158,10 +158,8 @@ class WireGuardMonitor:
             except (kernel.KernelError, OSError):
                 return _Look(concerned=True)  # The reconciler will say so.
         now = trio.current_time()
-        self._set_back = min(self._set_back, activity.set_back)
-        if activity.set_back - self._set_back >= SET_BACK:
-            self._set_back = activity.set_back
-            self._on_set_back(activity.set_back, activity.was_at)
+        if self._set_back.read(activity, unanswered=self._unanswered, now=now):
+            self._on_set_back()
         if renewed := self._renewed.look(activity, now=now):
             self._renew(renewed)
         desired = to_publish(observed_here(watched, activity), snapshot, self._name, published)

@@ -419,7 +419,7 @@ def unanswered(
             text=f"WireGuard's packets between it and {first_of(others, MOST_SUBJECTS)} are not answered (sent by "
             f"{first_of(sending, MOST_SUBJECTS)}): a firewall may drop them (kgctl check), or the sender's clock went "
             "back (timedatectl there), so that the other end drops its handshakes as replays until it makes it a new "
-            "peer: agents do so by themselves within some minutes",
+            "peer: agents do so by themselves within 3 min, if its clock goes back seldom",
         )
 
 
