@@ -318,10 +318,15 @@ async def test_a_key_that_is_of_no_use_is_never_overwritten(tmp_path: Path) -> N
     async with host(tmp_path) as h1:
         h1.state.mkdir()
         key = h1.state / "key"
+        none = f"the private key file {key} holds no WireGuard private key"
         for text, mode, sentence in (
-            (KEYS[0], 0o644, rf"the private key {key} is open to others \(mode 0644\); run chmod 600 {key}, and if "),
-            ("no key", 0o600, rf"{key} holds no WireGuard private key .*put the right one back, or remove the file"),
-            ("", 0o600, rf"{key} holds no WireGuard private key "),
+            (
+                KEYS[0],
+                0o644,
+                rf"the private key {key} is open to others \(mode 0644\); run chmod 600 {key}; if others ",
+            ),
+            ("no key", 0o600, rf"{none} .*put the right one back, or stop what uses it .*, remove it, and start "),
+            ("", 0o600, none),
         ):
             key.write_text(text)
             key.chmod(mode)

@@ -18,6 +18,7 @@ from kilo_etcd.agent.cachefile import FILE
 from kilo_etcd.agent.snapshot_cache import Disk
 from kilo_etcd.agent.state_directory import PERIOD_SECONDS, StateFound, look
 from kilo_etcd.runtime import key_file
+from kilo_etcd.store.status_texts import STATE_TROUBLE
 
 OTHER = key_file.generate()
 
@@ -93,6 +94,22 @@ def test_a_read_only_directory_is_named(state: Path, monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(os, "access", lambda *of: False)
     space(monkeypatch, f_flag=os.ST_RDONLY)
     assert "cannot be written to: Read-only file system" in (look(state, PRIVATE).trouble or "")
+
+
+@pytest.mark.parametrize(
+    "spoil",
+    [
+        lambda key: key.write_text("no key\n"),
+        lambda key: key.chmod(0o644),
+        lambda key: key.write_text(f"{OTHER}\n"),
+        lambda key: (key.unlink(), key.mkdir()),
+        lambda key: (key.unlink(), key.symlink_to("nowhere")),
+        lambda key: (key.unlink(), key.parent.rmdir(), key.parent.write_text("a file")),
+    ],
+)
+def test_no_sentence_on_the_directory_is_taken_for_one_on_packets(state: Path, spoil: Callable[[Path], object]) -> None:
+    spoil(state / "key")
+    assert (look(state, PRIVATE).trouble or "").startswith(STATE_TROUBLE)
 
 
 # --- an agent ---------------------------------------------------------------------------------------------------------
@@ -175,3 +192,6 @@ async def test_a_key_that_others_may_have_read_does_not_come_back(
         # An operator's own is taken for what it is.
         key_file.load_or_create(state, PRIVATE)
         await eventually(lambda: errors(world) == [], 2 * PERIOD_SECONDS, every=0.1)
+        await trio.sleep(2 * PERIOD_SECONDS)
+        (state / "key").unlink()
+        await eventually((state / "key").exists, 2 * PERIOD_SECONDS, every=0.1)

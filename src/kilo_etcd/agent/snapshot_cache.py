@@ -68,7 +68,7 @@ class SnapshotCache:
         self._due = trio.Event()
         self._writing = trio.Lock()
         self._key_unusable = False
-        """Whether the key's file was of no use at some time since this agent began."""
+        """Whether the key's file was of no use when it was last there."""
         self.trouble: str | None = None
         """A sentence on a snapshot that could not be written; None: the last one was."""
 
@@ -122,7 +122,7 @@ class SnapshotCache:
         private_key = disk.private_key
         restore = not self._key_unusable
         found: StateFound = await disk.run(lambda: look(disk.state_dir, private_key, restore=restore))
-        self._key_unusable |= found.unusable
+        self._key_unusable = found.unusable
         gone = self._noted is not None and not await disk.run(lambda: os.path.exists(disk.path))
         if gone:
             self._due.set()

@@ -31,7 +31,7 @@ class StateFound:
     restored: bool = False
     """Whether the private key had gone, and was written again."""
     unusable: bool = False
-    """Whether the key's file is there and of no use: open to others, no key, or a link that leads nowhere."""
+    """Whether the key's file is of no use (open to others, no key, or a link that leads nowhere), or is gone since."""
 
 
 def look(directory: Path, private_key: str, *, restore: bool = True) -> StateFound:
@@ -44,7 +44,8 @@ def look(directory: Path, private_key: str, *, restore: bool = True) -> StateFou
             return StateFound(
                 f"the private key {directory / key_file.KEY_FILE} is gone, and is not restored, since it was of no use "
                 "before (open to others, no key, or a link to none): systemctl restart "
-                "kilo-etcd has a new one made, or put it back"
+                "kilo-etcd has a new one made, or put it back",
+                unusable=True,
             )
         if present is None:
             present = key_file.load_or_create(directory, private_key)

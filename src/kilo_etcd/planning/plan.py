@@ -48,11 +48,10 @@ K = TypeVar("K")
 V = TypeVar("V")
 
 MOST_SHOWN = 3
+"""Nodes that are named in one sentence."""
 
 NOT_ENCAPSULATED = "go over IPv6 as they are, although encapsulate is always"
 """What the problem says of packets that are to be encapsulated and are not: no packet is lost by it."""
-
-"""Nodes that are named in one sentence."""
 
 
 class _TunnelRole(Enum):

@@ -105,7 +105,8 @@ def peek_file(path: Path) -> str | None:
         key = b""
     if len(key) != KEY_BYTES:
         raise UnusableKey(
-            f"{path} holds no WireGuard private key (44 characters of base64); put the right one back, or {_REPLACE}"
+            f"the private key file {path} holds no WireGuard private key (44 characters of base64); "
+            f"put the right one back, or {_REPLACE}"
         )
     return base64.b64encode(key).decode()
 
