@@ -147,6 +147,14 @@ def test_an_etcd_that_was_restored_makes_nothing_anew() -> None:
     assert peers.look(activity(11.0, silence=32), now=11.0) == {KEY}
 
 
+def test_a_clock_epoch_that_falls_and_rises_again_is_no_news() -> None:
+    peers = RenewedPeers()
+    for number, clock in enumerate((5, 4, 5)):
+        peers.follow(snapshot(3, clock=clock), plan(KEY), now=float(number))
+    for now in (3.0, 5.0):
+        assert peers.look(activity(now, silence=OVERDUE_SECONDS), now=now) == frozenset()
+
+
 def test_a_record_without_a_lease_that_somebody_puts_anew_is_no_news_of_the_peer() -> None:
     def world(revision: int) -> Snapshot:
         peer = Peer(name="phone", public_key=PHONE, registered_revision=revision)

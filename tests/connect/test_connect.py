@@ -374,6 +374,25 @@ async def test_while_the_record_is_put_anew_the_machine_itself_goes_on(world: Wo
     assert nothing_is_left(world)
 
 
+async def test_a_record_that_is_put_anew_keeps_what_an_operator_has_added_to_it(world: World) -> None:
+    await world.build()
+    desired = DesiredPeer(name="laptop", public_key=PUBLIC)
+    registration = PeerRegistration(world.client, KEYS, desired, lambda: None)
+    await registration.register()
+    held = world.etcd.data[RECORD.encode()]
+    record = decode_peer(held.value)
+    added = evolve(
+        record,
+        allowed_ips=(*record.allowed_ips, ip_network("192.168.9.0/24")),
+        preshared_key=base64.b64encode(bytes(32)).decode(),
+    )
+    await world.client.put(RECORD, encode(added), lease=held.lease)
+    await registration.renew()
+    anew = world.etcd.data[RECORD.encode()]
+    assert decode_peer(anew.value) == added
+    assert anew.version == 1
+
+
 async def test_an_etcd_that_takes_no_writes_keeps_the_record(world: World) -> None:
     off = 3600.0
     world.host.clock = lambda: trio.current_time() + off

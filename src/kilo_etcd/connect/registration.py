@@ -77,8 +77,11 @@ class Decision:
     """Those that the record had so far and that others have: its claims of these go."""
 
 
-def decide(desired: DesiredPeer, snapshot: Snapshot, view: View, keys: Keys) -> Decision:
-    """What to write for the desired peer. Failure, in one sentence, if it cannot be."""
+def decide(
+    desired: DesiredPeer, snapshot: Snapshot, view: View, keys: Keys, former: PeerRecord | None = None
+) -> Decision:
+    """What to write for the desired peer. `former` is what stood there, if the record is gone and is put anew: what
+    `desired` leaves open stays. Failure, in one sentence, if it cannot be."""
     name = desired.name
     if not snapshot.subnets:
         raise Failure(f"there is no mesh under {keys.prefix} yet: the first agent makes it")
@@ -88,7 +91,8 @@ def decide(desired: DesiredPeer, snapshot: Snapshot, view: View, keys: Keys) -> 
     record = None if held is None else _readable(held)
     if held is not None and not desired.replace:
         _refuse(desired, held, record)
-    lost = {} if record is None else dict(_lost(name, record.allowed_ips, snapshot, view))
+    base = record or former or PeerRecord(public_key=desired.public_key, persistent_keepalive=KEEPALIVE)
+    lost = dict(_lost(name, base.allowed_ips, snapshot, view))
     if held is not None and record is not None and not held.lease and not _differs(desired, record):
         if not lost:
             return Decision(record=record, writes=False)
@@ -98,7 +102,6 @@ def decide(desired: DesiredPeer, snapshot: Snapshot, view: View, keys: Keys) -> 
                 f"peer {name} is registered with mesh addresses that others claimed before: {whose}; say --yes to "
                 "replace the record, and have a free address chosen"
             )
-    base = record or PeerRecord(public_key=desired.public_key, persistent_keepalive=KEEPALIVE)
     chosen: tuple[IPAddress, ...] = ()
     allowed = desired.allowed_ips
     if allowed is None:
@@ -212,6 +215,8 @@ class PeerRegistration:
         """etcd's, from which on the record stands there."""
         self.renewing = False
         """Whether the record is being put anew, and may not stand there meanwhile."""
+        self._former: PeerRecord | None = None
+        """The record that this run has put, or has found in its place since."""
 
     @property
     def removes(self) -> bool:
@@ -245,7 +250,7 @@ class PeerRegistration:
         already end with their lease."""
         for _ in range(ATTEMPTS):
             before, view = await operator.snapshot(self._client, self._keys)
-            decision = decide(self._desired, before, view, self._keys)
+            decision = decide(self._desired, before, view, self._keys, self._former)
             puts = self._puts(decision)
             if not puts:
                 self.decision, self.revision = decision, view.revision
@@ -260,7 +265,7 @@ class PeerRegistration:
                 self._lease.mark_unconfirmed()
                 continue
             if revision:
-                self.decision, self.revision = decision, revision
+                self.decision, self.revision, self._former = decision, revision, decision.record
                 return decision
         raise Failure(f"others change the record of peer {self._desired.name} again and again; nothing was written")
 
@@ -328,6 +333,7 @@ class PeerRegistration:
         key = self._keys.peer(self._desired.name)
         held = await self._client.get(key)
         if held is not None and held.lease == self._lease.id:
+            self._former = _readable(held) or self._former
             # etcd whose disk is full deletes, and puts nothing: then the record is better left as it is.
             put = await self._client.txn([unchanged(held)], [Put(key, held.value, lease=held.lease)])
             if put.succeeded:

@@ -74,8 +74,10 @@ class RenewedPeers:
                 # A machine that connects and whose clock went back makes its record anew, and its device. A record
                 # without a lease is somebody else's, who knows nothing of the peer's clock.
                 epochs[key] = _Epochs(peer.registered_revision if peer.leased else 0)
-        for key, epoch in epochs.items():
+        for key, epoch in list(epochs.items()):
             before = self._epochs.get(key, epoch)
+            # One that fell and rises again is none that was not heard of.
+            epochs[key] = evolve(epoch, clock=max(epoch.clock, before.clock))
             device = epoch.device > before.device
             # Less: etcd was restored, or is another one, and nobody's clock went back.
             if device or epoch.clock > before.clock:

@@ -158,7 +158,7 @@ class WireGuardMonitor:
             except (kernel.KernelError, OSError):
                 return _Look(concerned=True)  # The reconciler will say so.
         now = trio.current_time()
-        if self._set_back.read(activity, unanswered=self._unanswered, now=now):
+        if concerned and self._set_back.read(activity, unanswered=self._unanswered, now=now):
             self._on_set_back()
         if renewed := self._renewed.look(activity, now=now):
             self._renew(renewed)
