@@ -12,8 +12,9 @@ from functools import cache
 import pytest
 import trio
 import trio.testing
-from simulation import run_schedule
+from simulation import run_schedule, without_cause
 
+from kilo_etcd.kernel.state import Change, RemovePeer, SetPeer
 from kilo_etcd.runtime.logs import setup_logging
 
 BATCH = 20
@@ -80,3 +81,20 @@ def test_a_schedule_is_the_same_each_time(seed: int) -> None:
     played(seed + 1)
     assert play(seed) == first
     assert len(first) > 10
+
+
+def test_at_rest_only_a_peer_that_has_begun_anew_is_made_anew_and_no_more_often_than_it_takes() -> None:
+    """A session that was idle since a boot is out of use 170 s later, long after all else has come to rest."""
+
+    def anew(key: str) -> SetPeer:
+        return SetPeer(name="kilo0", public_key=key, reset=True)
+
+    assert without_cause([anew("a"), anew("b"), anew("a")], {"a", "b"}) == []
+    assert without_cause([anew("a"), anew("a"), anew("a")], {"a"}) == [anew("a")]
+    assert without_cause([anew("a"), anew("b")], {"a"}) == [anew("b")]
+    others: list[Change] = [
+        SetPeer(name="kilo0", public_key="a", new=True),
+        SetPeer(name="kilo0", public_key="a", persistent_keepalive=25),
+        RemovePeer(name="kilo0", public_key="a"),
+    ]
+    assert without_cause(others, {"a"}) == others

@@ -14,6 +14,6 @@ docs/simulation.md says what is checked, and how to play a schedule again. From 
 
 from simulation.clockwork import seeded
 from simulation.host import SimulatedHost, in_memory
-from simulation.world import KEYS, Shape, World, run_schedule
+from simulation.world import KEYS, Shape, World, run_schedule, without_cause
 
-__all__ = ["KEYS", "Shape", "SimulatedHost", "World", "in_memory", "run_schedule", "seeded"]
+__all__ = ["KEYS", "Shape", "SimulatedHost", "World", "in_memory", "run_schedule", "seeded", "without_cause"]

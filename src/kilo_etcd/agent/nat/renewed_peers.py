@@ -7,8 +7,9 @@ forgotten, and its session with it.
 
 So a host raises an epoch in its record (`model.node.StatedNode`) when its device is new, or when its clock went back,
 and each other host makes the peer anew once, as soon as that costs nothing. If the device is new, the session is dead
-as soon as nothing comes through it since the news. In either case one is dead that is so old that WireGuard would have
-renewed it if it worked. A session that works stays.
+as soon as nothing comes through it since the news. In either case one is dead, or nobody uses it, that is so old that
+WireGuard would have renewed it if it worked and packets went through. A session that works stays until nobody uses it:
+there is no telling which end began it, and if this host did, the next handshake from the other end is dropped still.
 
 Pure: plans, readings and times come in, public keys go out.
 """
