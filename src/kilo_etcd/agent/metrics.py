@@ -49,7 +49,7 @@ class Metrics:
             self.unanswered.labels(kind)
         self.errors = counter("kilo_errors_total", "Errors by kind", ("kind",))
         self.reconciles = counter("kilo_reconciles_total", "Runs of plan and apply by result", ("result",))
-        self.netlink_writes = counter("kilo_netlink_writes_total", "Messages that changed the kernel")
+        self.netlink_writes = counter("kilo_netlink_writes_total", "Messages that brought the kernel to the plan")
         self.etcd_writes = counter("kilo_etcd_writes_total", "Writes to etcd, keepalives apart")
         self.etcd_connected = gauge("kilo_etcd_connected", "1 if etcd answers")
         self.cached_mesh = gauge(

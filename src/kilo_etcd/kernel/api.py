@@ -22,7 +22,8 @@ class Kernel(Protocol):
 
     @property
     def writes(self) -> int:
-        """How many messages that change something were sent so far (netlink, UAPI, sysctl)."""
+        """How many messages that change something `apply` has sent so far (netlink, UAPI, iptables, sysctl). That this
+        host may ping is no part of a plan: what `ping` changes for that does not count."""
 
     async def check(self) -> None:
         """KernelError if no plan could be brought about as things are: no permission, no WireGuard, the interface's

@@ -209,6 +209,7 @@ class LinuxKernel:
         self._backend: Backend = backend
         self._public_key = public_key_of(raw(setup.private_key))
         self._lock = trio.Lock()
+        self._writes = 0
         self._memory = Memory()
         self._sizes_refused = ""
         """Why the kernel takes no rules that have TCP fit into the tunnel; empty: it does, as far as is known."""
@@ -244,8 +245,8 @@ class LinuxKernel:
 
     @property
     def writes(self) -> int:
-        """How many messages that change something were sent so far."""
-        return self._host.writes
+        """Implements `kernel.api.Kernel.writes`."""
+        return self._writes
 
     async def check(self) -> None:
         """Implements `kernel.api.Kernel.check`."""
@@ -255,7 +256,11 @@ class LinuxKernel:
     async def apply(self, plan: HostPlan, *, fresh: bool = False, reset: Collection[str] = ()) -> ApplyReport:
         """Implements `kernel.api.Kernel.apply`, in a thread: other tasks run on, and the next call waits."""
         async with self._lock:
-            return await _ask_kernel(lambda: self._apply(plan, fresh, frozenset(reset)))
+            before = self._host.writes
+            try:
+                return await _ask_kernel(lambda: self._apply(plan, fresh, frozenset(reset)))
+            finally:
+                self._writes += self._host.writes - before
 
     async def preview(self, plan: HostPlan, *, failed: bool = True) -> tuple[Change, ...]:
         """Implements `kernel.api.Kernel.preview`."""
