@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 import time
+from collections.abc import Iterable
 from ipaddress import ip_address, ip_network
 from pathlib import Path
 
@@ -21,6 +22,7 @@ from kilo_etcd.kernel.firewall.chains import (
     BaseChain,
     Condition,
     FilterRule,
+    Obstacle,
     Packet,
     drops,
     from_iptables,
@@ -187,16 +189,22 @@ class Chains(Netfilter):
 
     def __init__(self, *chains: BaseChain) -> None:
         super().__init__()
-        self._chains = chains
+        self._found = chains
 
     def passed_chains(self) -> tuple[BaseChain, ...]:
-        return self._chains
+        return self._found
+
+    def translating_chains(self) -> tuple[BaseChain, ...]:
+        return ()
 
 
 class NoXtables(Iptables):
     """iptables without older tables beside nftables."""
 
     def legacy(self, version: int, *, patience: float) -> None:
+        return None
+
+    def legacy_translation(self, version: int, *, patience: float) -> None:
         return None
 
 
@@ -474,10 +482,71 @@ table ip kube-proxy {
     ct state new jump cluster-ips-check
   }
   chain service-endpoints-check { ip daddr . meta l4proto . th dport vmap @no-endpoint-services; }
-  chain cluster-ips-check { ip daddr @cluster-ips reject; }
+  chain cluster-ips-check {
+    ip daddr @cluster-ips reject
+    ip daddr 10.43.0.0/16 drop
+  }
   chain reject-chain { reject; }
+  map service-ips {
+    type ipv4_addr . inet_proto . inet_service : verdict
+    elements = { 10.43.0.1 . tcp . 443 : goto service-kubernetes, 10.43.0.10 . udp . 53 : goto service-dns }
+  }
+  chain nat-prerouting { type nat hook prerouting priority -100; jump services; }
+  chain services {
+    ip daddr . meta l4proto . th dport vmap @service-ips
+    fib daddr type local tcp dport 30080 goto service-dns
+  }
+  chain service-kubernetes { meta l4proto tcp dnat to 192.168.9.7:6443; }
+  chain service-dns { numgen random mod 1 vmap { 0 : goto endpoint }; }
+  chain endpoint { meta l4proto udp dnat to 10.42.0.5:53; }
 }
 """
+SERVICES = ip_network("10.43.0.0/16")
+OFFERS_SERVICES = evolve(LEADER, behind=(SERVICES,))
+DROPS_SERVICES = (
+    "table ip x { chain f { type filter hook forward priority 0; ct state new ip daddr 10.43.0.0/16 drop; }"
+)
+"""The beginning of a table."""
+NAT = "type nat hook prerouting priority -100; policy accept;"
+
+
+def many_services(network: str) -> str:
+    """More chains than are followed, a service each."""
+    numbers = range(MOST_TARGETS + 1)
+    chains = " ".join(f"chain s{number} {{ dnat to 10.42.0.5; }}\n" for number in numbers)
+    services = ", ".join(f"{network}.{number} . tcp . 80 : goto s{number}" for number in numbers)
+    return f"{chains} chain n {{ {NAT} ip daddr . meta l4proto . th dport vmap {{ {services} }}; }}"
+
+
+TRANSLATIONS = [
+    # What a table holds besides, and whether what is for the services is dropped for certain.
+    ("", True),
+    (f"chain n {{ {NAT} ip daddr 10.44.0.0/16 dnat to 10.42.0.5; }}", True),
+    (f"chain n {{ {NAT} ip daddr 10.43.0.0/16 dnat to 10.42.0.5; }}", False),
+    (f"chain n {{ {NAT} ip daddr 10.43.0.1 udp dport 53 redirect to :5353; }}", False),
+    (f"chain n {{ {NAT} ip daddr 10.43.0.0/16 ip protocol tcp accept; ip daddr 10.43.0.0/16 dnat to "
+     "10.42.0.5; }", False),
+    (f"chain n {{ {NAT} ip daddr 10.0.0.0/8 accept; dnat to 10.42.0.5; }}", True),
+    (f"chain n {{ {NAT} iifname eth7 dnat to 10.42.0.5; }}", True),
+    # As Docker does with the ports of containers.
+    (f"chain n {{ {NAT} fib daddr type local jump d; }}\n chain d {{ tcp dport 80 dnat to 10.42.0.5; }}", True),
+    (f"chain n {{ {NAT} fib daddr type != local jump d; }}\n chain d {{ tcp dport 80 dnat to 10.42.0.5; }}", False),
+    (f"chain n {{ {NAT} dnat to ip daddr map {{ 10.43.0.1 : 10.42.0.5, 10.43.0.2 : 10.42.0.6 }}; }}", False),
+    (f"chain n {{ {NAT} dnat to ip daddr map {{ 10.44.0.1 : 10.42.0.5, 10.44.0.2 : 10.42.0.6 }}; }}", True),
+    (f"set s {{ type ipv4_addr; flags interval; elements = {{ 10.43.0.0-10.43.0.9 }}; }}\n"
+     f"chain n {{ {NAT} ip daddr @s dnat to 10.42.0.5; }}", False),
+    # A set that may change by itself.
+    (f"set s {{ type ipv4_addr; timeout 1h; }}\n chain n {{ {NAT} ip daddr @s dnat to 10.42.0.5; }}", False),
+    # What does not translate its destination.
+    (f"chain n {{ {NAT} ip daddr 10.43.0.0/16 counter accept; }}", True),
+    ("chain n { type nat hook postrouting priority 100; policy accept; masquerade; }", True),
+    (many_services("10.44.0"), True),
+    (many_services("10.43.0"), False),
+    # A rule that writes into the packet's header.
+    ("chain n { type filter hook prerouting priority -300; ip daddr 10.43.0.0/16 ip daddr set 10.42.0.5; }", False),
+    ("chain n { type filter hook forward priority -1; ip daddr 10.43.0.0/16 ip daddr set 10.42.0.5; }", False),
+    ("chain n { type filter hook forward priority 1; ip daddr 10.43.0.0/16 ip daddr set 10.42.0.5; }", True),
+]  # fmt: skip
 
 
 @pytest.mark.root
@@ -486,7 +555,7 @@ async def test_firewalls_that_let_the_mesh_through_are_no_obstacle() -> None:
     sh("ip link add eth0 type veth peer eth1; ip addr add 192.168.9.1/24 dev eth0; ip link set eth0 up; "
        "ip route add default via 192.168.9.2")  # fmt: skip
     async with open_kernel(Setup(private_key=PRIVATE)) as kernel:
-        await kernel.apply(LEADER)
+        await kernel.apply(OFFERS_SERVICES)
         for ruleset, table in ((TRUSTED, "inet firewalld"), (KUBE_PROXY, "ip kube-proxy")):
             load(ruleset)
             assert await kernel.obstacles() == ()
@@ -503,6 +572,76 @@ async def test_firewalls_that_let_the_mesh_through_are_no_obstacle() -> None:
     async with open_kernel(Setup(private_key=PRIVATE, forward_rules=True)) as kernel:
         assert (await kernel.apply(LEADER, fresh=True)).failures == ()
         assert await kernel.obstacles() == ()
+
+
+def cut_networks(obstacles: Iterable[Obstacle]) -> list[IPNetwork]:
+    assert all(obstacle.certain for obstacle in obstacles)
+    return [network for obstacle in obstacles for network in obstacle.networks]
+
+
+@pytest.mark.root
+@pytest.mark.usefixtures("own_namespaces")
+async def test_of_a_network_that_is_translated_on_its_way_nothing_is_certain_where_its_packets_are_others() -> None:
+    sh("ip link add eth0 type veth peer eth1; ip addr add 192.168.9.1/24 dev eth0; ip link set eth0 up; "
+       "ip route add default via 192.168.9.2")  # fmt: skip
+    async with open_kernel(Setup(private_key=PRIVATE)) as kernel:
+        await kernel.apply(OFFERS_SERVICES)
+        for rules, certain in TRANSLATIONS:
+            load(f"{DROPS_SERVICES}\n {rules}\n}}")
+            assert cut_networks(await kernel.obstacles()) == ([SERVICES] if certain else []), rules
+            sh("nft delete table ip x")
+        # Before they are translated they are dropped.
+        load(f"table ip x {{ chain n {{ {NAT} dnat to 10.42.0.5; }}\n"
+             "chain f { type filter hook prerouting priority -150; ip daddr 10.43.0.0/16 drop; }\n}")  # fmt: skip
+        assert cut_networks(await kernel.obstacles()) == [SERVICES]
+        sh("nft delete table ip x")
+        load(f"table ip x {{ chain n {{ {NAT} dnat to 10.42.0.5; }}\n"
+             "chain f { type filter hook prerouting priority -50; ip daddr 10.43.0.0/16 drop; }\n}")  # fmt: skip
+        assert await kernel.obstacles() == ()
+
+
+@pytest.mark.root
+@pytest.mark.usefixtures("own_namespaces")
+async def test_what_iptables_and_its_older_tables_translate_is_seen() -> None:
+    sh("ip link add eth0 type veth peer eth1; ip addr add 192.168.9.1/24 dev eth0; ip link set eth0 up; "
+       "ip route add default via 192.168.9.2")  # fmt: skip
+    load(f"{DROPS_SERVICES}\n}}")
+    docker = (
+        "-A PREROUTING -m addrtype --dst-type LOCAL -j DOCKER",
+        "-A DOCKER -p tcp --dport 80 -j DNAT --to 172.17.0.2",
+    )
+    services = (
+        "-A PREROUTING ! -i eth7 -j SERVICES",
+        "-A SERVICES -d 10.43.0.1/32 -p tcp --dport 443 -j DNAT --to 10.42.0.5",
+    )
+    for program in ("iptables-nft", "iptables-legacy"):
+        for rules, certain in ((("-N DOCKER", *docker), True), (("-N SERVICES", *services), False)):
+            sh("; ".join(f"{program} -t nat {rule}" for rule in rules))
+            async with open_kernel(Setup(private_key=PRIVATE)) as kernel:
+                await kernel.apply(OFFERS_SERVICES)
+                assert cut_networks(await kernel.obstacles()) == ([SERVICES] if certain else []), (program, rules)
+        sh(f"{program} -t nat -F; {program} -t nat -X")
+
+
+@pytest.mark.root
+@pytest.mark.usefixtures("own_namespaces")
+async def test_what_is_for_the_host_itself_is_not_forwarded() -> None:
+    sh("ip link add eth0 type veth peer eth1; ip addr add 192.168.9.1/24 dev eth0; ip link set eth0 up; "
+       "ip route add default via 192.168.9.2")  # fmt: skip
+    both = "{ 10.43.0.0/16, 192.168.9.0/24 }"
+    load(f"table ip x {{ chain f {{ type filter hook forward priority 0; ip daddr {both} drop; }}\n}}")
+    alone = ip_network("192.168.9.1/32")
+    link = ip_network("192.168.9.0/24")
+    async with open_kernel(Setup(private_key=PRIVATE)) as kernel:
+        await kernel.apply(evolve(LEADER, behind=(SERVICES, link, alone)))
+        assert cut_networks(await kernel.obstacles()) == [SERVICES, link]
+        # As kube-proxy does in its mode ipvs, with a dummy.
+        sh("ip addr add 10.43.0.10/32 dev lo")
+        assert cut_networks(await kernel.obstacles()) == [link]
+        # Where the host itself takes them is not before hook prerouting.
+        sh("nft delete table ip x")
+        load("table ip x { chain f { type filter hook prerouting priority 0; ip daddr 10.43.0.0/16 drop; }\n}")
+        assert cut_networks(await kernel.obstacles()) == [SERVICES]
 
 
 @pytest.mark.root

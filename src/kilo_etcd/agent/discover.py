@@ -34,7 +34,7 @@ from kilo_etcd.agent.name_servers import name_servers
 from kilo_etcd.base import descriptors
 from kilo_etcd.kernel.state import HostAddress
 from kilo_etcd.model import DEFAULT_PORT, Endpoint, IPAddress, IPInterface, IPNetwork, is_public
-from kilo_etcd.runtime.host_facts import TUNNELS, HostFacts, is_container, is_for_services, usable, within
+from kilo_etcd.runtime.host_facts import TUNNELS, HostFacts, is_container, usable, within
 from kilo_etcd.runtime.resolve import lookup
 
 INSTANCE_DATA = Path("/run/cloud-init/instance-data.json")
@@ -245,7 +245,7 @@ def _left_aside(facts: HostFacts, item: HostAddress, *, decided: bool, sent_from
         return "container bridges"
     if item.kind in TUNNELS:
         return "tunnels"
-    if is_for_services(item) and not decided:
+    if item.for_services and not decided:
         return "the loopback device and dummies"
     return ""
 

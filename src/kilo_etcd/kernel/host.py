@@ -17,6 +17,7 @@ from attrs import evolve
 from kilo_etcd.kernel import sysctl, userspace, wireguard
 from kilo_etcd.kernel.errors import NO_PERMISSION, KernelError, NetlinkError, failure, taken, why_not
 from kilo_etcd.kernel.firewall.chains import Obstacle, Refusal
+from kilo_etcd.kernel.firewall.destinations import OwnAddresses
 from kilo_etcd.kernel.firewall.forward import AddForward, DeleteForward
 from kilo_etcd.kernel.firewall.forwardchains import ForwardChains
 from kilo_etcd.kernel.firewall.iptables import Iptables
@@ -145,6 +146,7 @@ class Host:
             self.netfilter,
             self._iptables,
             opening=forward_rules,
+            own=self._own_addresses,
         )
         self.userspace = userspace.UserspaceDevice(uapi_dir, runtime_dir)
         self._kernel: wireguard.KernelDevice | None = None
@@ -394,6 +396,14 @@ class Host:
             if error.errno != errno.ENODEV:  # gone since the links were read
                 raise
         return addresses
+
+    def _own_addresses(self) -> OwnAddresses:
+        self._read_links()
+        found = self._read_addresses()
+        return OwnAddresses(
+            everywhere=frozenset(item.address.ip for item in found),
+            for_services=frozenset(item.address.ip for item in found if item.for_services),
+        )
 
     def _read_routes(self) -> tuple[dict[IPNetwork, Route], list[Route], dict[IPNetwork, Route], set[IPNetwork]]:
         """Ours, duplicates of ours to the same destinations, somebody else's, and the destinations of our unreachable

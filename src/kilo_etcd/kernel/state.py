@@ -649,6 +649,12 @@ class HostAddress:
     """The kind of the interface that has it: empty for hardware, else `bridge`, `wireguard`, ..."""
     up: bool = True
 
+    @property
+    def for_services(self) -> bool:
+        """Whether it is on a device behind which there is no link, where addresses of services are put that several
+        hosts may have: the loopback device or a dummy."""
+        return self.interface == "lo" or self.kind == "dummy"
+
 
 @frozen(kw_only=True)
 class DefaultRoute:

@@ -147,7 +147,7 @@ class HostFacts:
         items = [item for item in self.addresses if item.address.version == version and usable(item, "", ())]
         if any(item.interface in ways for item in items):
             return preferred
-        return preferred.union(item.address.ip for item in items if is_for_services(item) and not is_container(item))
+        return preferred.union(item.address.ip for item in items if item.for_services and not is_container(item))
 
     def _defaults(self, version: int, *, first: bool) -> list[DefaultRoute]:
         routes = [route for route in self.default_routes if route.family == version]
@@ -190,12 +190,6 @@ def usable(item: HostAddress, own_interface: str, subnets: tuple[IPNetwork, ...]
 def is_container(item: HostAddress) -> bool:
     """Whether it is an address of a container bridge, by the interface's name."""
     return item.interface.startswith(_CONTAINERS)
-
-
-def is_for_services(item: HostAddress) -> bool:
-    """Whether it is on a device behind which there is no link, where addresses of services are put that several hosts
-    may have: the loopback device or a dummy."""
-    return item.interface == "lo" or item.kind == "dummy"
 
 
 def _comes_and_goes(item: HostAddress) -> bool:

@@ -20,8 +20,8 @@ from typing import Literal
 
 from attrs import evolve, field, frozen
 
+from kilo_etcd.kernel.netlink.formats import NF_PRIORITIES
 from kilo_etcd.model import IPNetwork
-from kilo_etcd.planning.dropped import drops_packets_for
 
 Verdict = Literal["accept", "drop", "return", "jump", "goto", "unknown", ""]
 """`unknown`: it depends (a verdict map, a queue); empty: the packet goes on to the next rule."""
@@ -30,8 +30,9 @@ PROTOCOLS = {1: "icmp", 6: "tcp", 17: "udp", 58: "icmpv6"}
 """IP protocol number -> name."""
 _NUMBERS = {"ipv6-icmp": "icmpv6", **{str(number): name for number, name in PROTOCOLS.items()}}
 _ORDER = ("tcp", "udp", "icmp", "icmpv6")
-_UNTESTED = ("", "tcp", "udp")
-_SHOWN = {"tcp": "TCP", "udp": "UDP", "icmp": "ICMP", "icmpv6": "ICMPv6"}
+UNTESTED = ("", "tcp", "udp")
+"""What no echo request tests."""
+SHOWN = {"tcp": "TCP", "udp": "UDP", "icmp": "ICMP", "icmpv6": "ICMPv6"}
 
 _LIMITS = ("limit", "hashlimit")
 """Kinds of conditions, by their names in nftables and in iptables."""
@@ -62,6 +63,8 @@ class Packet:
     destination: IPNetwork | None = None
     new: bool = True
     """It opens a connection; else it is an answer."""
+    local: bool | None = None
+    """Its destination is an address of the host itself; None: it is not known."""
 
     def within(self, side: str) -> tuple[IPNetwork, ...]:
         """Where its `saddr` or its `daddr` lies."""
@@ -72,8 +75,9 @@ class Packet:
 @frozen
 class Condition:
     """One test of a rule. `kind`: `iif`, `oif` (value: a name or several, a prefix with a `*` at its end), `version`,
-    `protocol` (a name or several), `saddr`, `daddr` (a network or several), `new` (whether new packets pass), `any`
-    (value: tuples of conditions, of one of which all match), anything else: cannot be told."""
+    `protocol` (a name or several), `saddr`, `daddr` (a network or several), `new` (whether new packets pass), `local`
+    (the destination is an address of the host), `any` (value: tuples of conditions, of one of which all match),
+    anything else: cannot be told."""
 
     kind: str
     value: object = None
@@ -97,9 +101,11 @@ class Condition:
             case "new":
                 # Which packets of a connection pass that exists is not kept.
                 fits = bool(self.value) if packet.new else None
+            case "local":
+                fits = packet.local
             case "saddr" | "daddr":
                 networks = self.value if isinstance(self.value, tuple) else (self.value,)
-                fits = _within(networks, packet.within(self.kind), packet.version)
+                fits = within(networks, packet.within(self.kind), packet.version)
             case "any" if isinstance(self.value, tuple):
                 fits = _or(_and(condition.matches(packet) for condition in tests) for tests in self.value)
         return fits if fits is None or self.equal else not fits
@@ -121,7 +127,8 @@ def _and(answers: Iterable[bool | None]) -> bool | None:
     return False if False in found else None if None in found else True
 
 
-def _within(networks: Iterable[IPNetwork], subnets: Iterable[IPNetwork], version: int) -> bool | None:
+def within(networks: Iterable[IPNetwork], subnets: Iterable[IPNetwork], version: int) -> bool | None:
+    """Whether all of some subnets is in the networks; None: it cannot be told of every address."""
     ours = [subnet for subnet in subnets if subnet.version == version]
     theirs = [network for network in networks if network.version == version]
     if not theirs:
@@ -142,6 +149,9 @@ class FilterRule:
     target: str = ""
     """The chain of a jump or goto."""
     comment: str = ""
+    translates: bool = False
+    """It may give a packet another destination (DNAT, a redirect, a header that is written), or leads to rules that may
+    and that are not known."""
     handle: int = field(default=0, eq=False)
 
     def matches(self, packet: Packet) -> bool | None:
@@ -160,6 +170,8 @@ class BaseChain:
     drops: bool
     """Its policy."""
     hook: str = "forward"
+    priority: int = 0
+    """Its place among the chains of its hook."""
     devices: tuple[str, ...] = ()
     """Those whose packets it meets, at hook ingress or egress; empty: all."""
     rules: tuple[FilterRule, ...] = ()
@@ -172,6 +184,17 @@ class BaseChain:
         """Whether the program iptables (or ip6tables) keeps it."""
         return self.legacy or (self.family in ("ip", "ip6") and (self.table, self.name) == ("filter", "FORWARD"))
 
+    @property
+    def place(self) -> tuple[int, int]:
+        """Chains that forwarded packets pass are passed in the order of their places."""
+        return FORWARDED.index(self.hook), self.priority
+
+    def meets(self, packet: Packet) -> bool:
+        """Whether packets of this family and of these devices pass the chain."""
+        if packet.version not in _VERSIONS.get(self.family, ()):
+            return False
+        return not self.devices or (packet.iif if self.hook in _INCOMING else packet.oif) in self.devices
+
     def __str__(self) -> str:
         if self.iptables:
             return f"{'ip6tables' if self.family == 'ip6' else 'iptables'}' chain {self.name}"
@@ -180,9 +203,7 @@ class BaseChain:
 
 def drops(chain: BaseChain, packet: Packet, *, without: str = "") -> bool | None:
     """Whether a chain drops a packet; None: it may. Rules whose comment begins with `without` do not count."""
-    if packet.version not in _VERSIONS.get(chain.family, ()):
-        return False
-    if chain.devices and (packet.iif if chain.hook in _INCOMING else packet.oif) not in chain.devices:
+    if not chain.meets(packet):
         return False
     if chain.hook in _BEFORE_ROUTING and packet.oif:
         packet = evolve(packet, oif="")
@@ -218,6 +239,34 @@ def _follow(
         elif rule.verdict in ("accept", "return"):
             spared = True
     return "", spared
+
+
+def translates(chain: BaseChain, packet: Packet) -> bool:
+    """Whether a chain gives packets like this one another destination, or may do so."""
+    packet = evolve(packet, oif="") if chain.hook in _BEFORE_ROUTING else packet
+    return chain.meets(packet) and _follow_translation(chain.rules, chain, packet, 0)[0]
+
+
+def _follow_translation(
+    rules: Iterable[FilterRule], chain: BaseChain, packet: Packet, depth: int
+) -> tuple[bool, bool]:  # fmt: skip
+    """Whether a rule may translate the packet, and whether its way through the chain ends here for certain."""
+    if depth > _DEPTH:
+        return True, False
+    for rule in rules:
+        matched = rule.matches(packet)
+        if matched is False:
+            continue
+        if rule.translates:
+            return True, True
+        if rule.verdict in ("jump", "goto"):
+            found, ended = _follow_translation(chain.chains.get(rule.target, ()), chain, packet, depth + 1)
+            if found or (matched and (ended or rule.verdict == "goto")):
+                # A goto that ends without a verdict takes the packet past the rest of this chain, not of those before.
+                return found, ended
+        elif rule.verdict in ("accept", "drop", "return") and matched:
+            return False, rule.verdict != "return"
+    return False, False
 
 
 def packets(
@@ -266,9 +315,9 @@ def obstacles(
         answers = [(packet, drops(chain, packet)) for packet in sent]
         dropped = [packet for packet, answer in answers if answer]
         named = {packet.protocol for packet in dropped}
-        certain = not named.isdisjoint(_UNTESTED)
+        certain = not named.isdisjoint(UNTESTED)
         # Of a protocol what is certain is said; of ICMP, which echo requests try, nothing else that may be.
-        beside = [protocol for protocol in _ORDER if protocol not in named and (protocol in _UNTESTED or not certain)]
+        beside = [protocol for protocol in _ORDER if protocol not in named and (protocol in UNTESTED or not certain)]
         doubtful = [packet for packet, answer in answers if answer is None and (packet.protocol or "tcp") in beside]
         if not (hit := dropped + doubtful):
             continue
@@ -281,7 +330,7 @@ def obstacles(
                 f"the firewall {_what(dropped, doubtful, sent)} between {interface} and {', '.join(devices)} "
                 f"({families}), in {chain} ({how}): {remedy(chain, interface, devices, opening=opening)}",
                 certain=certain,
-                untested=any(packet.protocol in _UNTESTED for packet in hit),
+                untested=any(packet.protocol in UNTESTED for packet in hit),
                 blocked=frozenset(packet.version for packet in sent) - passing,
                 chain=str(chain),
             )
@@ -301,7 +350,7 @@ def _what(dropped: Iterable[Packet], doubtful: Iterable[Packet], sent: Iterable[
 
 def _names(packets: Iterable[Packet]) -> str:
     protocols = {packet.protocol for packet in packets}
-    return " and ".join(_SHOWN[protocol] for protocol in _ORDER if protocol in protocols)
+    return " and ".join(SHOWN[protocol] for protocol in _ORDER if protocol in protocols)
 
 
 def remedy(chain: BaseChain, interface: str, devices: Iterable[str], *, opening: bool) -> str:
@@ -324,99 +373,6 @@ def remedy(chain: BaseChain, interface: str, devices: Iterable[str], *, opening:
     if opening:
         return f"{accept} there; --forward-rules could not"
     return f"set KILO_FORWARD_RULES=true, or {accept} there"
-
-
-@frozen(kw_only=True)
-class Destination:
-    """A network that packets of the mesh go to through this host: an offered one, or a member's mesh address."""
-
-    network: IPNetwork
-    ways: tuple[tuple[str, str], ...]
-    """Devices by which these packets come in and go out."""
-    behind: bool = False
-    """It is behind this host itself, which forwards to it whether it leads or not."""
-    member: bool = False
-
-
-def destination_obstacles(
-    chains: Iterable[BaseChain], to: Iterable[Destination], sent: Iterable[Packet], subnets: tuple[IPNetwork, ...]
-) -> tuple[Obstacle, ...]:
-    """What for certain drops all TCP or UDP packets to some destinations, or all of the answers: sentences for each
-    chain. A firewall may well let some ports through and no others. If a chain drops `sent` too, only networks behind
-    this host are named."""
-    to, sent = tuple(to), tuple(sent)
-    result: list[Obstacle] = []
-    for chain in chains:
-        if not _may_drop(chain):
-            continue
-        all_dropped = any(packet.protocol in _UNTESTED and drops(chain, packet) for packet in sent)
-        tested = _addresses_tested(chain)
-        in_mesh = tuple(filter(None, (_overlapping(networks, subnets) for networks in tested)))
-        answers: dict[object, tuple[str, ...]] = {}
-        groups: dict[tuple[tuple[str, ...], bool], list[IPNetwork]] = {}
-        for one in to:
-            if (all_dropped and not one.behind) or (one.member and not in_mesh):
-                continue
-            # Of very many members most are the same to a chain.
-            within = (
-                _within(networks, (one.network,), one.network.version)
-                for networks in (in_mesh if one.member else tested)
-            )
-            alike = one.ways, one.network.version, one.member, tuple(within)
-            if alike not in answers:
-                answers[alike] = tuple(
-                    protocol
-                    for protocol in ("tcp", "udp")
-                    if any(drops(chain, packet) for packet in _packets_to(one, protocol, subnets))
-                )
-            if dropped := answers[alike]:
-                groups.setdefault((dropped, one.behind), []).append(one.network)
-        for (protocols, behind), networks in groups.items():
-            kind = "" if len(protocols) == 2 else f"{_SHOWN[protocols[0]]} "
-            result.append(
-                Obstacle(
-                    f"{drops_packets_for(networks, kind)}, in {chain}: let through what is for them there, and the "
-                    "answers",
-                    certain=len(protocols) == 2,
-                    blocked=frozenset(),
-                    networks=tuple(sorted(networks, key=str)),
-                    leading=not behind,
-                    chain=str(chain),
-                )
-            )
-    return tuple(result)
-
-
-def _addresses_tested(chain: BaseChain) -> tuple[tuple[IPNetwork, ...], ...]:
-    """The networks of each test of an address, in the chain and where it leads to."""
-    found: dict[tuple[IPNetwork, ...], None] = {}
-    waiting = [
-        condition for rules in (chain.rules, *chain.chains.values()) for r in rules for condition in r.conditions
-    ]
-    while waiting:
-        condition = waiting.pop()
-        if condition.kind in ("saddr", "daddr"):
-            found[condition.value if isinstance(condition.value, tuple) else (condition.value,)] = None
-        elif condition.kind == "any" and isinstance(condition.value, tuple):
-            waiting += [inner for tests in condition.value for inner in tests]
-    return tuple(found)
-
-
-def _overlapping(networks: Iterable[IPNetwork], subnets: tuple[IPNetwork, ...]) -> tuple[IPNetwork, ...]:
-    """Those of some networks in which there are some addresses of the subnets and not all."""
-    return tuple(network for network in networks if _within((network,), subnets, network.version) is None)
-
-
-def _may_drop(chain: BaseChain) -> bool:
-    rules = (chain.rules, *chain.chains.values())
-    return chain.drops or any(rule.verdict == "drop" for group in rules for rule in group)
-
-
-def _packets_to(one: Destination, protocol: str, subnets: tuple[IPNetwork, ...]) -> Iterable[Packet]:
-    network = one.network
-    for near, far in one.ways:
-        yield Packet(network.version, near, far, subnets, protocol, destination=network)
-        yield Packet(network.version, far, near, subnets, protocol, source=network, new=False)
 
 
 @frozen
@@ -493,19 +449,43 @@ def _limits_echoes(
 # -- the older xtables ------------------------------------------------------------------------------------------------
 
 _ENDS: dict[str, Verdict] = {"ACCEPT": "accept", "DROP": "drop", "REJECT": "drop", "RETURN": "return",
-                             "NFQUEUE": "unknown"}  # fmt: skip
+                             "NFQUEUE": "unknown", "DNAT": "accept", "REDIRECT": "accept", "NETMAP": "accept",
+                             "TPROXY": "accept"}  # fmt: skip
+TRANSLATING_TARGETS = frozenset({"DNAT", "REDIRECT", "NETMAP", "TPROXY"})
+"""Targets of iptables' own that give a packet another destination, or take it for the host itself."""
+
+
+_MOST_LINES = 5000
+"""Of a table that translates addresses; Kubernetes has thousands."""
 
 
 def from_iptables(printed: str, version: int) -> BaseChain | None:
     """The chain FORWARD of what `iptables -S` or `ip6tables -S` prints; None: there is none."""
+    return _base_chain(printed.splitlines(), version, "filter", "FORWARD", "forward", 0)
+
+
+def translation_from_iptables(printed: str, version: int) -> BaseChain | None:
+    """The chain PREROUTING of what `iptables -t nat -S` prints; None: there is none. If it is too long to be read, all
+    may be translated."""
+    lines = printed.splitlines()
+    place = version, "nat", "PREROUTING", "prerouting", NF_PRIORITIES["dstnat"]
+    if len(lines) <= _MOST_LINES:
+        return _base_chain(lines, *place)
+    chain = _base_chain(["-P PREROUTING ACCEPT"], *place)
+    return chain and evolve(chain, rules=(FilterRule(verdict="unknown", translates=True),))
+
+
+def _base_chain(
+    lines: Iterable[str], version: int, table: str, base: str, hook: str, priority: int
+) -> BaseChain | None:  # fmt: skip
     chains: dict[str, list[FilterRule]] = {}
     policy = None
-    for line in printed.splitlines():
+    for line in lines:
         try:
             words = shlex.split(line)
         except ValueError:
             continue
-        if words[:2] == ["-P", "FORWARD"]:
+        if words[:2] == ["-P", base]:
             policy = words[-1]
         elif words[:1] == ["-N"]:
             chains.setdefault(words[-1], [])
@@ -515,8 +495,8 @@ def from_iptables(printed: str, version: int) -> BaseChain | None:
         return None
     complete = {name: tuple(rules) for name, rules in chains.items()}
     return BaseChain(
-        family="ip" if version == 4 else "ip6", table="filter", name="FORWARD", drops=policy == "DROP",
-        rules=complete.get("FORWARD", ()), chains=complete, legacy=True,
+        family="ip" if version == 4 else "ip6", table=table, name=base, hook=hook, priority=priority,
+        drops=policy == "DROP", rules=complete.get(base, ()), chains=complete, legacy=True,
     )  # fmt: skip
 
 
@@ -561,11 +541,16 @@ def _rule(words: list[str]) -> FilterRule:
         elif word == "-m":
             module = next(rest, "")
             # Those of protocols match by their own options alone, which follow.
-            if module not in ("comment", "conntrack", "state", "tcp", "udp", "icmp", "icmp6"):
+            if module not in ("comment", "conntrack", "state", "tcp", "udp", "icmp", "icmp6", "addrtype"):
                 conditions.append(Condition("?"))
+        elif word == "--dst-type":
+            conditions.append(Condition("local", True, equal) if next(rest, "") == "LOCAL" else Condition("?"))
         else:
             # Not by its own name: a set may be called as a kind is.
             conditions.append(Condition("?"))
         equal = True
     # A target that is no chain (LOG, MARK) leaves the packet to the next rule: an unknown chain is an empty one.
-    return FilterRule(conditions=tuple(conditions), verdict=verdict, target=target, comment=comment)
+    return FilterRule(
+        conditions=tuple(conditions), verdict=verdict, target=target, comment=comment,
+        translates=target in TRANSLATING_TARGETS,
+    )  # fmt: skip

@@ -8,25 +8,26 @@ is.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import suppress
 from operator import is_
 from pathlib import Path
+
+from attrs import evolve, frozen
 
 from kilo_etcd.kernel import sysctl
 from kilo_etcd.kernel.firewall.chains import (
     UNKNOWN_DEVICE,
     BaseChain,
-    Destination,
     Obstacle,
     Packet,
     Refusal,
-    destination_obstacles,
     drops,
     obstacles,
     packets,
     refusals,
 )
+from kilo_etcd.kernel.firewall.destinations import Destination, OwnAddresses, destination_obstacles, translated
 from kilo_etcd.kernel.firewall.forward import comment_prefix
 from kilo_etcd.kernel.firewall.hooks import ours
 from kilo_etcd.kernel.firewall.iptables import Iptables
@@ -42,24 +43,39 @@ LEGACY_SECONDS, LEGACY_DROPPING_SECONDS = 40.0, 15.0
 packets that makes less than a minute. If something drops, its end is to be seen sooner."""
 
 
+@frozen(kw_only=True)
+class _Found:
+    """What was found for single destinations, and for which plan, devices and chains."""
+
+    plan: HostPlan
+    devices: tuple[str, ...]
+    chains: tuple[BaseChain, ...]
+    untranslated: tuple[Obstacle, ...]
+    """If no packet had its destination translated."""
+    translating: tuple[BaseChain, ...] = ()
+    own: OwnAddresses | None = None
+    found: tuple[Obstacle, ...]
+
+
 class ForwardChains:
     """Of one network namespace. Blocking. `record`: a file that says that there may be rules of ours, so that hosts
-    that never had any are not searched for them; `opening`: whether chains that drop are to be opened."""
+    that never had any are not searched for them; `opening`: whether chains that drop are to be opened; `own`: reads the
+    host's addresses."""
 
     def __init__(
-        self, interface: str, record: Path, netfilter: Netfilter, iptables: Iptables, *, opening: bool
+        self, interface: str, record: Path, netfilter: Netfilter, iptables: Iptables, *, opening: bool,
+        own: Callable[[], OwnAddresses] = OwnAddresses,
     ) -> None:  # fmt: skip
         self._interface = interface
         self._record = record
         self._netfilter = netfilter
         self._iptables = iptables
         self._opening = opening
+        self._own = own
         self._legacy_drops = False
         """Whether a chain of the older xtables dropped mesh traffic when it was last looked at."""
-        self._by_destination: tuple[HostPlan, tuple[str, ...], tuple[BaseChain, ...], tuple[Obstacle, ...]] | None = (
-            None
-        )
-        """What was found for single destinations, and for which plan, devices and chains: there may be many."""
+        self._by_destination: _Found | None = None
+        """What was found for single destinations, of which there may be many."""
 
     def obstacles(self, plan: HostPlan | None, devices: Collection[str]) -> tuple[Obstacle, ...]:
         """What drops mesh traffic between the tunnel and `devices`, or on its way to and from a member or an offered
@@ -70,14 +86,18 @@ class ForwardChains:
         legacy_chains = tuple(chain for chain in read if chain is not None)
         sent = self._sent(versions, plan, devices)
         legacy = obstacles(legacy_chains, sent, self._interface, opening=self._opening)
-        chains = self._passed_chains(plan)
+        passed = self._passed_chains()
+        # If it reaches no others of its location, packets come in and go out by a device of the internet's, on which
+        # all hosts may well drop private addresses. What is behind it has devices of its own.
+        near = plan is not None and _reaches_members(plan)
+        chains = tuple(chain for chain in passed if near or chain.hook == "forward")
         self._legacy_drops = bool(legacy)
         off = sysctl.not_forwarding([self._interface, *devices]) if 4 in versions else ()
         blocked = frozenset({4} if self._interface in off or set(devices) <= set(off) else ())
         return (
             *obstacles(chains, sent, self._interface, opening=self._opening),
             *legacy,
-            *self._at_destinations(plan, tuple(devices), (*chains, *legacy_chains), sent),
+            *self._at_destinations(plan, tuple(devices), (*passed, *legacy_chains), sent),
             *(
                 Obstacle(
                     f"net.ipv4.conf.{name}.forwarding is 0, so what comes in by {name} is not forwarded: "
@@ -88,15 +108,13 @@ class ForwardChains:
             ),
         )  # fmt: skip
 
-    def _passed_chains(self, plan: HostPlan | None) -> tuple[BaseChain, ...]:
-        """Those that the packets pass which this host forwards. If it reaches no others of its location, packets come
-        in and go out by a device of the internet's, on which all hosts may well drop private addresses."""
-        own = table_name(self._interface)
-        near = plan is not None and _reaches_members(plan)
+    def _passed_chains(self) -> tuple[BaseChain, ...]:
+        """Those that the packets pass which this host forwards; of our own table that of hook forward."""
+        own = "inet", table_name(self._interface)
         return tuple(
             chain
             for chain in self._netfilter.passed_chains()
-            if chain.hook == "forward" or (near and (chain.family, chain.table) != ("inet", own))
+            if chain.hook == "forward" or (chain.family, chain.table) != own
         )
 
     def _at_destinations(
@@ -104,12 +122,30 @@ class ForwardChains:
     ) -> tuple[Obstacle, ...]:
         if plan is None:
             return ()
-        last = self._by_destination
-        if last is not None and last[0] is plan and last[1] == devices and _same(last[2], chains):
-            return last[3]
-        found = destination_obstacles(chains, destinations(plan, self._interface, devices), sent, _subnets(plan))
-        self._by_destination = plan, devices, chains, found
-        return found
+        last, subnets = self._by_destination, _subnets(plan)
+        if last is None or last.plan is not plan or last.devices != devices or not _same(last.chains, chains):
+            found = destination_obstacles(chains, destinations(plan, self._interface, devices), sent, subnets)
+            last = _Found(plan=plan, devices=devices, chains=chains, untranslated=found, found=found)
+            self._by_destination = last
+        if not last.untranslated:
+            return ()
+        translating, own = self._translating(), self._own()
+        if not _same(last.translating, translating) or last.own != own:
+            to = translated(destinations(plan, self._interface, devices), translating, own, subnets)
+            found = destination_obstacles(chains, to, sent, subnets)
+            last = self._by_destination = evolve(last, translating=translating, own=own, found=found)
+        return last.found
+
+    def _translating(self) -> tuple[BaseChain, ...]:
+        """The chains that may translate the destinations of forwarded packets. All that packets pass are among them: a
+        rule may write a header anywhere."""
+        read = (self._iptables.legacy_translation(version, patience=LEGACY_DROPPING_SECONDS) for version in (4, 6))
+        legacy = tuple(chain for chain in read if chain is not None)
+        translating = self._netfilter.translating_chains()
+        known = {(chain.family, chain.table, chain.name) for chain in translating}
+        passed = self._netfilter.passed_chains()
+        others = tuple(chain for chain in passed if (chain.family, chain.table, chain.name) not in known)
+        return (*others, *translating, *legacy)
 
     def refusals(self, plan: HostPlan, devices: Collection[str]) -> tuple[Refusal, ...]:
         """What drops all of TCP or UDP that this host itself exchanges with the mesh. `devices`: those by which it
@@ -161,20 +197,21 @@ def destinations(plan: HostPlan, interface: str, devices: Collection[str]) -> It
     """The members and the offered networks to which a host forwards packets of the mesh, or would if it led. `devices`:
     those by which it reaches its location's network."""
     subnets = _subnets(plan)
-    near = tuple(devices) if _reaches_members(plan) else ()
+    reaches = _reaches_members(plan)
+    near = tuple(devices) if reaches else ()
     leads = any(route.way is Via.TUNNEL and route.destination in subnets for route in plan.routes.values())
     for network in plan.behind:
         incoming = (*((interface,) if leads else ()), *near)
         yield Destination(network=network, ways=tuple((name, UNKNOWN_DEVICE) for name in incoming), behind=True)
     outward = tuple((interface, name) for name in devices)
     for network in plan.masquerade:
-        yield Destination(network=network, ways=outward)
+        yield Destination(network=network, ways=outward, by_forward=not reaches)
     for network, route in plan.routes.items():
         if network in subnets or network.prefixlen == 0 or any(overlap(network, other) for other in plan.masquerade):
             continue
         if route.way is not Via.TUNNEL:
             member = any(overlap(network, subnet) for subnet in subnets)
-            yield Destination(network=network, ways=outward, member=member)
+            yield Destination(network=network, ways=outward, member=member, by_forward=not reaches)
         # An address alone may be one of very many internal IPs.
         elif network.prefixlen < network.max_prefixlen and near:
             yield Destination(network=network, ways=tuple((name, interface) for name in near))

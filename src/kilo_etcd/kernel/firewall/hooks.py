@@ -3,6 +3,8 @@ them that are ours (`--forward-rules`)."""
 
 from __future__ import annotations
 
+import math
+from collections import deque
 from collections.abc import Collection
 from functools import cache, partial
 
@@ -16,15 +18,31 @@ from kilo_etcd.kernel.read import hooks as replies
 from kilo_etcd.kernel.read.hooks import FAMILIES, MOST_MEMBERS, Found, FoundSet, Sets
 from kilo_etcd.kernel.write import nft as requests
 
+MOST_CHAINS, MOST_RULES = 64, 1000
+"""Of a base chain that translates addresses as many chains are read, and of each of these as many rules: Kubernetes has
+thousands."""
+
 
 def read(device: sockets.Socket, hooks: Collection[str]) -> tuple[BaseChain, ...]:
-    """All base chains of some hooks, with the chains that they lead to; but for the chains that translate addresses, of
-    which Kubernetes has thousands. OSError: nftables is not to be read."""
-    bases: dict[tuple[int, str], list[replies.FoundBase]] = {}
+    """All base chains of some hooks, with the chains that they lead to. Of those that translate addresses only their
+    own rules are read: what they lead to cannot be told. OSError: nftables is not to be read."""
+    return tuple(_chain(device, base, math.inf if base.filters else 1) for base in _bases(device, hooks))
+
+
+def read_translating(device: sockets.Socket) -> tuple[BaseChain, ...]:
+    """The base chains that translate destinations of forwarded packets, with the chains that they lead to. What there
+    is too much of to be read may translate. OSError: nftables is not to be read."""
+    bases = _bases(device, ("prerouting",))
+    return tuple(_chain(device, base, MOST_CHAINS) for base in bases if not base.filters)
+
+
+def _bases(device: sockets.Socket, hooks: Collection[str]) -> list[replies.FoundBase]:
+    """The base chains of some hooks that are switched on."""
+    bases: list[replies.FoundBase] = []
 
     def keep(body: bytes) -> None:
         if (base := replies.read_base(body)) is not None and base.hook in hooks:
-            bases.setdefault((base.family, base.table), []).append(base)
+            bases.append(base)
 
     dormant: set[tuple[int, str]] = set()
 
@@ -35,22 +53,22 @@ def read(device: sockets.Socket, hooks: Collection[str]) -> tuple[BaseChain, ...
     device.dump(requests.get_all_chains(), keep)
     if bases:
         device.dump(requests.get_all_tables(), keep_dormant)
-    return tuple(
-        BaseChain(
-            family=FAMILIES[family], table=table, name=base.name, hook=base.hook, drops=base.drops,
-            devices=base.devices, rules=rules[base.name], chains=rules,
-        )
-        for (family, table), chains in sorted(bases.items()) if (family, table) not in dormant
-        for base in chains
-        for rules in (_rules_from(device, family, table, base.name, follow=base.filters),)
+    bases.sort(key=lambda base: (base.family, base.table))
+    return [base for base in bases if (base.family, base.table) not in dormant]
+
+
+def _chain(device: sockets.Socket, base: replies.FoundBase, most: float) -> BaseChain:
+    rules = _rules_from(device, base, most)
+    return BaseChain(
+        family=FAMILIES[base.family], table=base.table, name=base.name, hook=base.hook, priority=base.priority,
+        drops=base.drops, devices=base.devices, rules=rules[base.name], chains=rules,
     )  # fmt: skip
 
 
-def _rules_from(
-    device: sockets.Socket, family: int, table: str, base: str, *, follow: bool
-) -> dict[str, tuple[FilterRule, ...]]:  # fmt: skip
-    """The rules of a chain and of those that it leads to. Others are not read: Kubernetes has thousands in a table.
-    Without `follow`: of this chain alone, and what it leads to cannot be told."""
+def _rules_from(device: sockets.Socket, base: replies.FoundBase, most: float) -> dict[str, tuple[FilterRule, ...]]:
+    """The rules of a chain and of those that it leads to, of at most so many. Others are not read: Kubernetes has
+    thousands in a table."""
+    family, table = base.family, base.table
 
     def members_of(name: str) -> list[Found] | None:
         members: list[Found] = []
@@ -75,27 +93,35 @@ def _rules_from(
         return found
 
     result: dict[str, tuple[FilterRule, ...]] = {}
-    missing = [base]
-    while missing:
-        chain = missing.pop()
+    missing = deque([base.name])
+    while missing and len(result) < most:
+        chain = missing.popleft()
+        if chain in result:
+            continue
         items: list[Found] = []
 
         def keep(body: bytes, chain: str = chain, items: list[Found] = items) -> None:
-            if (item := replies.read_rule_of(body, family, table, chain)) is not None:
+            enough = not base.filters and len(items) > MOST_RULES
+            if not enough and (item := replies.read_rule_of(body, family, table, chain)) is not None:
                 items.append(item)
 
         device.dump(requests.get_rules_of(table, chain, family), keep)
-        result[chain] = rules = tuple(
-            rule for item in items for rule in _rules(item, lambda name: all_sets().get(name))
-        )
-        if follow:
-            missing += [rule.target for rule in rules if rule.target and rule.target not in result]
+        if base.filters or len(items) <= MOST_RULES:
+            rules = tuple(rule for item in items for rule in _rules(item, lambda name: all_sets().get(name)))
         else:
-            result[chain] = tuple(
-                evolve(rule, verdict="unknown", target="") if rule.verdict in ("jump", "goto") else rule
-                for rule in rules
-            )
-    return result
+            rules = (FilterRule(verdict="unknown"),)
+        result[chain] = rules
+        missing += [rule.target for rule in rules if rule.target]
+    if base.filters:
+        return result
+    return {chain: tuple(_or_unknown(rule, result) for rule in rules) for chain, rules in result.items()}
+
+
+def _or_unknown(rule: FilterRule, known: Collection[str]) -> FilterRule:
+    """A rule of a chain that translates addresses, given the chains that were read."""
+    if rule.verdict in ("jump", "goto") and rule.target not in known:
+        rule = evolve(rule, verdict="unknown", target="")
+    return evolve(rule, translates=True) if rule.verdict == "unknown" else rule
 
 
 def _rules(item: Found, sets: Sets) -> tuple[FilterRule, ...]:

@@ -18,7 +18,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from kilo_etcd.base import descriptors
-from kilo_etcd.kernel.firewall.chains import BaseChain, from_iptables
+from kilo_etcd.kernel.firewall.chains import BaseChain, from_iptables, translation_from_iptables
 from kilo_etcd.kernel.firewall.forward import AddForward, DeleteForward, ForwardRule, read_rules
 
 _PROGRAMS = {4: "iptables", 6: "ip6tables"}
@@ -44,7 +44,7 @@ class Iptables:
         """Says that there may be rules of ours, so that nothing is run on hosts that never had any."""
         self._generation = generation
         self._last_read: tuple[int, tuple[dict[int, str], frozenset[ForwardRule]]] | None = None
-        self._legacy: dict[int, tuple[float, BaseChain | None]] = {}
+        self._legacy: dict[tuple[int, str], tuple[float, BaseChain | None]] = {}
         self._events: bool | None = None
         self.writes = 0
 
@@ -80,24 +80,26 @@ class Iptables:
         """The chain FORWARD of the older xtables, which nftables does not show; None: it has none, or it is not to be
         read. A reading is believed for `patience` seconds, since each one runs a program; that there is no table costs
         nothing to see, and is looked at each time."""
+        return self._read_again("filter", version, patience, _legacy_forward)
+
+    def legacy_translation(self, version: int, *, patience: float) -> BaseChain | None:
+        """Likewise its chain PREROUTING that translates addresses."""
+        return self._read_again("nat", version, patience, _legacy_translation)
+
+    def _read_again(
+        self, table: str, version: int, patience: float, read: Callable[[int], BaseChain | None]
+    ) -> BaseChain | None:
         try:
             tables = _LEGACY_TABLES[version].read_text().split()
         except OSError:
             tables = []
-        if "filter" not in tables:
-            self._legacy.pop(version, None)
+        if table not in tables:
+            self._legacy.pop((version, table), None)
             return None
-        reading = self._legacy.get(version)
+        reading = self._legacy.get((version, table))
         if reading is None or time.monotonic() - reading[0] > patience:
-            reading = self._legacy[version] = time.monotonic(), self._read_legacy(version)
+            reading = self._legacy[version, table] = time.monotonic(), read(version)
         return reading[1]
-
-    def _read_legacy(self, version: int) -> BaseChain | None:
-        with suppress(OSError):
-            for program in (f"{_PROGRAMS[version]}-legacy", _PROGRAMS[version]):
-                if shutil.which(program, path=_PATH) is not None:
-                    return from_iptables(_run(program, "-w", "5", "-S"), version)
-        return None
 
     def _reported(self) -> bool:
         """Whether iptables writes to nftables, whose generation tells of changes."""
@@ -117,6 +119,24 @@ class Iptables:
                 self._record.parent.mkdir(parents=True, exist_ok=True)
                 self._record.touch()
         _run(*change.command)
+
+
+def _legacy_forward(version: int) -> BaseChain | None:
+    printed = _run_legacy(version, "-S")
+    return None if printed is None else from_iptables(printed, version)
+
+
+def _legacy_translation(version: int) -> BaseChain | None:
+    printed = _run_legacy(version, "-t", "nat", "-S")
+    return None if printed is None else translation_from_iptables(printed, version)
+
+
+def _run_legacy(version: int, *arguments: str) -> str | None:
+    with suppress(OSError):
+        for program in (f"{_PROGRAMS[version]}-legacy", _PROGRAMS[version]):
+            if shutil.which(program, path=_PATH) is not None:
+                return _run(program, "-w", "5", *arguments)
+    return None
 
 
 def _run(*command: str) -> str:

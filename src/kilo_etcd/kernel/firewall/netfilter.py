@@ -38,13 +38,17 @@ HOST_HOOKS = ("ingress", "prerouting", "input", "output", "postrouting", "egress
 
 T = TypeVar("T")
 
+_Reading = tuple[int, tuple[BaseChain, ...]] | None
+"""The number of a ruleset, and chains that were read of it."""
+
 
 class Netfilter:
     """One network namespace's nftables. Blocking; for one thread at a time."""
 
     def __init__(self) -> None:
         self._socket: sockets.Socket | None = None
-        self._passed: tuple[int, tuple[BaseChain, ...]] | None = None
+        self._passed: _Reading = None
+        self._translating: _Reading = None
         self.writes = 0
 
     def close(self) -> None:
@@ -87,21 +91,32 @@ class Netfilter:
 
     def passed_chains(self) -> tuple[BaseChain, ...]:
         """Every base chain that a forwarded packet passes; read again only if nftables has changed."""
+        self._passed = self._read_chains(self._passed, lambda device: hooks.read(device, FORWARDED))
+        return () if self._passed is None else self._passed[1]
+
+    def translating_chains(self) -> tuple[BaseChain, ...]:
+        """The chains that translate destinations of forwarded packets, and those that they lead to; read again only if
+        nftables has changed. There may be very many, so few ask."""
+        self._translating = self._read_chains(self._translating, hooks.read_translating)
+        return () if self._translating is None else self._translating[1]
+
+    def _read_chains(self, last: _Reading, read: Callable[[sockets.Socket], tuple[BaseChain, ...]]) -> _Reading:
+        """The last reading, or a new one if nftables has changed; None: there is nothing to be read."""
         for _ in range(_ATTEMPTS):
             # Again after each reading, which takes several dumps: a firewall that is reloaded meanwhile is seen half,
             # as one that drops nothing.
             generation = self.generation()
             if generation is None:
-                return ()
-            if self._passed is not None and self._passed[0] == generation:
+                return None
+            if last is not None and last[0] == generation:
                 break
             try:
-                self._passed = generation, hooks.read(self._open(), FORWARDED)
+                last = generation, read(self._open())
             except OSError as error:
                 if error.errno in _NONE:
-                    return ()
+                    return None
                 raise
-        return self._passed[1] if self._passed is not None else ()
+        return last
 
     def host_chains(self) -> tuple[BaseChain, ...]:
         """Every base chain that packets meet which this host itself sends or gets. Always read: few ask."""

@@ -220,6 +220,12 @@ XT_CONNTRACK3 = Struct("=148xHHH")
 """match_flags, invert_flags and state_mask in struct xt_conntrack_mtinfo3 (linux/netfilter/xt_conntrack.h)."""
 XT_CONNTRACK_STATE = 1
 """The match is one of states, and of nothing else."""
+XT_ADDRTYPE0, XT_ADDRTYPE1 = Struct("=HHII"), Struct("=HHI")
+"""Both forms of xtables' match of the type of an address, by their numbers: the types of the source and of the
+destination, each a bit, and of the second the flags (linux/netfilter/xt_addrtype.h)."""
+XT_ADDRTYPE_INVERT_DEST = 2
+NFT_NAT_DNAT = 1
+"""The type of a nat expression that translates the destination (linux/netfilter/nf_tables.h)."""
 IP_CT_DIR_REPLY = 1
 """Direction of packets that the other side of a connection sends (linux/netfilter/nf_conntrack_tuple_common.h)."""
 PORT_RANGE = Struct("=HH")
@@ -235,7 +241,7 @@ NF_INET_HOOKS = {"prerouting": 0, "input": 1, "forward": 2, "output": 3, "postro
 NF_INET_INGRESS = 5
 NF_NETDEV_HOOKS = {"ingress": 0, "egress": 1}
 """Those of single devices, in a table of family inet and in one of family netdev."""
-NF_PRIORITIES = {"raw": -300, "mangle": -150, "filter": 0, "srcnat": 100}
+NF_PRIORITIES = {"raw": -300, "mangle": -150, "dstnat": -100, "filter": 0, "srcnat": 100}
 """Order of base chains at one hook, by their names in nft(8) (linux/netfilter_ipv4.h)."""
 
 

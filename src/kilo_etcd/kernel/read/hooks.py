@@ -9,14 +9,21 @@ from __future__ import annotations
 
 import operator
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import cache
 from ipaddress import collapse_addresses, ip_address, ip_network, summarize_address_range
 from typing import Any
 
 from attrs import evolve, frozen
 
-from kilo_etcd.kernel.firewall.chains import PROTOCOLS, Condition, FilterRule, Verdict, new_packets
+from kilo_etcd.kernel.firewall.chains import (
+    PROTOCOLS,
+    TRANSLATING_TARGETS,
+    Condition,
+    FilterRule,
+    Verdict,
+    new_packets,
+)
 from kilo_etcd.kernel.firewall.nftables import FAMILY, NETWORK_HEADER, VERDICT_REGISTER, be32, number
 from kilo_etcd.kernel.netlink import formats
 from kilo_etcd.kernel.netlink.codec import Reader, elements, read
@@ -32,6 +39,8 @@ _expr = nft.nft_rule_msg.nft_expr
 _READERS = {
     "meta": ("NFTA_META_DREG", "NFTA_META_KEY"),
     "ct": ("NFTA_CT_DREG", "NFTA_CT_KEY"),
+    "fib": ("NFTA_FIB_DREG", "NFTA_FIB_RESULT", "NFTA_FIB_FLAGS"),
+    "nat": ("NFTA_NAT_TYPE",),
     "payload": ("NFTA_PAYLOAD_DREG", "NFTA_PAYLOAD_BASE", "NFTA_PAYLOAD_OFFSET", "NFTA_PAYLOAD_LEN"),
     "bitwise": ("NFTA_BITWISE_SREG", "NFTA_BITWISE_DREG", "NFTA_BITWISE_MASK", "NFTA_BITWISE_XOR"),
     "byteorder": ("NFTA_BYTEORDER_SREG", "NFTA_BYTEORDER_DREG", "NFTA_BYTEORDER_SIZE"),
@@ -75,6 +84,7 @@ _LENGTHS = {
     "ethertype": 2,
     "state": 4,
     "status": 4,
+    "destination type": 4,
 }
 """Bytes of what a register is given."""
 _NEW, _UNTRACKED = formats.NF_CT_STATE_NEW, formats.NF_CT_STATE_UNTRACKED
@@ -94,7 +104,7 @@ _VERDICTS: dict[bytes, Verdict] = {
 """The last one is NFT_CONTINUE."""
 _TARGETS: dict[str, Verdict] = {
     "REJECT": "drop", "NFQUEUE": "unknown",
-    "MASQUERADE": "accept", "SNAT": "accept", "DNAT": "accept", "REDIRECT": "accept",
+    "MASQUERADE": "accept", "SNAT": "accept", **dict.fromkeys(TRANSLATING_TARGETS, "accept"),
 }  # fmt: skip
 """Targets of iptables' own that end a packet's way. After all others the next rule decides."""
 _TRANSLATES = frozenset({"masq", "nat", "redir"})
@@ -111,6 +121,8 @@ _VERSIONS = {family: version for version, family in FAMILY.items()}
 _SILENT = frozenset({"counter", "log", "notrack", "last"})
 """They match every packet."""
 _SILENT_OBJECTS = frozenset(map(be32, formats.NFT_OBJECTS_THAT_MATCH))
+_ADDRESS_TYPE = _expr.nft_fib.fib_result.ops.index("NFT_FIB_RESULT_ADDRTYPE")
+_LOCAL: int = formats.rtnl.rt_type["local"]
 _PROTOCOL_FIELDS = ((9, 1), (6, 1))
 """Offset and length of `protocol` in the header of IPv4, and of `nexthdr` in that of IPv6. Nft asks for the family
 first."""
@@ -145,6 +157,7 @@ class FoundBase:
     table: str
     name: str
     hook: str
+    priority: int
     filters: bool
     """Else it translates addresses, and may drop packets besides."""
     drops: bool
@@ -160,6 +173,10 @@ def read_base(body: bytes) -> FoundBase | None:
     name = hooks.get(hook.get("NFTA_HOOK_HOOKNUM", b""))
     if family not in FAMILIES or name is None or kind not in ("filter", "nat"):
         return None
+    priority = int.from_bytes(hook.get("NFTA_HOOK_PRIORITY", b""), signed=True)
+    if kind == "nat" and name == "prerouting":
+        # All chains that translate are passed at one place, whatever their own priorities.
+        priority = formats.NF_PRIORITIES["dstnat"]
     one, several = hook.get("NFTA_HOOK_DEV"), hook.get("NFTA_HOOK_DEVS")
     devices = elements(several) if several is not None else () if one is None else (one,)
     return FoundBase(
@@ -167,6 +184,7 @@ def read_base(body: bytes) -> FoundBase | None:
         table=text(result, "NFTA_CHAIN_TABLE"),
         name=text(result, "NFTA_CHAIN_NAME"),
         hook=name,
+        priority=priority,
         filters=kind == "filter",
         drops=_VERDICTS.get(result.get("NFTA_CHAIN_POLICY", b"")) == "drop",
         devices=tuple(device.rstrip(b"\0").decode(errors="replace") for device in devices),
@@ -270,6 +288,7 @@ def to_rules(rule: Found, sets: Sets = lambda name: None) -> tuple[FilterRule, .
     """A rule as a value, or as several if it has a verdict map. `sets` gives the sets of its table."""
     conditions: list[Condition] = []
     branches: tuple[Branch, ...] = (((), "", ""),)
+    translates = False
     registers = _Registers()
     for element in elements(rule.get("NFTA_RULE_EXPRESSIONS", b"")):
         outer = expressions(element)
@@ -287,6 +306,9 @@ def to_rules(rule: Found, sets: Sets = lambda name: None) -> tuple[FilterRule, .
                 registers.load(attributes["NFTA_PAYLOAD_DREG"], _side(attributes, ipv6=ipv6))
             else:
                 conditions.append(Condition(name))
+                translates = translates or attributes.get("NFTA_PAYLOAD_BASE") == NETWORK_HEADER
+        elif name == "fib":
+            registers.load(get("NFTA_FIB_DREG", b""), _destination_type(attributes))
         elif name == "bitwise":
             mask, flipped = (_value(get(f"NFTA_BITWISE_{part}", b"")) for part in ("MASK", "XOR"))
             loaded = registers.at(get("NFTA_BITWISE_SREG", b""))
@@ -309,6 +331,7 @@ def to_rules(rule: Found, sets: Sets = lambda name: None) -> tuple[FilterRule, .
                 registers.load(get("NFTA_IMMEDIATE_DREG", b""))
         elif name in _TRANSLATES:
             branches = (((), "accept", ""),)
+            translates = name == "redir" or get("NFTA_NAT_TYPE") == be32(formats.NFT_NAT_DNAT)
         elif name == "reject":
             branches = (((), "drop", ""),)
         elif name == "lookup":
@@ -328,6 +351,7 @@ def to_rules(rule: Found, sets: Sets = lambda name: None) -> tuple[FilterRule, .
         elif name == "target":
             target = text(attributes, "NFTA_TARGET_NAME")
             branches = (((), _TARGETS[target], ""),) if target in _TARGETS else branches
+            translates = target in TRANSLATING_TARGETS
         elif name == "objref":
             if get("NFTA_OBJREF_IMM_TYPE") not in _SILENT_OBJECTS:
                 conditions.append(Condition(name))
@@ -337,10 +361,11 @@ def to_rules(rule: Found, sets: Sets = lambda name: None) -> tuple[FilterRule, .
         elif name not in _SILENT:
             conditions.append(Condition(name))
             registers.forget()
+            translates = translates or name == "tproxy"
     return tuple(
         FilterRule(
             conditions=(*conditions, *further), verdict=verdict, target=target,
-            comment=_comment(rule.get("NFTA_RULE_USERDATA", b"")),
+            comment=_comment(rule.get("NFTA_RULE_USERDATA", b"")), translates=translates,
             handle=int.from_bytes(rule.get("NFTA_RULE_HANDLE", b"")),
         )
         for further, verdict, target in branches
@@ -445,12 +470,25 @@ def _among(members: Sequence[_Member] | None, *, inverted: bool) -> Condition:
 
 def _branches(members: Sequence[_Member] | None) -> tuple[Branch, ...]:
     """What a verdict map decides, a branch for each member."""
-    branches = tuple(
-        dict.fromkeys((tests, *_verdict(member.get("NFTA_SET_ELEM_DATA", b""))) for tests, member in members or ())
-    )
-    if members is None or len({target for *_, target in branches}) > MOST_TARGETS:
+    if members is None:
         return (((), "unknown", ""),)
+    branches = tuple(
+        dict.fromkeys((tests, *_verdict(member.get("NFTA_SET_ELEM_DATA", b""))) for tests, member in members)
+    )
+    if len({target for *_, target in branches}) > MOST_TARGETS:
+        return ((_addresses(members), "unknown", ""),)
     return branches
+
+
+def _addresses(members: Iterable[_Member]) -> tuple[Condition, ...]:
+    """The sources and destinations that a packet must have to be one of the members, whatever else it must."""
+    conditions = []
+    for side in ("saddr", "daddr"):
+        values = [[test.value for test in tests if test.kind == side] for tests, _ in members]
+        if all(values):
+            networks = [network for (value, *_) in values if isinstance(value, tuple) for network in value]
+            conditions.append(Condition(side, tuple(collapse_addresses(networks))))
+    return tuple(conditions)
 
 
 # -- single fields ----------------------------------------------------------------------------------------------------
@@ -459,6 +497,14 @@ def _branches(members: Sequence[_Member] | None) -> tuple[Branch, ...]:
 def _protocol(data: bytes) -> str:
     number = data[0] if data else 0
     return PROTOCOLS.get(number, str(number))
+
+
+def _destination_type(attributes: Found) -> _Loaded:
+    """What a fib expression loads: the type of the destination, or something that cannot be told."""
+    result, flags = (int.from_bytes(attributes.get(f"NFTA_FIB_{name}", b"")) for name in ("RESULT", "FLAGS"))
+    kind = "destination type"
+    told = (result, flags) == (_ADDRESS_TYPE, formats.NFTA_FIB_F_DADDR)
+    return _Loaded(kind, _LENGTHS[kind]) if told else _NOTHING
 
 
 def _side(attributes: Found, *, ipv6: bool) -> _Loaded:
@@ -501,6 +547,8 @@ def _condition(loaded: _Loaded, comparison: bytes, data: bytes) -> Condition:
         return Condition(side, ip_network((data.ljust(size, b"\0")[:size], length), strict=False), equal)
     if mask:
         return _UNKNOWN
+    if held == "destination type":
+        return Condition("local", True, equal) if loaded.number(data) == _LOCAL else _UNKNOWN
     if held in ("iif", "oif"):
         # A prefix is compared in as many bytes as it has.
         return Condition(held, data.rstrip(b"\0").decode(errors="replace") + ("" if b"\0" in data else "*"), equal)
@@ -546,8 +594,25 @@ def _xt_match(attributes: Found) -> Iterator[Condition]:
     elif name == "state" and len(info) >= 4:
         (state,) = formats.U32.unpack_from(info)
         yield new_packets(bool(state & _NEW), bool(state & _UNTRACKED))
+    elif name == "addrtype":
+        yield _address_type(attributes.get("NFTA_MATCH_REV"), info)
     elif name != "comment":
         yield Condition(name)
+
+
+def _address_type(revision: bytes | None, info: bytes) -> Condition:
+    layout = formats.XT_ADDRTYPE1 if revision == be32(1) else formats.XT_ADDRTYPE0
+    if len(info) < layout.size:
+        return _UNKNOWN
+    source, destination, *inverted = layout.unpack_from(info)
+    if source or destination != 1 << _LOCAL:
+        return _UNKNOWN
+    if layout is formats.XT_ADDRTYPE0:
+        return Condition("local", True, not inverted[1])
+    (flags,) = inverted
+    if flags & ~formats.XT_ADDRTYPE_INVERT_DEST:
+        return _UNKNOWN
+    return Condition("local", True, not flags)
 
 
 def _comment(data: bytes) -> str:
