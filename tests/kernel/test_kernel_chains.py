@@ -126,6 +126,34 @@ def test_the_sentence_says_how_certain_it_is_and_whose_firewall_it_is() -> None:
 
 
 @pytest.mark.parametrize(
+    ("hook", "devices", "rule", "remedy"),
+    [
+        ("prerouting", (), (), "the mesh's packets that come in by eth0 and by kilo0"),
+        ("prerouting", (), (Condition("iif", "kilo0"),), "the mesh's packets that come in by kilo0"),
+        ("ingress", ("eth0",), (), "the mesh's packets that come in by eth0"),
+        ("egress", ("eth0", "eth7"), (), "the mesh's packets that go out by eth0"),
+        ("postrouting", (), (), "what comes in by kilo0 and what goes out by kilo0"),
+    ],
+)
+def test_the_remedy_names_the_devices_whose_packets_are_dropped(
+    hook: str, devices: tuple[str, ...], rule: tuple[Condition, ...], remedy: str
+) -> None:
+    rules = (FilterRule(conditions=rule, verdict="drop"),)
+    chain = BaseChain(family="inet", table="t", name="f", drops=False, hook=hook, devices=devices, rules=rules)
+    (obstacle,) = obstacles([chain], packets("kilo0", ["eth0"], [4], MESH), "kilo0", opening=False)
+    assert obstacle.text.endswith(f": let through {remedy} there")
+
+
+@pytest.mark.parametrize("hook", ["ingress", "egress"])
+def test_a_chain_whose_devices_are_gone_drops_nothing(hook: str) -> None:
+    chain = BaseChain(family="netdev", table="t", name="f", drops=True, hook=hook)
+    assert [drops(chain, packet) for packet in (OUT, BACK)] == [False, False]
+    assert [drops(evolve(chain, devices=("kilo0",)), packet) for packet in (OUT, BACK)] == (
+        [True, False] if hook == "ingress" else [False, True]
+    )
+
+
+@pytest.mark.parametrize(
     ("printed", "dropped", "doubtful", "what"),
     [
         ("-P FORWARD DROP\n-A FORWARD -p icmp -j ACCEPT", "tcp udp", "", "drops TCP and UDP packets"),
@@ -936,6 +964,11 @@ def test_every_hook_that_a_forwarded_packet_passes_is_looked_at() -> None:
         assert letters(chain, "kilo0", "eth0") == expected, (declared, rule)
         assert netfilter.forward_chains() == (), "no other is opened"
         sh(f"nft delete table {family} x")
+    # Newer kernels keep a chain whose device is gone.
+    sh("ip link add eth8 type veth peer eth9")
+    load('table netdev x { chain f { type filter hook ingress device "eth8" priority 5; policy drop; }\n}')
+    sh("ip link delete eth8")
+    assert all(letters(chain, "kilo0", "eth0") == "--- ---" for chain in netfilter.passed_chains())
     netfilter.close()
 
 

@@ -14,7 +14,7 @@ of these only what is certain counts: that all of TCP or of UDP is dropped.
 from __future__ import annotations
 
 import shlex
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from ipaddress import ip_network
 from typing import Literal
 
@@ -173,7 +173,7 @@ class BaseChain:
     priority: int = 0
     """Its place among the chains of its hook."""
     devices: tuple[str, ...] = ()
-    """Those whose packets it meets, at hook ingress or egress; empty: all."""
+    """Those whose packets it meets, at hook ingress or egress: none, if they are gone. At other hooks it meets all."""
     rules: tuple[FilterRule, ...] = ()
     chains: Mapping[str, tuple[FilterRule, ...]] = field(factory=dict, eq=False, repr=False)
     legacy: bool = False
@@ -193,7 +193,9 @@ class BaseChain:
         """Whether packets of this family and of these devices pass the chain."""
         if packet.version not in _VERSIONS.get(self.family, ()):
             return False
-        return not self.devices or (packet.iif if self.hook in _INCOMING else packet.oif) in self.devices
+        if self.hook not in ("ingress", "egress"):
+            return True
+        return (packet.iif if self.hook == "ingress" else packet.oif) in self.devices
 
     def __str__(self) -> str:
         if self.iptables:
@@ -322,13 +324,14 @@ def obstacles(
         if not (hit := dropped + doubtful):
             continue
         passing = {packet.version for packet, answer in answers if not answer}
-        devices = sorted({name for packet in hit for name in (packet.iif, packet.oif)} - {interface})
+        incoming, outgoing = ({getattr(packet, way) for packet in hit} for way in ("iif", "oif"))
+        devices = sorted((incoming | outgoing) - {interface})
         families = " and ".join(f"IPv{version}" for version in sorted({packet.version for packet in hit}))
         how = "its policy is to drop" if chain.drops else "a rule there drops what no other accepts"
         result.append(
             Obstacle(
                 f"the firewall {_what(dropped, doubtful, sent)} between {interface} and {', '.join(devices)} "
-                f"({families}), in {chain} ({how}): {remedy(chain, interface, devices, opening=opening)}",
+                f"({families}), in {chain} ({how}): " + remedy(chain, interface, incoming, outgoing, opening=opening),
                 certain=certain,
                 untested=any(packet.protocol in UNTESTED for packet in hit),
                 blocked=frozenset(packet.version for packet in sent) - passing,
@@ -353,11 +356,15 @@ def _names(packets: Iterable[Packet]) -> str:
     return " and ".join(SHOWN[protocol] for protocol in _ORDER if protocol in protocols)
 
 
-def remedy(chain: BaseChain, interface: str, devices: Iterable[str], *, opening: bool) -> str:
-    """What lets mesh packets through, in the syntax of the program that keeps the chain."""
+def remedy(
+    chain: BaseChain, interface: str, incoming: Collection[str], outgoing: Collection[str], *, opening: bool
+) -> str:  # fmt: skip
+    """What lets mesh packets through, in the syntax of the program that keeps the chain. `incoming`, `outgoing`: the
+    devices by which those come in and go out that it drops."""
     names = " ".join((chain.table, chain.name, *chain.chains))
     forwarding = chain.hook == "forward"  # --forward-rules opens no other chains.
     if chain.table == "firewalld":
+        devices = sorted({*incoming, *outgoing} - {interface})
         words = " ".join(f"--add-interface={name}" for name in (interface, *devices))
         allow = f"firewall-cmd --permanent --zone=trusted {words} && firewall-cmd --reload"
         # That zone accepts everything: no place for a device that the internet reaches.
@@ -367,6 +374,10 @@ def remedy(chain: BaseChain, interface: str, devices: Iterable[str], *, opening:
         return f"set KILO_FORWARD_RULES=true, which lets the mesh's packets through and no others; or, {private}"
     if "ufw" in names and forwarding:
         return f"ufw route allow in on {interface} && ufw route allow out on {interface}"
+    if chain.hook in _BEFORE_ROUTING:  # By which device they will go out is not known there.
+        return f"let through the mesh's packets that come in by {' and by '.join(sorted(incoming))} there"
+    if chain.hook == "egress":
+        return f"let through the mesh's packets that go out by {' and by '.join(sorted(outgoing))} there"
     accept = f"let through what comes in by {interface} and what goes out by {interface}"
     if not forwarding:
         return f"{accept} there"
