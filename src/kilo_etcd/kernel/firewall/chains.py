@@ -15,11 +15,13 @@ from __future__ import annotations
 
 import shlex
 from collections.abc import Collection, Iterable, Mapping
+from functools import cached_property
 from ipaddress import ip_network
 from typing import Literal
 
 from attrs import evolve, field, frozen
 
+from kilo_etcd.kernel.firewall.ranges import Networks
 from kilo_etcd.kernel.netlink.formats import NF_PRIORITIES
 from kilo_etcd.model import IPNetwork
 
@@ -83,6 +85,11 @@ class Condition:
     value: object = None
     equal: bool = True
 
+    @cached_property
+    def networks(self) -> Networks:
+        """Those of a `saddr` or `daddr`."""
+        return Networks.of(self.value if isinstance(self.value, tuple) else (self.value,))
+
     def matches(self, packet: Packet) -> bool | None:
         """None: it cannot be told."""
         fits: bool | None = None
@@ -104,8 +111,7 @@ class Condition:
             case "local":
                 fits = packet.local
             case "saddr" | "daddr":
-                networks = self.value if isinstance(self.value, tuple) else (self.value,)
-                fits = within(networks, packet.within(self.kind), packet.version)
+                fits = self.networks.hold(packet.within(self.kind), packet.version)
             case "any" if isinstance(self.value, tuple):
                 fits = _or(_and(condition.matches(packet) for condition in tests) for tests in self.value)
         return fits if fits is None or self.equal else not fits
@@ -125,18 +131,6 @@ def _or(answers: Iterable[bool | None]) -> bool | None:
 def _and(answers: Iterable[bool | None]) -> bool | None:
     found = set(answers)
     return False if False in found else None if None in found else True
-
-
-def within(networks: Iterable[IPNetwork], subnets: Iterable[IPNetwork], version: int) -> bool | None:
-    """Whether all of some subnets is in the networks; None: it cannot be told of every address."""
-    ours = [subnet for subnet in subnets if subnet.version == version]
-    theirs = [network for network in networks if network.version == version]
-    if not theirs:
-        return False
-    if ours and all(any(subnet.subnet_of(network) for network in theirs) for subnet in ours):  # type: ignore[arg-type]
-        return True
-    overlaps = any(subnet.overlaps(network) for subnet in ours for network in theirs)
-    return False if ours and not overlaps else None
 
 
 @frozen(kw_only=True)

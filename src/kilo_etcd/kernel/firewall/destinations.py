@@ -7,6 +7,7 @@ chains that come later see other packets then, so that of these nothing is certa
 from __future__ import annotations
 
 import math
+from bisect import bisect_right
 from collections.abc import Iterable, Iterator
 
 from attrs import evolve, frozen
@@ -20,8 +21,8 @@ from kilo_etcd.kernel.firewall.chains import (
     Packet,
     drops,
     translates,
-    within,
 )
+from kilo_etcd.kernel.firewall.ranges import Networks, bounds, edges
 from kilo_etcd.model import IPAddress, IPNetwork
 from kilo_etcd.planning.dropped import drops_packets_for
 
@@ -61,7 +62,8 @@ def destination_obstacles(
             continue
         all_dropped = any(packet.protocol in UNTESTED and drops(chain, packet) for packet in sent)
         tested = _addresses_tested(chain)
-        in_mesh = tuple(filter(None, (_overlapping(networks, subnets) for networks in tested)))
+        in_mesh = tuple(found for networks in tested if (found := networks.partly_in(subnets)).by_version)
+        of_all, of_members = _Relations(tested), _Relations(in_mesh)
         answers: dict[object, tuple[str, ...]] = {}
         groups: dict[tuple[tuple[str, ...], bool], list[IPNetwork]] = {}
         for one in to:
@@ -70,12 +72,9 @@ def destination_obstacles(
             if one.by_forward and chain.hook != "forward":
                 continue
             # Of very many members most are the same to a chain.
-            relation = (
-                within(networks, (one.network,), one.network.version)
-                for networks in (in_mesh if one.member else tested)
-            )
+            relation = (of_members if one.member else of_all).of(one.network)
             new, answered = one.translated is None or chain.place <= one.translated, one.translated is None
-            alike = one.ways, one.network.version, one.member, new, answered, tuple(relation)
+            alike = one.ways, one.network.version, one.member, new, answered, relation
             if alike not in answers:
                 answers[alike] = tuple(
                     protocol
@@ -103,24 +102,39 @@ def destination_obstacles(
     return tuple(result)
 
 
-def _addresses_tested(chain: BaseChain) -> tuple[tuple[IPNetwork, ...], ...]:
+def _addresses_tested(chain: BaseChain) -> tuple[Networks, ...]:
     """The networks of each test of an address, in the chain and where it leads to."""
-    found: dict[tuple[IPNetwork, ...], None] = {}
+    found: dict[int, Networks] = {}
     waiting = [
         condition for rules in (chain.rules, *chain.chains.values()) for r in rules for condition in r.conditions
     ]
     while waiting:
         condition = waiting.pop()
         if condition.kind in ("saddr", "daddr"):
-            found[condition.value if isinstance(condition.value, tuple) else (condition.value,)] = None
+            found[id(condition)] = condition.networks
         elif condition.kind == "any" and isinstance(condition.value, tuple):
             waiting += [inner for tests in condition.value for inner in tests]
-    return tuple(found)
+    return tuple(found.values())
 
 
-def _overlapping(networks: Iterable[IPNetwork], subnets: tuple[IPNetwork, ...]) -> tuple[IPNetwork, ...]:
-    """Those of some networks in which there are some addresses of the subnets and not all."""
-    return tuple(network for network in networks if within((network,), subnets, network.version) is None)
+class _Relations:
+    """How networks lie to those that a chain tests: the same number for all that lie to each in the same way."""
+
+    def __init__(self, tested: tuple[Networks, ...]) -> None:
+        self._tested = tested
+        self._edges = {version: edges(tested, version) for version in (4, 6)}
+        self._by_place: dict[tuple[int, int, int], int] = {}
+        self._numbers: dict[tuple[bool | None, ...], int] = {}
+
+    def of(self, network: IPNetwork) -> int:
+        """Of those between the same edges it is looked up."""
+        version, ends = network.version, self._edges[network.version]
+        first, last = bounds(network)
+        place = version, bisect_right(ends, first), bisect_right(ends, last)
+        if place not in self._by_place:
+            relation = tuple(networks.hold((network,), version) for networks in self._tested)
+            self._by_place[place] = self._numbers.setdefault(relation, len(self._numbers))
+        return self._by_place[place]
 
 
 def _may_drop(chain: BaseChain) -> bool:
