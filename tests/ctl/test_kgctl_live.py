@@ -362,7 +362,7 @@ def test_the_headline_follows_from_the_worst_that_is_found(mesh: Mesh) -> None:
     dropped = drops_packets_for([ip_network("10.4.0.5/32")])
     for answer, said in (
         (DiagnosticsResponse(time=now(), refused=("the firewall drops all TCP packets",)), "home-2"),
-        (DiagnosticsResponse(time=now(), small_only=("10.4.0.2",), mtu=1420), "gcp-2 - home-2"),
+        (DiagnosticsResponse(time=now(), small_only=("10.4.0.2",), mtu=1420), "gcp-2, and on home-2"),
     ):
         mesh.says["home-2"] = answer
         says = f"echo requests arrive, but other packets may not: see what is wrong on {said}"

@@ -115,7 +115,10 @@ def explain_command(mesh: Mesh, source: str, target: str, output: str, live: boo
         remarks = tuple(remark for remark in remarks if remark not in against)
     traces, internal = (weigh(group, source, plans, gathered) for group in (traces, internal))
     if against:
-        beside = tuple(dict.fromkeys(name for name, _ in against if name != "-"))
+        named = dict.fromkeys(name for subject, _ in against for name in subject.split(" - "))
+        beside = tuple(name for name in named if name in snapshot.nodes)
+        if not beside and any(subject != "-" for subject, _ in against):
+            beside = ("the hosts on the way",)
         traces = tuple(evolve(trace, beside=beside) for trace in traces)
     urgent = tuple(problem.text for problem in unaware_problems(topology))
     explanation = Explanation(urgent=urgent, traces=traces, internal=internal, remarks=remarks, live=against)
@@ -170,7 +173,7 @@ def trace_heading(trace: Trace) -> str:
     if back is not None and back.suspicion and not trace.answered:
         return f"{start}arrives, but the answer may not: {back.suspicion}"
     if trace.beside:
-        names = f"see what is wrong on {first_of(trace.beside, HOSTS_NAMED)}"
+        names = f"see what is wrong on {_and_on(trace.beside)}"
         if trace.answered:
             return f"{start}echo requests arrive, but other packets may not: {names}"
         return f"{start}may not arrive: {names}"
@@ -186,6 +189,13 @@ def trace_heading(trace: Trace) -> str:
         else "the answer takes another way"
     )
     return f"{start}{arrives}; {way}"
+
+
+def _and_on(names: tuple[str, ...]) -> str:
+    if len(names) > HOSTS_NAMED:
+        return first_of(names, HOSTS_NAMED)
+    *others, last = names
+    return f"{', on '.join(others)}, and on {last}" if others else last
 
 
 def _start(trace: Trace) -> str:
