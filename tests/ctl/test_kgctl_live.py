@@ -356,6 +356,25 @@ def test_explain_does_not_take_the_answer_of_a_host_in_another_ones_place_for_an
     )  # fmt: skip
 
 
+@pytest.mark.parametrize("cut", [3, 25])
+def test_many_networks_that_a_firewall_drops_are_as_bad_as_few(mesh: Mesh, cut: int) -> None:
+    networks = [ip_network(f"10.50.{number}.0/24") for number in range(cut)]
+    mesh.etcd.put("/kilo/annotations/home-2/subnets", ",".join(map(str, networks)))
+    mesh.says["gcp-1"] = DiagnosticsResponse(time=now(), tunnels=(mesh.tunnel("home-1", 3),))
+    mesh.fails("home-2", f"{drops_packets_for(networks)}, in the chain f")
+    for number in range(cut):
+        said = f"does not arrive: the firewall of home-2 drops what is for 10.50.{number}.1, or the answers"
+        assert headline(mesh, "gcp-2", f"10.50.{number}.1") == (1, said)
+    # Which of those that it does not name it drops cannot be told.
+    if cut > 20:
+        named = drops_packets_for(network for network in networks if str(network) != "10.50.9.0/24")
+        mesh.fails("home-2", f"{named}, in the chain f")
+        for number in range(cut):
+            status, said = headline(mesh, "gcp-2", f"10.50.{number}.1")
+            assert status == 1
+            assert said.startswith("does not arrive" if f"10.50.{number}.0/24" in named else "may not arrive")
+
+
 def test_the_headline_follows_from_the_worst_that_is_found(mesh: Mesh) -> None:
     mesh.says["gcp-1"] = DiagnosticsResponse(time=now(), tunnels=(mesh.tunnel("home-1", 3),))
     assert headline(mesh, "gcp-2", "home-2") == (0, "arrives; the answer takes the same way")

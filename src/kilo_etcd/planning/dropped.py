@@ -22,6 +22,26 @@ def drops_packets_for(networks: Iterable[IPNetwork], kind: str = "") -> str:
     return f"the firewall drops {kind}packets for networks of the mesh ({named})"
 
 
+def certainly_dropped(text: str, behind: Iterable[IPNetwork]) -> tuple[IPNetwork, ...]:
+    """The networks that such a sentence of a host is about, those that it counts among them if that can be told: they
+    come after those that it names, in their order, and all that come there of the networks behind the host are as many.
+    Empty: it is another sentence."""
+    match = _DROPS(text)
+    if match is None:
+        return ()
+    listed, _, more = match["networks"].partition(" and ")
+    try:
+        named = tuple(map(ip_network, listed.split(", ")))
+        count = int(more.partition(" ")[0]) if more else 0
+    except ValueError:
+        return ()
+    networks = set(behind)
+    if not networks.issuperset(named):
+        return named
+    rest = tuple(network for network in networks if str(network) > str(named[-1]))
+    return (*named, *rest) if len(rest) == count else named
+
+
 def dropped_networks(text: str) -> tuple[IPNetwork, ...] | None:
     """The networks that such a sentence is about; empty: it does not name all; None: it is another sentence."""
     match = _DROPS(text)

@@ -27,7 +27,7 @@ from kilo_etcd.ctl.reports.report import DROPPED, contradictions
 from kilo_etcd.ctl.reports.trace import MEDIUM, Plans, Step, Trace, Way
 from kilo_etcd.model import InternalIPs, IPAddress, IPNetwork, is_within
 from kilo_etcd.model.hostplan import Via
-from kilo_etcd.planning.dropped import dropped_networks
+from kilo_etcd.planning.dropped import certainly_dropped, dropped_networks
 from kilo_etcd.planning.exit_node import NOTHING_BACK
 from kilo_etcd.planning.plan import NOT_ENCAPSULATED
 from kilo_etcd.planning.reach import about_member
@@ -98,7 +98,11 @@ class _HopCheck:
         """Whether a host's firewall is known to drop packets for an address or the answers, and not for all."""
         answer = self.live.answers.get(name)
         texts = (*self._errors(name), *(answer.trouble if answer is not None else ()))
-        return any(_in_one_of(dropped_networks(text) or (), destination) for text in texts)
+        return any(
+            _in_one_of(certainly_dropped(text, self.plans[name].behind), destination)
+            for text in texts
+            if dropped_networks(text) is not None
+        )
 
     def _no_session(self, source: str, target: str) -> str:
         by_node = tunnels(self.topology, self.live)
