@@ -653,6 +653,26 @@ async def test_what_iptables_and_its_older_tables_translate_is_seen() -> None:
 
 @pytest.mark.root
 @pytest.mark.usefixtures("own_namespaces")
+async def test_what_translates_sources_alone_leaves_a_drop_certain() -> None:
+    """As libvirt, Docker and kube-proxy do, in chains of their own."""
+    sh("ip link add eth0 type veth peer eth1; ip addr add 192.168.9.1/24 dev eth0; ip link set eth0 up; "
+       "ip route add default via 192.168.9.2")  # fmt: skip
+    behind = ip_network("10.1.0.0/16")
+    load(f"table inet x {{ chain f {{ type filter hook forward priority 0; ip saddr {behind} drop; }}\n}}")
+    many = "".join(f"ip saddr 192.168.122.{number % 256} masquerade\n" for number in range(hooks.MOST_RULES + 1))
+    async with open_kernel(Setup(private_key=PRIVATE)) as kernel:
+        await kernel.apply(evolve(LEADER, behind=(behind,)))
+        assert cut_networks(await kernel.obstacles()) == [behind]
+        sh("iptables-nft -t nat -N X; iptables-nft -t nat -A X -s 192.168.122.0/24 -j MASQUERADE; "
+           "iptables-nft -t nat -A POSTROUTING -j X")  # fmt: skip
+        assert cut_networks(await kernel.obstacles()) == [behind]
+        sh("iptables-nft -t nat -F; iptables-nft -t nat -X")
+        load(f"table ip n {{ chain p {{ type nat hook postrouting priority 100; {many} }}\n}}")
+        assert cut_networks(await kernel.obstacles()) == [behind]
+
+
+@pytest.mark.root
+@pytest.mark.usefixtures("own_namespaces")
 async def test_what_is_for_the_host_itself_is_not_forwarded() -> None:
     sh("ip link add eth0 type veth peer eth1; ip addr add 192.168.9.1/24 dev eth0; ip link set eth0 up; "
        "ip route add default via 192.168.9.2")  # fmt: skip

@@ -114,14 +114,15 @@ def _rules_from(device: sockets.Socket, base: replies.FoundBase, most: float) ->
         missing += [rule.target for rule in rules if rule.target]
     if base.filters:
         return result
-    return {chain: tuple(_or_unknown(rule, result) for rule in rules) for chain, rules in result.items()}
+    return {chain: tuple(_or_unknown(rule, result, base.hook) for rule in rules) for chain, rules in result.items()}
 
 
-def _or_unknown(rule: FilterRule, known: Collection[str]) -> FilterRule:
-    """A rule of a chain that translates addresses, given the chains that were read."""
+def _or_unknown(rule: FilterRule, known: Collection[str], hook: str) -> FilterRule:
+    """A rule of a chain that translates addresses, given the chains that were read. What is not known may translate
+    destinations of what is forwarded only at hook prerouting: later, the kernel lets none be translated."""
     if rule.verdict in ("jump", "goto") and rule.target not in known:
         rule = evolve(rule, verdict="unknown", target="")
-    return evolve(rule, translates=True) if rule.verdict == "unknown" else rule
+    return evolve(rule, translates=rule.translates or (rule.verdict == "unknown" and hook == "prerouting"))
 
 
 def _rules(item: Found, sets: Sets) -> tuple[FilterRule, ...]:
