@@ -673,6 +673,25 @@ async def test_what_translates_sources_alone_leaves_a_drop_certain() -> None:
 
 @pytest.mark.root
 @pytest.mark.usefixtures("own_namespaces")
+async def test_a_destination_that_is_written_beside_a_translation_or_by_a_prefix_is_translated() -> None:
+    sh("ip link add eth0 type veth peer eth1; ip addr add 192.168.9.1/24 dev eth0; ip link set eth0 up; "
+       "ip route add default via 192.168.9.2")  # fmt: skip
+    six = ip_network("fd00:43::/64")
+    prefix = f"ip6tables-nft -t mangle -A PREROUTING -d {six} -j DNPT --src-pfx {six} --dst-pfx fd00:42::/64"
+    async with open_kernel(Setup(private_key=PRIVATE)) as kernel:
+        await kernel.apply(evolve(LEADER, behind=(SERVICES, six)))
+        load(f"table inet x {{ chain f {{ type filter hook forward priority 0; ip saddr {SERVICES} drop; "
+             f"ip6 daddr {six} drop; }}\n}}")  # fmt: skip
+        assert cut_networks(await kernel.obstacles()) == [SERVICES, six]
+        sh(prefix)
+        assert cut_networks(await kernel.obstacles()) == [SERVICES]
+        load("table ip n { chain p { type nat hook postrouting priority 100; "
+             f"ip daddr {SERVICES} ip daddr set 10.42.0.5 masquerade; }}\n}}")  # fmt: skip
+        assert cut_networks(await kernel.obstacles()) == [], "the answers have another source"
+
+
+@pytest.mark.root
+@pytest.mark.usefixtures("own_namespaces")
 async def test_what_is_for_the_host_itself_is_not_forwarded() -> None:
     sh("ip link add eth0 type veth peer eth1; ip addr add 192.168.9.1/24 dev eth0; ip link set eth0 up; "
        "ip route add default via 192.168.9.2")  # fmt: skip

@@ -456,8 +456,9 @@ def _limits_echoes(
 _ENDS: dict[str, Verdict] = {"ACCEPT": "accept", "DROP": "drop", "REJECT": "drop", "RETURN": "return",
                              "NFQUEUE": "unknown", "DNAT": "accept", "REDIRECT": "accept", "NETMAP": "accept",
                              "TPROXY": "accept"}  # fmt: skip
-TRANSLATING_TARGETS = frozenset({"DNAT", "REDIRECT", "NETMAP", "TPROXY"})
-"""Targets of iptables' own that give a packet another destination, or take it for the host itself."""
+TRANSLATING_TARGETS = frozenset({"DNAT", "REDIRECT", "NETMAP", "TPROXY", "DNPT"})
+"""Targets of iptables' own that give a packet another destination, or take it for the host itself. After DNPT the next
+rule decides."""
 
 
 _MOST_LINES = 5000

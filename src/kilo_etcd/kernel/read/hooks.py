@@ -104,7 +104,7 @@ _VERDICTS: dict[bytes, Verdict] = {
 """The last one is NFT_CONTINUE."""
 _TARGETS: dict[str, Verdict] = {
     "REJECT": "drop", "NFQUEUE": "unknown",
-    "MASQUERADE": "accept", "SNAT": "accept", **dict.fromkeys(TRANSLATING_TARGETS, "accept"),
+    "MASQUERADE": "accept", "SNAT": "accept", **dict.fromkeys(TRANSLATING_TARGETS - {"DNPT"}, "accept"),
 }  # fmt: skip
 """Targets of iptables' own that end a packet's way. After all others the next rule decides."""
 _TRANSLATES = frozenset({"masq", "nat", "redir"})
@@ -331,7 +331,7 @@ def to_rules(rule: Found, sets: Sets = lambda name: None) -> tuple[FilterRule, .
                 registers.load(get("NFTA_IMMEDIATE_DREG", b""))
         elif name in _TRANSLATES:
             branches = (((), "accept", ""),)
-            translates = name == "redir" or get("NFTA_NAT_TYPE") == be32(formats.NFT_NAT_DNAT)
+            translates = translates or name == "redir" or get("NFTA_NAT_TYPE") == be32(formats.NFT_NAT_DNAT)
         elif name == "reject":
             branches = (((), "drop", ""),)
         elif name == "lookup":
@@ -351,7 +351,7 @@ def to_rules(rule: Found, sets: Sets = lambda name: None) -> tuple[FilterRule, .
         elif name == "target":
             target = text(attributes, "NFTA_TARGET_NAME")
             branches = (((), _TARGETS[target], ""),) if target in _TARGETS else branches
-            translates = target in TRANSLATING_TARGETS
+            translates = translates or target in TRANSLATING_TARGETS
         elif name == "objref":
             if get("NFTA_OBJREF_IMM_TYPE") not in _SILENT_OBJECTS:
                 conditions.append(Condition(name))
