@@ -667,6 +667,9 @@ async def test_what_translates_sources_alone_leaves_a_drop_certain() -> None:
            "iptables-nft -t nat -A POSTROUTING -j X")  # fmt: skip
         assert cut_networks(await kernel.obstacles()) == [behind]
         sh("iptables-nft -t nat -F; iptables-nft -t nat -X")
+        sh("iptables-nft -t nat -A POSTROUTING -s 10.4.0.0/16 -j NETMAP --to 10.99.0.0/16")
+        assert cut_networks(await kernel.obstacles()) == [behind]
+        sh("iptables-nft -t nat -F")
         load(f"table ip n {{ chain p {{ type nat hook postrouting priority 100; {many} }}\n}}")
         assert cut_networks(await kernel.obstacles()) == [behind]
 

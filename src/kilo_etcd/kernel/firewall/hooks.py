@@ -107,7 +107,7 @@ def _rules_from(device: sockets.Socket, base: replies.FoundBase, most: float) ->
 
         device.dump(requests.get_rules_of(table, chain, family), keep)
         if base.filters or len(items) <= MOST_RULES:
-            rules = tuple(rule for item in items for rule in _rules(item, lambda name: all_sets().get(name)))
+            rules = tuple(rule for item in items for rule in _rules(item, base.hook, lambda name: all_sets().get(name)))
         else:
             rules = (FilterRule(verdict="unknown"),)
         result[chain] = rules
@@ -125,9 +125,9 @@ def _or_unknown(rule: FilterRule, known: Collection[str], hook: str) -> FilterRu
     return evolve(rule, translates=rule.translates or (rule.verdict == "unknown" and hook == "prerouting"))
 
 
-def _rules(item: Found, sets: Sets) -> tuple[FilterRule, ...]:
+def _rules(item: Found, hook: str, sets: Sets) -> tuple[FilterRule, ...]:
     try:
-        return replies.to_rules(item, sets)
+        return replies.to_rules(item, sets, hook)
     except UNREADABLE:
         return (FilterRule(verdict="unknown"),)
 

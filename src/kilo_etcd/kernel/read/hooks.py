@@ -284,8 +284,9 @@ def _first(register: bytes) -> int:
 Branch = tuple[tuple[Condition, ...], Verdict, str]
 
 
-def to_rules(rule: Found, sets: Sets = lambda name: None) -> tuple[FilterRule, ...]:
-    """A rule as a value, or as several if it has a verdict map. `sets` gives the sets of its table."""
+def to_rules(rule: Found, sets: Sets = lambda name: None, hook: str = "prerouting") -> tuple[FilterRule, ...]:
+    """A rule as a value, or as several if it has a verdict map. `sets` gives the sets of its table; `hook` is that of
+    its base chain."""
     conditions: list[Condition] = []
     branches: tuple[Branch, ...] = (((), "", ""),)
     translates = False
@@ -351,7 +352,8 @@ def to_rules(rule: Found, sets: Sets = lambda name: None) -> tuple[FilterRule, .
         elif name == "target":
             target = text(attributes, "NFTA_TARGET_NAME")
             branches = (((), _TARGETS[target], ""),) if target in _TARGETS else branches
-            translates = translates or target in TRANSLATING_TARGETS
+            # After routing NETMAP translates sources.
+            translates = translates or (target in TRANSLATING_TARGETS and (target, hook) != ("NETMAP", "postrouting"))
         elif name == "objref":
             if get("NFTA_OBJREF_IMM_TYPE") not in _SILENT_OBJECTS:
                 conditions.append(Condition(name))
