@@ -5,7 +5,7 @@ from __future__ import annotations
 import shutil
 import time
 from collections.abc import Iterable
-from ipaddress import ip_address, ip_network
+from ipaddress import ip_address, ip_interface, ip_network
 from pathlib import Path
 
 import pytest
@@ -29,6 +29,7 @@ from kilo_etcd.kernel.firewall.chains import (
     obstacles,
     packets,
 )
+from kilo_etcd.kernel.firewall.destinations import OwnAddresses
 from kilo_etcd.kernel.firewall.forwardchains import ForwardChains
 from kilo_etcd.kernel.firewall.iptables import Iptables
 from kilo_etcd.kernel.firewall.netfilter import Netfilter
@@ -705,13 +706,41 @@ async def test_what_is_for_the_host_itself_is_not_forwarded() -> None:
     async with open_kernel(Setup(private_key=PRIVATE)) as kernel:
         await kernel.apply(evolve(LEADER, behind=(SERVICES, link, alone)))
         assert cut_networks(await kernel.obstacles()) == [SERVICES, link]
-        # As kube-proxy does in its mode ipvs, with a dummy.
+        # As a router has its own name.
         sh("ip addr add 10.43.0.10/32 dev lo")
+        assert cut_networks(await kernel.obstacles()) == [SERVICES, link]
+        # As kube-proxy does in its mode ipvs, with a dummy.
+        sh("ip addr add 10.43.0.1/32 dev lo")
         assert cut_networks(await kernel.obstacles()) == [link]
         # Where the host itself takes them is not before hook prerouting.
         sh("nft delete table ip x")
         load("table ip x { chain f { type filter hook prerouting priority 0; ip daddr 10.43.0.0/16 drop; }\n}")
         assert cut_networks(await kernel.obstacles()) == [SERVICES]
+
+
+def of_services(*addresses: str) -> OwnAddresses:
+    held = frozenset(map(ip_interface, addresses))
+    return OwnAddresses(everywhere=frozenset(one.ip for one in held), for_services=held)
+
+
+@pytest.mark.parametrize(
+    ("own", "local", "forwarded"),
+    [
+        (of_services(), "", "10.43.0.0/16 10.43.0.1/32"),
+        (of_services("127.0.0.1/8", "127.0.0.2/32"), "", "0.0.0.0/1 64.0.0.0/2 127.0.0.0/8"),
+        (of_services("::1/128", "fe80::1/64", "fe80::2/64"), "::1/128", "::/0 fe80::/10 fe80::/64"),
+        (of_services("10.43.0.10/32"), "10.43.0.10/32", "10.43.0.0/16 10.0.0.0/8 10.43.0.10/31 10.43.0.1/32"),
+        (of_services("10.43.0.10/32", "10.43.9.1/32"), "10.43.0.0/16 10.0.0.0/8", "10.43.0.0/24 10.43.9.0/24"),
+        (of_services("10.43.0.1/16"), "10.43.0.0/16 10.43.1.0/24 10.43.0.9/32", "10.0.0.0/8 10.44.0.0/16"),
+        (of_services("fd43::1/128", "fd43::2/128"), "fd43::/112 fd00::/8", "fd42::/112 fd43::3/128"),
+    ],
+)
+def test_a_network_counts_as_the_hosts_own_if_its_loopback_holds_it_or_several_addresses_of_it(
+    own: OwnAddresses, local: str, forwarded: str
+) -> None:
+    for networks, expected in ((local, True), (forwarded, False)):
+        for network in networks.split():
+            assert own.may_be(ip_network(network)) is expected, network
 
 
 @pytest.mark.root

@@ -402,7 +402,7 @@ class Host:
         found = self._read_addresses()
         return OwnAddresses(
             everywhere=frozenset(item.address.ip for item in found),
-            for_services=frozenset(item.address.ip for item in found if item.for_services),
+            for_services=frozenset(item.address for item in found if item.for_services),
         )
 
     def _read_routes(self) -> tuple[dict[IPNetwork, Route], list[Route], dict[IPNetwork, Route], set[IPNetwork]]:

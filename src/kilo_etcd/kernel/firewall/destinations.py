@@ -7,8 +7,9 @@ chains that come later see other packets then, so that of these nothing is certa
 from __future__ import annotations
 
 import math
-from bisect import bisect_right
+from bisect import bisect_left, bisect_right
 from collections.abc import Iterable, Iterator
+from functools import cached_property
 
 from attrs import evolve, frozen
 
@@ -23,7 +24,7 @@ from kilo_etcd.kernel.firewall.chains import (
     translates,
 )
 from kilo_etcd.kernel.firewall.ranges import Networks, bounds, edges
-from kilo_etcd.model import IPAddress, IPNetwork
+from kilo_etcd.model import IPAddress, IPInterface, IPNetwork
 from kilo_etcd.planning.dropped import drops_packets_for
 
 Place = tuple[float, float]
@@ -153,19 +154,41 @@ def _packets_to(
             yield Packet(network.version, far, near, subnets, protocol, source=network, new=False)
 
 
+_SEVERAL = 2
+
+
 @frozen(kw_only=True)
 class OwnAddresses:
     """The addresses of the host itself."""
 
     everywhere: frozenset[IPAddress] = frozenset()
-    for_services: frozenset[IPAddress] = frozenset()
-    """Those of loopback and dummy devices: of a network that holds one, others may well be the host's too."""
+    for_services: frozenset[IPInterface] = frozenset()
+    """Those of loopback and dummy devices, with the networks that these hold."""
 
     def may_be(self, network: IPNetwork) -> bool:
-        """Whether packets for a network may be for the host itself."""
+        """Whether all packets for a network may be for the host itself: a device for services holds it, or several
+        addresses of it, so that others may well be the host's too. One alone may be the host's name to routers."""
+        version, (first, last) = network.version, bounds(network)
+        if self._held.hold((network,), version):
+            return True
         if network.prefixlen == network.max_prefixlen:
             return network.network_address in self.everywhere
-        return any(address in network for address in self.for_services)
+        numbers = self._numbers[version]
+        return bisect_right(numbers, last) - bisect_left(numbers, first) >= _SEVERAL
+
+    @cached_property
+    def _services(self) -> tuple[IPInterface, ...]:
+        """Without those that every host has."""
+        return tuple(one for one in self.for_services if not (one.ip.is_loopback or one.ip.is_link_local))
+
+    @cached_property
+    def _held(self) -> Networks:
+        return Networks.of(one.network for one in self._services)
+
+    @cached_property
+    def _numbers(self) -> dict[int, list[int]]:
+        """Their addresses, in order."""
+        return {version: sorted({int(one) for one in self._services if one.version == version}) for version in (4, 6)}
 
 
 def translated(
