@@ -652,6 +652,45 @@ async def test_what_iptables_and_its_older_tables_translate_is_seen() -> None:
         sh(f"{program} -t nat -F; {program} -t nat -X")
 
 
+@pytest.mark.parametrize(
+    ("programs", "printed", "certain"),
+    [
+        ((), None, False),
+        (("iptables",), "-P PREROUTING ACCEPT", False),  # It keeps nftables, and the tables are of another time.
+        (("iptables",), "iptables v1.6.1", True),
+        (("iptables-legacy", "iptables"), "-P PREROUTING ACCEPT", True),
+        (("iptables-legacy", "iptables"), None, False),
+        (("iptables-legacy", "iptables"), "", False),
+    ],
+)
+def test_a_table_of_the_older_xtables_that_is_not_to_be_read_may_translate_all(
+    programs: tuple[str, ...], printed: str | None, certain: bool, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    old = "v1.6" in (printed or "")
+
+    def run(*command: str) -> str:
+        if command[1] == "--version":
+            return "iptables v1.6.1" if old else "iptables v1.8.9 (nf_tables)"
+        if printed is None:
+            raise iptables.IptablesError("it fails")
+        assert "legacy" in command[0] or old
+        return "-P PREROUTING ACCEPT" if old else printed
+
+    names = tmp_path / "names"
+    names.write_text("nat\n")
+    monkeypatch.setattr(iptables, "_LEGACY_TABLES", {4: names, 6: tmp_path / "none"})
+    monkeypatch.setattr(iptables, "_run", run)
+    monkeypatch.setattr(shutil, "which", lambda name, path: name if name in programs else None)
+    drops_services = one_rule(Condition("daddr", SERVICES))
+    xtables = Iptables("kilo0", tmp_path / "y", lambda: 1)
+    chains = ForwardChains("kilo0", tmp_path / "x", Chains(drops_services), xtables, opening=False)
+    assert cut_networks(chains.obstacles(OFFERS_SERVICES, ["eth0"])) == ([SERVICES] if certain else [])
+    names.write_text("filter\n")
+    xtables = Iptables("kilo0", tmp_path / "y", lambda: 1)
+    chains = ForwardChains("kilo0", tmp_path / "x", Chains(drops_services), xtables, opening=False)
+    assert cut_networks(chains.obstacles(OFFERS_SERVICES, ["eth0"])) == [SERVICES], "there is no such table"
+
+
 @pytest.mark.root
 @pytest.mark.usefixtures("own_namespaces")
 async def test_what_translates_sources_alone_leaves_a_drop_certain() -> None:

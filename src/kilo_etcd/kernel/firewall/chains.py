@@ -470,15 +470,13 @@ def from_iptables(printed: str, version: int) -> BaseChain | None:
     return _base_chain(printed.splitlines(), version, "filter", "FORWARD", "forward", 0)
 
 
-def translation_from_iptables(printed: str, version: int) -> BaseChain | None:
-    """The chain PREROUTING of what `iptables -t nat -S` prints; None: there is none. If it is too long to be read, all
-    may be translated."""
-    lines = printed.splitlines()
+def translation_from_iptables(printed: str | None, version: int) -> BaseChain:
+    """The chain PREROUTING of what `iptables -t nat -S` prints. If it is too long to be read or is not there (None:
+    nothing was printed), all may be translated."""
+    lines = (printed or "").splitlines()
     place = version, "nat", "PREROUTING", "prerouting", NF_PRIORITIES["dstnat"]
-    if len(lines) <= _MOST_LINES:
-        return _base_chain(lines, *place)
-    chain = _base_chain(["-P PREROUTING ACCEPT"], *place)
-    return chain and evolve(chain, rules=(FilterRule(verdict="unknown", translates=True),))
+    found = _base_chain(lines, *place) if len(lines) <= _MOST_LINES else None
+    return found or _iptables_chain(*place, rules=(FilterRule(verdict="unknown", translates=True),))
 
 
 def _base_chain(
@@ -500,9 +498,16 @@ def _base_chain(
     if policy is None:
         return None
     complete = {name: tuple(rules) for name, rules in chains.items()}
+    found = _iptables_chain(version, table, base, hook, priority, rules=complete.get(base, ()))
+    return evolve(found, drops=policy == "DROP", chains=complete)
+
+
+def _iptables_chain(
+    version: int, table: str, base: str, hook: str, priority: int, *, rules: tuple[FilterRule, ...]
+) -> BaseChain:  # fmt: skip
     return BaseChain(
         family="ip" if version == 4 else "ip6", table=table, name=base, hook=hook, priority=priority,
-        drops=policy == "DROP", rules=complete.get(base, ()), chains=complete, legacy=True,
+        drops=False, rules=rules, legacy=True,
     )  # fmt: skip
 
 

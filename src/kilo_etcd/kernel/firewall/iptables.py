@@ -83,7 +83,8 @@ class Iptables:
         return self._read_again("filter", version, patience, _legacy_forward)
 
     def legacy_translation(self, version: int, *, patience: float) -> BaseChain | None:
-        """Likewise its chain PREROUTING that translates addresses."""
+        """Likewise its chain PREROUTING that translates addresses. If there is one and it is not to be read, all may be
+        translated."""
         return self._read_again("nat", version, patience, _legacy_translation)
 
     def _read_again(
@@ -126,16 +127,19 @@ def _legacy_forward(version: int) -> BaseChain | None:
     return None if printed is None else from_iptables(printed, version)
 
 
-def _legacy_translation(version: int) -> BaseChain | None:
-    printed = _run_legacy(version, "-t", "nat", "-S")
-    return None if printed is None else translation_from_iptables(printed, version)
+def _legacy_translation(version: int) -> BaseChain:
+    return translation_from_iptables(_run_legacy(version, "-t", "nat", "-S"), version)
 
 
 def _run_legacy(version: int, *arguments: str) -> str | None:
-    with suppress(OSError):
-        for program in (f"{_PROGRAMS[version]}-legacy", _PROGRAMS[version]):
-            if shutil.which(program, path=_PATH) is not None:
-                return _run(program, "-w", "5", *arguments)
+    """What the program for the older xtables prints; None: there is none, or it fails. One without a suffix may be
+    another's, which would print the rules of nftables."""
+    program = _PROGRAMS[version]
+    for name in (f"{program}-legacy", program):
+        if shutil.which(name, path=_PATH) is not None:
+            with suppress(OSError):
+                if name != program or "nf_tables" not in _run(name, "--version"):
+                    return _run(name, "-w", "5", *arguments)
     return None
 
 
