@@ -17,7 +17,7 @@ from test_kernel_forward import sh
 
 from kilo_etcd.agent.daemon import OBSTACLES_PAUSE, OBSTACLES_PERIOD
 from kilo_etcd.kernel import cleanup, open_kernel
-from kilo_etcd.kernel.firewall import hooks, iptables
+from kilo_etcd.kernel.firewall import destinations, hooks, iptables
 from kilo_etcd.kernel.firewall.chains import (
     BaseChain,
     Condition,
@@ -28,6 +28,7 @@ from kilo_etcd.kernel.firewall.chains import (
     from_iptables,
     obstacles,
     packets,
+    translates,
 )
 from kilo_etcd.kernel.firewall.destinations import OwnAddresses
 from kilo_etcd.kernel.firewall.forwardchains import ForwardChains
@@ -389,6 +390,44 @@ def test_a_network_behind_a_host_is_cut_off_whether_it_leads_or_not(tmp_path: Pa
         )
         own = [one for one in chains.obstacles(member, ["eth0"]) if not one.leading]
         assert [one.networks for one in own] == ([(OFFERED,)] if cut else []), chain
+
+
+def forwards_to(*networks: IPNetwork) -> tuple[FilterRule, ...]:
+    return tuple(
+        FilterRule(conditions=(Condition("daddr", network),), verdict="accept", translates=True) for network in networks
+    )
+
+
+def test_only_what_is_dropped_is_compared_with_what_translates_and_once_for_networks_that_are_alike(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """1000 networks and 900 rules: the kernel's one lock is held meanwhile."""
+    asked = 0
+
+    def count(chain: BaseChain, packet: Packet) -> bool:
+        nonlocal asked
+        asked += 1
+        return translates(chain, packet)
+
+    monkeypatch.setattr(destinations, "translates", count)
+    offered = tuple(ip_network(f"172.{16 + number // 64}.{number % 64 * 4}.0/22") for number in range(1000))
+    translated, dropped, other = offered[7], offered[:500], ip_network("10.96.0.0/22")
+    rules = forwards_to(ip_network(translated[9]), *(ip_network(other[number]) for number in range(900)))
+    drop = FilterRule(conditions=(Condition("daddr", dropped),), verdict="drop")
+    chains = (
+        BaseChain(family="ip", table="n", name="p", hook="prerouting", priority=-100, drops=False, rules=rules),
+        BaseChain(family="ip", table="t", name="f", drops=False, rules=(drop,)),
+    )
+    # A member offers one of them too.
+    routes = {**LEADER.routes, offered[8]: evolve(NEAR[OFFERED], destination=offered[8])}
+    plan = evolve(LEADER, routes=routes, behind=offered)
+    xtables = NoXtables("kilo0", tmp_path / "y", lambda: 1)
+    found = ForwardChains("kilo0", tmp_path / "x", Chains(*chains), xtables, opening=False).obstacles(plan, ["eth0"])
+    assert {one.leading: set(one.networks) for one in found} == {
+        False: set(dropped) - {translated},
+        True: {offered[8]},
+    }
+    assert asked <= 10
 
 
 # -- with the real nftables -------------------------------------------------------------------------------------------

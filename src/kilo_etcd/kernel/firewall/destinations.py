@@ -196,17 +196,34 @@ def translated(
 ) -> Iterator[Destination]:
     """The destinations, with the place from where on their packets may be others. `chains`: all that forwarded packets
     pass."""
-    translating = sorted(filter(_may_translate, chains), key=lambda chain: chain.place)
+    translating = [_Translation(chain) for chain in chains if _may_translate(chain)]
     for one in to:
         local = own.may_be(one.network)
-        packets = [
-            Packet(one.network.version, near, far, subnets, destination=one.network, local=None if local else False)
-            for near, far in one.ways
-        ]
-        places: list[Place] = [
-            chain.place for chain in translating if any(translates(chain, packet) for packet in packets)
-        ]
+        places = [each.chain.place for each in translating if each.of(one, subnets, local=local)]
         yield evolve(one, translated=min([*places, *([_ROUTING] if local else [])], default=None))
+
+
+class _Translation:
+    """What a chain translates. Networks that are alike to it are tried once."""
+
+    def __init__(self, chain: BaseChain) -> None:
+        self.chain = chain
+        self._relations = _Relations(_addresses_tested(chain))
+        self._known: dict[object, bool] = {}
+
+    def of(self, one: Destination, subnets: tuple[IPNetwork, ...], *, local: bool) -> bool:
+        """Whether it may translate some packets for a destination. `local`: this may be the host itself."""
+        alike = one.ways, one.network.version, local, self._relations.of(one.network)
+        if alike not in self._known:
+            self._known[alike] = any(
+                translates(
+                    self.chain,
+                    Packet(one.network.version, near, far, subnets, destination=one.network,
+                           local=None if local else False),
+                )
+                for near, far in one.ways
+            )  # fmt: skip
+        return self._known[alike]
 
 
 def _may_translate(chain: BaseChain) -> bool:

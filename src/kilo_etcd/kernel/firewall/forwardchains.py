@@ -131,8 +131,9 @@ class ForwardChains:
             return ()
         translating, own = self._translating(), self._own()
         if not _same(last.translating, translating) or last.own != own:
-            to = translated(destinations(plan, self._interface, devices), translating, own, subnets)
-            found = destination_obstacles(chains, to, sent, subnets)
+            named = {network for obstacle in last.untranslated for network in obstacle.networks}
+            to = (one for one in destinations(plan, self._interface, devices) if one.network in named)
+            found = destination_obstacles(chains, translated(to, translating, own, subnets), sent, subnets)
             last = self._by_destination = evolve(last, translating=translating, own=own, found=found)
         return last.found
 
