@@ -430,6 +430,35 @@ def test_only_what_is_dropped_is_compared_with_what_translates_and_once_for_netw
     assert asked <= 10
 
 
+PORT_FORWARD = FilterRule(conditions=(Condition("protocol", "tcp"), Condition("?")), verdict="accept", translates=True)
+"""As `iptables -t nat -A PREROUTING -p tcp --dport 80 -j DNAT --to 172.17.0.2`."""
+ALL_BUT_UDP = FilterRule(conditions=(Condition("protocol", "udp", equal=False),), verdict="accept", translates=True)
+
+
+@pytest.mark.parametrize(
+    ("hook", "rules", "named"),
+    [
+        ("prerouting", (), "packets"),
+        ("prerouting", (PORT_FORWARD,), "UDP packets"),
+        ("prerouting", (ALL_BUT_UDP,), "UDP packets"),
+        ("prerouting", (PORT_FORWARD, evolve(PORT_FORWARD, conditions=(Condition("protocol", "udp"),))), ""),
+        ("prerouting", (evolve(PORT_FORWARD, conditions=(Condition("?"),)),), ""),
+        ("prerouting", (evolve(PORT_FORWARD, conditions=(Condition("protocol", "icmp"),)),), "packets"),
+        ("postrouting", (PORT_FORWARD,), "packets"),  # New packets are dropped before.
+    ],
+)
+def test_what_translates_one_protocol_leaves_the_drop_of_others_certain(
+    hook: str, rules: tuple[FilterRule, ...], named: str, tmp_path: Path
+) -> None:
+    nat = BaseChain(family="ip", table="n", name="p", hook=hook, priority=-100, drops=False, rules=rules)
+    drop = one_rule(Condition("daddr", OFFERED))
+    xtables = NoXtables("kilo0", tmp_path / "y", lambda: 1)
+    chains = ForwardChains("kilo0", tmp_path / "x", Chains(nat, drop), xtables, opening=False)
+    found = chains.obstacles(evolve(LEADER, behind=(OFFERED,)), ["eth0"])
+    assert [one.text.partition(" for ")[0] for one in found] == ([f"the firewall drops {named}"] if named else [])
+    assert all(one.certain is (named == "packets") for one in found)
+
+
 # -- with the real nftables -------------------------------------------------------------------------------------------
 
 FIREWALLD = """
@@ -586,34 +615,35 @@ def many_services(network: str) -> str:
     return f"{chains} chain n {{ {NAT} ip daddr . meta l4proto . th dport vmap {{ {services} }}; }}"
 
 
+BOTH = "TCP UDP"
 TRANSLATIONS = [
-    # What a table holds besides, and whether what is for the services is dropped for certain.
-    ("", True),
-    (f"chain n {{ {NAT} ip daddr 10.44.0.0/16 dnat to 10.42.0.5; }}", True),
-    (f"chain n {{ {NAT} ip daddr 10.43.0.0/16 dnat to 10.42.0.5; }}", False),
-    (f"chain n {{ {NAT} ip daddr 10.43.0.1 udp dport 53 redirect to :5353; }}", False),
+    # What a table holds besides, and of which protocols what is for the services is dropped for certain.
+    ("", BOTH),
+    (f"chain n {{ {NAT} ip daddr 10.44.0.0/16 dnat to 10.42.0.5; }}", BOTH),
+    (f"chain n {{ {NAT} ip daddr 10.43.0.0/16 dnat to 10.42.0.5; }}", ""),
+    (f"chain n {{ {NAT} ip daddr 10.43.0.1 udp dport 53 redirect to :5353; }}", "TCP"),
     (f"chain n {{ {NAT} ip daddr 10.43.0.0/16 ip protocol tcp accept; ip daddr 10.43.0.0/16 dnat to "
-     "10.42.0.5; }", False),
-    (f"chain n {{ {NAT} ip daddr 10.0.0.0/8 accept; dnat to 10.42.0.5; }}", True),
-    (f"chain n {{ {NAT} iifname eth7 dnat to 10.42.0.5; }}", True),
+     "10.42.0.5; }", "TCP"),
+    (f"chain n {{ {NAT} ip daddr 10.0.0.0/8 accept; dnat to 10.42.0.5; }}", BOTH),
+    (f"chain n {{ {NAT} iifname eth7 dnat to 10.42.0.5; }}", BOTH),
     # As Docker does with the ports of containers.
-    (f"chain n {{ {NAT} fib daddr type local jump d; }}\n chain d {{ tcp dport 80 dnat to 10.42.0.5; }}", True),
-    (f"chain n {{ {NAT} fib daddr type != local jump d; }}\n chain d {{ tcp dport 80 dnat to 10.42.0.5; }}", False),
-    (f"chain n {{ {NAT} dnat to ip daddr map {{ 10.43.0.1 : 10.42.0.5, 10.43.0.2 : 10.42.0.6 }}; }}", False),
-    (f"chain n {{ {NAT} dnat to ip daddr map {{ 10.44.0.1 : 10.42.0.5, 10.44.0.2 : 10.42.0.6 }}; }}", True),
+    (f"chain n {{ {NAT} fib daddr type local jump d; }}\n chain d {{ tcp dport 80 dnat to 10.42.0.5; }}", BOTH),
+    (f"chain n {{ {NAT} fib daddr type != local jump d; }}\n chain d {{ tcp dport 80 dnat to 10.42.0.5; }}", "UDP"),
+    (f"chain n {{ {NAT} dnat to ip daddr map {{ 10.43.0.1 : 10.42.0.5, 10.43.0.2 : 10.42.0.6 }}; }}", ""),
+    (f"chain n {{ {NAT} dnat to ip daddr map {{ 10.44.0.1 : 10.42.0.5, 10.44.0.2 : 10.42.0.6 }}; }}", BOTH),
     (f"set s {{ type ipv4_addr; flags interval; elements = {{ 10.43.0.0-10.43.0.9 }}; }}\n"
-     f"chain n {{ {NAT} ip daddr @s dnat to 10.42.0.5; }}", False),
+     f"chain n {{ {NAT} ip daddr @s dnat to 10.42.0.5; }}", ""),
     # A set that may change by itself.
-    (f"set s {{ type ipv4_addr; timeout 1h; }}\n chain n {{ {NAT} ip daddr @s dnat to 10.42.0.5; }}", False),
+    (f"set s {{ type ipv4_addr; timeout 1h; }}\n chain n {{ {NAT} ip daddr @s dnat to 10.42.0.5; }}", ""),
     # What does not translate its destination.
-    (f"chain n {{ {NAT} ip daddr 10.43.0.0/16 counter accept; }}", True),
-    ("chain n { type nat hook postrouting priority 100; policy accept; masquerade; }", True),
-    (many_services("10.44.0"), True),
-    (many_services("10.43.0"), False),
+    (f"chain n {{ {NAT} ip daddr 10.43.0.0/16 counter accept; }}", BOTH),
+    ("chain n { type nat hook postrouting priority 100; policy accept; masquerade; }", BOTH),
+    (many_services("10.44.0"), BOTH),
+    (many_services("10.43.0"), ""),
     # A rule that writes into the packet's header.
-    ("chain n { type filter hook prerouting priority -300; ip daddr 10.43.0.0/16 ip daddr set 10.42.0.5; }", False),
-    ("chain n { type filter hook forward priority -1; ip daddr 10.43.0.0/16 ip daddr set 10.42.0.5; }", False),
-    ("chain n { type filter hook forward priority 1; ip daddr 10.43.0.0/16 ip daddr set 10.42.0.5; }", True),
+    ("chain n { type filter hook prerouting priority -300; ip daddr 10.43.0.0/16 ip daddr set 10.42.0.5; }", ""),
+    ("chain n { type filter hook forward priority -1; ip daddr 10.43.0.0/16 ip daddr set 10.42.0.5; }", ""),
+    ("chain n { type filter hook forward priority 1; ip daddr 10.43.0.0/16 ip daddr set 10.42.0.5; }", BOTH),
 ]  # fmt: skip
 
 
@@ -642,6 +672,13 @@ async def test_firewalls_that_let_the_mesh_through_are_no_obstacle() -> None:
         assert await kernel.obstacles() == ()
 
 
+def cut_protocols(obstacles: Iterable[Obstacle]) -> str:
+    """Those of which packets for the services are dropped for certain."""
+    both = [one for one in obstacles if one.networks]
+    assert all(one.networks == (SERVICES,) for one in both)
+    return " ".join(BOTH if one.certain else one.text.split()[3] for one in both)
+
+
 def cut_networks(obstacles: Iterable[Obstacle]) -> list[IPNetwork]:
     assert all(obstacle.certain for obstacle in obstacles)
     return [network for obstacle in obstacles for network in obstacle.networks]
@@ -656,7 +693,7 @@ async def test_of_a_network_that_is_translated_on_its_way_nothing_is_certain_whe
         await kernel.apply(OFFERS_SERVICES)
         for rules, certain in TRANSLATIONS:
             load(f"{DROPS_SERVICES}\n {rules}\n}}")
-            assert cut_networks(await kernel.obstacles()) == ([SERVICES] if certain else []), rules
+            assert cut_protocols(await kernel.obstacles()) == certain, rules
             sh("nft delete table ip x")
         # Before they are translated they are dropped.
         load(f"table ip x {{ chain n {{ {NAT} dnat to 10.42.0.5; }}\n"
@@ -683,11 +720,11 @@ async def test_what_iptables_and_its_older_tables_translate_is_seen() -> None:
         "-A SERVICES -d 10.43.0.1/32 -p tcp --dport 443 -j DNAT --to 10.42.0.5",
     )
     for program in ("iptables-nft", "iptables-legacy"):
-        for rules, certain in ((("-N DOCKER", *docker), True), (("-N SERVICES", *services), False)):
+        for rules, certain in ((("-N DOCKER", *docker), BOTH), (("-N SERVICES", *services), "UDP")):
             sh("; ".join(f"{program} -t nat {rule}" for rule in rules))
             async with open_kernel(Setup(private_key=PRIVATE)) as kernel:
                 await kernel.apply(OFFERS_SERVICES)
-                assert cut_networks(await kernel.obstacles()) == ([SERVICES] if certain else []), (program, rules)
+                assert cut_protocols(await kernel.obstacles()) == certain, (program, rules)
         sh(f"{program} -t nat -F; {program} -t nat -X")
 
 

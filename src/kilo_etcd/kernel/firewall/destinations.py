@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import math
 from bisect import bisect_left, bisect_right
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from functools import cached_property
 
-from attrs import evolve, frozen
+from attrs import evolve, field, frozen
 
 from kilo_etcd.kernel.firewall.chains import (
     FORWARDED,
@@ -29,6 +29,8 @@ from kilo_etcd.planning.dropped import drops_packets_for
 
 Place = tuple[float, float]
 """As of `BaseChain.place`."""
+_PROTOCOLS = ("tcp", "udp")
+"""Those of which it is told whether they are dropped."""
 _ROUTING: Place = (FORWARDED.index("prerouting"), math.inf)
 """The end of hook prerouting."""
 
@@ -45,9 +47,9 @@ class Destination:
     member: bool = False
     by_forward: bool = False
     """Only chains of hook forward count."""
-    translated: Place | None = None
-    """From where on its packets may have another destination, or are no longer forwarded; None: from nowhere. The
-    answers come from another source then, which is translated back at the very end."""
+    translated: Mapping[str, Place] = field(factory=dict)
+    """From where on its packets of a protocol may have another destination, or are no longer forwarded; a protocol that
+    is not named: from nowhere. The answers come from another source then, which is translated back at the very end."""
 
 
 def destination_obstacles(
@@ -74,15 +76,19 @@ def destination_obstacles(
                 continue
             # Of very many members most are the same to a chain.
             relation = (of_members if one.member else of_all).of(one.network)
-            new, answered = one.translated is None or chain.place <= one.translated, one.translated is None
-            alike = one.ways, one.network.version, one.member, new, answered, relation
+            # By protocol, whether new packets are as they were sent, and answers as they were given.
+            genuine = tuple(
+                (name, place is None or chain.place <= place, place is None)
+                for name in _PROTOCOLS
+                for place in (one.translated.get(name),)
+            )
+            alike = one.ways, one.network.version, one.member, genuine, relation
             if alike not in answers:
                 answers[alike] = tuple(
-                    protocol
-                    for protocol in ("tcp", "udp")
+                    name
+                    for name, new, answered in genuine
                     if any(
-                        drops(chain, packet)
-                        for packet in _packets_to(one, protocol, subnets, new=new, answered=answered)
+                        drops(chain, packet) for packet in _packets_to(one, name, subnets, new=new, answered=answered)
                     )
                 )
             if dropped := answers[alike]:
@@ -199,8 +205,11 @@ def translated(
     translating = [_Translation(chain) for chain in chains if _may_translate(chain)]
     for one in to:
         local = own.may_be(one.network)
-        places = [each.chain.place for each in translating if each.of(one, subnets, local=local)]
-        yield evolve(one, translated=min([*places, *([_ROUTING] if local else [])], default=None))
+        places: dict[str, list[Place]] = {name: [_ROUTING] if local else [] for name in _PROTOCOLS}
+        for each in translating:
+            for name in each.of(one, subnets, local=local):
+                places[name].append(each.chain.place)
+        yield evolve(one, translated={name: min(found) for name, found in places.items() if found})
 
 
 class _Translation:
@@ -209,20 +218,21 @@ class _Translation:
     def __init__(self, chain: BaseChain) -> None:
         self.chain = chain
         self._relations = _Relations(_addresses_tested(chain))
-        self._known: dict[object, bool] = {}
+        self._known: dict[object, tuple[str, ...]] = {}
 
-    def of(self, one: Destination, subnets: tuple[IPNetwork, ...], *, local: bool) -> bool:
-        """Whether it may translate some packets for a destination. `local`: this may be the host itself."""
-        alike = one.ways, one.network.version, local, self._relations.of(one.network)
+    def of(self, one: Destination, subnets: tuple[IPNetwork, ...], *, local: bool) -> tuple[str, ...]:
+        """The protocols of which it may translate packets for a destination. `local`: this may be the host itself."""
+        version, at = one.network.version, None if local else False
+        alike = one.ways, version, local, self._relations.of(one.network)
         if alike not in self._known:
-            self._known[alike] = any(
-                translates(
-                    self.chain,
-                    Packet(one.network.version, near, far, subnets, destination=one.network,
-                           local=None if local else False),
+            self._known[alike] = tuple(
+                name
+                for name in _PROTOCOLS
+                if any(
+                    translates(self.chain, Packet(version, near, far, subnets, name, destination=one.network, local=at))
+                    for near, far in one.ways
                 )
-                for near, far in one.ways
-            )  # fmt: skip
+            )
         return self._known[alike]
 
 
