@@ -430,6 +430,33 @@ def test_only_what_is_dropped_is_compared_with_what_translates_and_once_for_netw
     assert asked <= 10
 
 
+def test_of_many_rules_those_that_may_match_a_network_are_followed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A rule that translates in each network, and a rule that drops each."""
+    tried = 0
+    matches = Condition.matches
+
+    def count(condition: Condition, packet: Packet) -> bool | None:
+        nonlocal tried
+        tried += 1
+        return matches(condition, packet)
+
+    offered = tuple(ip_network(f"172.{16 + number // 64}.{number % 64 * 4}.0/22") for number in range(300))
+    nat = forwards_to(*(ip_network(network[9]) for network in offered[:200]))
+    drop = tuple(FilterRule(conditions=(Condition("daddr", network),), verdict="drop") for network in offered)
+    chains = (
+        BaseChain(family="ip", table="n", name="p", hook="prerouting", priority=-100, drops=False, rules=nat),
+        BaseChain(family="ip", table="t", name="f", drops=False, rules=drop),
+    )
+    monkeypatch.setattr(Condition, "matches", count)
+    xtables = NoXtables("kilo0", tmp_path / "y", lambda: 1)
+    plan = evolve(LEADER, behind=offered)
+    found = ForwardChains("kilo0", tmp_path / "x", Chains(*chains), xtables, opening=False).obstacles(plan, ["eth0"])
+    assert [set(one.networks) for one in found] == [set(offered[200:])]
+    assert tried <= 50 * len(offered)
+
+
 PORT_FORWARD = FilterRule(conditions=(Condition("protocol", "tcp"), Condition("?")), verdict="accept", translates=True)
 """As `iptables -t nat -A PREROUTING -p tcp --dport 80 -j DNAT --to 172.17.0.2`."""
 ALL_BUT_UDP = FilterRule(conditions=(Condition("protocol", "udp", equal=False),), verdict="accept", translates=True)

@@ -10,6 +10,7 @@ import math
 from bisect import bisect_left, bisect_right
 from collections.abc import Iterable, Iterator, Mapping
 from functools import cached_property
+from operator import itemgetter
 
 from attrs import evolve, field, frozen
 
@@ -18,12 +19,13 @@ from kilo_etcd.kernel.firewall.chains import (
     SHOWN,
     UNTESTED,
     BaseChain,
+    FilterRule,
     Obstacle,
     Packet,
     drops,
     translates,
 )
-from kilo_etcd.kernel.firewall.ranges import Networks, bounds, edges
+from kilo_etcd.kernel.firewall.ranges import Index, Networks, bounds
 from kilo_etcd.model import IPAddress, IPInterface, IPNetwork
 from kilo_etcd.planning.dropped import drops_packets_for
 
@@ -64,9 +66,9 @@ def destination_obstacles(
         if not _may_drop(chain):
             continue
         all_dropped = any(packet.protocol in UNTESTED and drops(chain, packet) for packet in sent)
-        tested = _addresses_tested(chain)
-        in_mesh = tuple(found for networks in tested if (found := networks.partly_in(subnets)).by_version)
-        of_all, of_members = _Relations(tested), _Relations(in_mesh)
+        tests = AddressTests(chain)
+        in_mesh = [found for networks in tests.networks if (found := networks.partly_in(subnets)).by_version]
+        of_members = Index(in_mesh)
         answers: dict[object, tuple[str, ...]] = {}
         groups: dict[tuple[tuple[str, ...], bool], list[IPNetwork]] = {}
         for one in to:
@@ -75,7 +77,7 @@ def destination_obstacles(
             if one.by_forward and chain.hook != "forward":
                 continue
             # Of very many members most are the same to a chain.
-            relation = (of_members if one.member else of_all).of(one.network)
+            relation = (of_members if one.member else tests.index).of(one.network)
             # By protocol, whether new packets are as they were sent, and answers as they were given.
             genuine = tuple(
                 (name, place is None or chain.place <= place, place is None)
@@ -84,11 +86,13 @@ def destination_obstacles(
             )
             alike = one.ways, one.network.version, one.member, genuine, relation
             if alike not in answers:
+                back, there = (tests.narrowed(side, one.network) for side in ("saddr", "daddr"))
                 answers[alike] = tuple(
                     name
                     for name, new, answered in genuine
                     if any(
-                        drops(chain, packet) for packet in _packets_to(one, name, subnets, new=new, answered=answered)
+                        drops(there if packet.new else back, packet)
+                        for packet in _packets_to(one, name, subnets, new=new, answered=answered)
                     )
                 )
             if dropped := answers[alike]:
@@ -109,39 +113,62 @@ def destination_obstacles(
     return tuple(result)
 
 
-def _addresses_tested(chain: BaseChain) -> tuple[Networks, ...]:
-    """The networks of each test of an address, in the chain and where it leads to."""
-    found: dict[int, Networks] = {}
-    waiting = [
-        condition for rules in (chain.rules, *chain.chains.values()) for r in rules for condition in r.conditions
-    ]
-    while waiting:
-        condition = waiting.pop()
-        if condition.kind in ("saddr", "daddr"):
-            found[id(condition)] = condition.networks
-        elif condition.kind == "any" and isinstance(condition.value, tuple):
-            waiting += [inner for tests in condition.value for inner in tests]
-    return tuple(found.values())
+class AddressTests:
+    """The tests of addresses in a chain and where it leads to. Networks to which it is the same are found by an index,
+    and so are the rules that may match packets for one of very many."""
+
+    def __init__(self, chain: BaseChain) -> None:
+        self._chain = chain
+        self._groups = {**chain.chains, chain.name: chain.rules}
+        self._numbers: dict[object, int] = {}
+        self.networks = tuple(self._all_tested())
+        self.index = Index(self.networks)
+        self._by_side = {side: self._by_test(side) for side in ("saddr", "daddr")}
+
+    def _all_tested(self) -> Iterator[Networks]:
+        waiting = [condition for rules in self._groups.values() for rule in rules for condition in rule.conditions]
+        while waiting:
+            condition = waiting.pop()
+            if condition.kind in ("saddr", "daddr"):
+                if condition.networks.key not in self._numbers:
+                    self._numbers[condition.networks.key] = len(self._numbers)
+                    yield condition.networks
+            elif condition.kind == "any" and isinstance(condition.value, tuple):
+                waiting += [inner for tests in condition.value for inner in tests]
+
+    def _by_test(self, side: str) -> _BySide:
+        always: dict[str, list[_Placed]] = {name: [] for name in self._groups}
+        by_test: dict[int, list[tuple[str, _Placed]]] = {}
+        for name, rules in self._groups.items():
+            for placed in enumerate(rules):
+                tests = (one for one in placed[1].conditions if one.kind == side and one.equal)
+                if (test := next(tests, None)) is None:
+                    always[name].append(placed)
+                else:
+                    by_test.setdefault(self._numbers[test.networks.key], []).append((name, placed))
+        return always, {name: _rules_of(some) for name, some in always.items()}, by_test
+
+    def narrowed(self, side: str, network: IPNetwork) -> BaseChain:
+        """The chain without rules that match no packet whose `saddr` or `daddr` is in a network."""
+        always, rules, by_test = self._by_side[side]
+        further: dict[str, list[_Placed]] = {}
+        for number in self.index.of(network)[1] & by_test.keys():
+            for name, placed in by_test[number]:
+                further.setdefault(name, []).append(placed)
+        chains = rules | {name: _rules_of([*always[name], *some]) for name, some in further.items()}
+        return evolve(self._chain, rules=chains[self._chain.name], chains=chains)
 
 
-class _Relations:
-    """How networks lie to those that a chain tests: the same number for all that lie to each in the same way."""
+_Placed = tuple[int, FilterRule]
+_BySide = tuple[
+    dict[str, list[_Placed]], dict[str, tuple[FilterRule, ...]], dict[int, list[tuple[str, _Placed]]]
+]  # fmt: skip
+"""Of each chain the rules that test no address of a side, with their places and without; and those that do, by the
+number of the test."""
 
-    def __init__(self, tested: tuple[Networks, ...]) -> None:
-        self._tested = tested
-        self._edges = {version: edges(tested, version) for version in (4, 6)}
-        self._by_place: dict[tuple[int, int, int], int] = {}
-        self._numbers: dict[tuple[bool | None, ...], int] = {}
 
-    def of(self, network: IPNetwork) -> int:
-        """Of those between the same edges it is looked up."""
-        version, ends = network.version, self._edges[network.version]
-        first, last = bounds(network)
-        place = version, bisect_right(ends, first), bisect_right(ends, last)
-        if place not in self._by_place:
-            relation = tuple(networks.hold((network,), version) for networks in self._tested)
-            self._by_place[place] = self._numbers.setdefault(relation, len(self._numbers))
-        return self._by_place[place]
+def _rules_of(some: list[_Placed]) -> tuple[FilterRule, ...]:
+    return tuple(rule for _, rule in sorted(some, key=itemgetter(0)))
 
 
 def _may_drop(chain: BaseChain) -> bool:
@@ -217,19 +244,20 @@ class _Translation:
 
     def __init__(self, chain: BaseChain) -> None:
         self.chain = chain
-        self._relations = _Relations(_addresses_tested(chain))
+        self._tests = AddressTests(chain)
         self._known: dict[object, tuple[str, ...]] = {}
 
     def of(self, one: Destination, subnets: tuple[IPNetwork, ...], *, local: bool) -> tuple[str, ...]:
         """The protocols of which it may translate packets for a destination. `local`: this may be the host itself."""
         version, at = one.network.version, None if local else False
-        alike = one.ways, version, local, self._relations.of(one.network)
+        alike = one.ways, version, local, self._tests.index.of(one.network)
         if alike not in self._known:
+            narrowed = self._tests.narrowed("daddr", one.network)
             self._known[alike] = tuple(
                 name
                 for name in _PROTOCOLS
                 if any(
-                    translates(self.chain, Packet(version, near, far, subnets, name, destination=one.network, local=at))
+                    translates(narrowed, Packet(version, near, far, subnets, name, destination=one.network, local=at))
                     for near, far in one.ways
                 )
             )

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from bisect import bisect_right
 from collections.abc import Iterable, Iterator, Mapping
+from functools import cached_property
+from itertools import accumulate
+from operator import itemgetter, xor
 
 from attrs import frozen
 
@@ -41,6 +44,11 @@ class Networks:
     """Networks of either family."""
 
     by_version: Mapping[int, Ranges]
+
+    @cached_property
+    def key(self) -> tuple[tuple[int, Ranges], ...]:
+        """The same for equal ones."""
+        return tuple(sorted(self.by_version.items(), key=itemgetter(0)))
 
     @classmethod
     def of(cls, networks: Iterable[IPNetwork]) -> Networks:
@@ -80,10 +88,32 @@ def bounds(network: IPNetwork) -> tuple[int, int]:
     return first, first + (1 << network.max_prefixlen - network.prefixlen) - 1
 
 
-def edges(several: Iterable[Networks], version: int) -> list[int]:
-    """Where some networks begin, and after which addresses they end, in order."""
-    ranges = [networks.by_version.get(version, _NONE) for networks in several]
-    return sorted({edge for one in ranges for edge in (*one.firsts, *(last + 1 for last in one.lasts))})
+class Index:
+    """Which of several sets of networks hold a network, found without going through them. They are named by their
+    numbers."""
+
+    def __init__(self, several: Iterable[Networks]) -> None:
+        begins_or_ends: dict[int, dict[int, set[int]]] = {4: {}, 6: {}}
+        for number, networks in enumerate(several):
+            for version, ranges in networks.by_version.items():
+                for edge in (*ranges.firsts, *(last + 1 for last in ranges.lasts)):
+                    begins_or_ends[version].setdefault(edge, set()).add(number)
+        self._edges = {version: sorted(at) for version, at in begins_or_ends.items()}
+        self._between = {
+            version: tuple(accumulate((at[edge] for edge in self._edges[version]), xor, initial=frozenset[int]()))
+            for version, at in begins_or_ends.items()
+        }
+        """The sets that hold what is before each edge, and after the last one."""
+        self._known: dict[tuple[int, int, int], tuple[frozenset[int], frozenset[int]]] = {}
+
+    def of(self, network: IPNetwork) -> tuple[frozenset[int], frozenset[int]]:
+        """The sets that hold all of it, and those that hold some or all."""
+        version, (first, last) = network.version, bounds(network)
+        place = version, bisect_right(self._edges[version], first), bisect_right(self._edges[version], last)
+        if place not in self._known:
+            met = self._between[version][place[1] : place[2] + 1]
+            self._known[place] = met[0].intersection(*met[1:]), met[0].union(*met[1:])
+        return self._known[place]
 
 
 def _merged(pairs: Iterable[tuple[int, int]]) -> Ranges:
