@@ -16,7 +16,7 @@ from test_kernel_forward import LEADER as PLAN
 from test_kernel_forward import sh
 
 from kilo_etcd.agent.daemon import OBSTACLES_PAUSE, OBSTACLES_PERIOD
-from kilo_etcd.kernel import cleanup, open_kernel
+from kilo_etcd.kernel import cleanup, ipvs, open_kernel
 from kilo_etcd.kernel.firewall import destinations, hooks, iptables
 from kilo_etcd.kernel.firewall.chains import (
     BaseChain,
@@ -838,7 +838,7 @@ async def test_a_destination_that_is_written_beside_a_translation_or_by_a_prefix
 
 @pytest.mark.root
 @pytest.mark.usefixtures("own_namespaces")
-async def test_what_is_for_the_host_itself_is_not_forwarded() -> None:
+async def test_what_is_for_the_host_itself_is_not_forwarded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     sh("ip link add eth0 type veth peer eth1; ip addr add 192.168.9.1/24 dev eth0; ip link set eth0 up; "
        "ip route add default via 192.168.9.2")  # fmt: skip
     both = "{ 10.43.0.0/16, 192.168.9.0/24 }"
@@ -848,11 +848,16 @@ async def test_what_is_for_the_host_itself_is_not_forwarded() -> None:
     async with open_kernel(Setup(private_key=PRIVATE)) as kernel:
         await kernel.apply(evolve(LEADER, behind=(SERVICES, link, alone)))
         assert cut_networks(await kernel.obstacles()) == [SERVICES, link]
-        # As a router has its own name.
-        sh("ip addr add 10.43.0.10/32 dev lo")
+        # As a router has its own name, and another address that several hosts have.
+        sh("ip addr add 10.43.0.10/32 dev lo; ip addr add 10.43.0.1/32 dev lo")
+        assert cut_networks(await kernel.obstacles()) == [SERVICES, link]
+        # Of an address on a link the neighbours are elsewhere, whoever is balanced there.
+        table = tmp_path / "ip_vs"
+        monkeypatch.setattr(ipvs, "TABLE", table)
+        table.write_text(BALANCED.replace("0A2B0001", "C0A80901"))
         assert cut_networks(await kernel.obstacles()) == [SERVICES, link]
         # As kube-proxy does in its mode ipvs, with a dummy.
-        sh("ip addr add 10.43.0.1/32 dev lo")
+        table.write_text(BALANCED)
         assert cut_networks(await kernel.obstacles()) == [link]
         # Where the host itself takes them is not before hook prerouting.
         sh("nft delete table ip x")
@@ -860,9 +865,31 @@ async def test_what_is_for_the_host_itself_is_not_forwarded() -> None:
         assert cut_networks(await kernel.obstacles()) == [SERVICES]
 
 
-def of_services(*addresses: str) -> OwnAddresses:
+BALANCED = """IP Virtual Server version 1.2.1 (size=4096)
+Prot LocalAddress:Port Scheduler Flags
+  -> RemoteAddress:Port Forward Weight ActiveConn InActConn
+TCP  0A2B0001:01BB rr
+  -> 0A2A0005:192B      Masq    1      0          0
+UDP  [fd43:0000:0000:0000:0000:0000:0000:000a]:0035 rr persistent 10800
+  -> [fd42:0000:0000:0000:0000:0000:0000:0005]:0035 Masq 1 0 0
+FWM  00000007 wlc
+"""
+"""As /proc/net/ip_vs has it."""
+
+
+def test_the_addresses_of_ipvs_are_those_of_virtual_servers() -> None:
+    assert set(ipvs.addresses(BALANCED.splitlines())) == {ip_address("10.43.0.1"), ip_address("fd43::a")}
+
+
+def test_a_kernel_without_ipvs_balances_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ipvs, "TABLE", tmp_path / "none")
+    assert ipvs.read() == frozenset()
+
+
+def of_services(*addresses: str, balanced: str = "") -> OwnAddresses:
     held = frozenset(map(ip_interface, addresses))
-    return OwnAddresses(everywhere=frozenset(one.ip for one in held), for_services=held)
+    everywhere = frozenset(one.ip for one in held)
+    return OwnAddresses(everywhere=everywhere, for_services=held, balanced=frozenset(map(ip_address, balanced.split())))
 
 
 @pytest.mark.parametrize(
@@ -870,14 +897,18 @@ def of_services(*addresses: str) -> OwnAddresses:
     [
         (of_services(), "", "10.43.0.0/16 10.43.0.1/32"),
         (of_services("127.0.0.1/8", "127.0.0.2/32"), "", "0.0.0.0/1 64.0.0.0/2 127.0.0.0/8"),
+        (of_services("127.0.0.1/8", balanced="127.0.0.1"), "", "0.0.0.0/1 64.0.0.0/2"),
         (of_services("::1/128", "fe80::1/64", "fe80::2/64"), "::1/128", "::/0 fe80::/10 fe80::/64"),
         (of_services("10.43.0.10/32"), "10.43.0.10/32", "10.43.0.0/16 10.0.0.0/8 10.43.0.10/31 10.43.0.1/32"),
-        (of_services("10.43.0.10/32", "10.43.9.1/32"), "10.43.0.0/16 10.0.0.0/8", "10.43.0.0/24 10.43.9.0/24"),
+        (of_services("10.43.0.10/32", "10.43.9.1/32"), "", "10.43.0.0/16 10.0.0.0/8 10.43.0.0/24 10.43.9.0/24"),
+        (of_services("10.43.0.1/32", balanced="10.43.0.1 10.44.0.9"), "10.43.0.0/16 10.43.0.0/31 10.43.0.1/32",
+         "10.43.0.2/31 10.43.1.0/24 10.44.0.0/16 10.44.0.9/32"),
         (of_services("10.43.0.1/16"), "10.43.0.0/16 10.43.1.0/24 10.43.0.9/32", "10.0.0.0/8 10.44.0.0/16"),
-        (of_services("fd43::1/128", "fd43::2/128"), "fd43::/112 fd00::/8", "fd42::/112 fd43::3/128"),
+        (of_services("fd43::1/128", "fd43::2/128", balanced="fd43::2"), "fd43::/112 fd00::/8",
+         "fd42::/112 fd43::3/128"),
     ],
-)
-def test_a_network_counts_as_the_hosts_own_if_its_loopback_holds_it_or_several_addresses_of_it(
+)  # fmt: skip
+def test_a_network_counts_as_the_hosts_own_if_its_loopback_holds_it_or_addresses_of_it_that_are_balanced(
     own: OwnAddresses, local: str, forwarded: str
 ) -> None:
     for networks, expected in ((local, True), (forwarded, False)):

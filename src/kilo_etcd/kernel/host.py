@@ -14,7 +14,7 @@ from pathlib import Path
 
 from attrs import evolve
 
-from kilo_etcd.kernel import sysctl, userspace, wireguard
+from kilo_etcd.kernel import ipvs, sysctl, userspace, wireguard
 from kilo_etcd.kernel.errors import NO_PERMISSION, KernelError, NetlinkError, failure, taken, why_not
 from kilo_etcd.kernel.firewall.chains import Obstacle, Refusal
 from kilo_etcd.kernel.firewall.destinations import OwnAddresses
@@ -403,6 +403,7 @@ class Host:
         return OwnAddresses(
             everywhere=frozenset(item.address.ip for item in found),
             for_services=frozenset(item.address for item in found if item.for_services),
+            balanced=ipvs.read(),
         )
 
     def _read_routes(self) -> tuple[dict[IPNetwork, Route], list[Route], dict[IPNetwork, Route], set[IPNetwork]]:

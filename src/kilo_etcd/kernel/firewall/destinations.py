@@ -187,9 +187,6 @@ def _packets_to(
             yield Packet(network.version, far, near, subnets, protocol, source=network, new=False)
 
 
-_SEVERAL = 2
-
-
 @frozen(kw_only=True)
 class OwnAddresses:
     """The addresses of the host itself."""
@@ -197,17 +194,20 @@ class OwnAddresses:
     everywhere: frozenset[IPAddress] = frozenset()
     for_services: frozenset[IPInterface] = frozenset()
     """Those of loopback and dummy devices, with the networks that these hold."""
+    balanced: frozenset[IPAddress] = frozenset()
+    """Those at which the kernel balances services (IPVS)."""
 
     def may_be(self, network: IPNetwork) -> bool:
-        """Whether all packets for a network may be for the host itself: a device for services holds it, or several
-        addresses of it, so that others may well be the host's too. One alone may be the host's name to routers."""
+        """Whether all packets for a network may be for the host itself: a device for services holds it, or an address
+        of it at which the kernel balances a service, so that the network is one of services. Any other address there
+        may be the host's name to routers, or one that several hosts have; the rest of the network is elsewhere then."""
         version, (first, last) = network.version, bounds(network)
         if self._held.hold((network,), version):
             return True
         if network.prefixlen == network.max_prefixlen:
             return network.network_address in self.everywhere
         numbers = self._numbers[version]
-        return bisect_right(numbers, last) - bisect_left(numbers, first) >= _SEVERAL
+        return bisect_left(numbers, first) < bisect_right(numbers, last)
 
     @cached_property
     def _services(self) -> tuple[IPInterface, ...]:
@@ -220,8 +220,9 @@ class OwnAddresses:
 
     @cached_property
     def _numbers(self) -> dict[int, list[int]]:
-        """Their addresses, in order."""
-        return {version: sorted({int(one) for one in self._services if one.version == version}) for version in (4, 6)}
+        """The addresses for services that are balanced, in order."""
+        found = {one.ip for one in self._services} & self.balanced
+        return {version: sorted(int(one) for one in found if one.version == version) for version in (4, 6)}
 
 
 def translated(
