@@ -13,8 +13,9 @@ NO_BASELINE = "no host elsewhere has ever answered an echo request through the l
 WAS_DEMOTED = "this host was demoted as leader:"
 """How the sentence of an agent begins whose host does not lead because probers have reported it."""
 FORWARDING_LOOK = (
-    "what drops forwarded packets (nft list ruleset; sysctl net.ipv4.ip_forward net.ipv6.conf.all.forwarding; an "
-    r"rp_filter of 1: sysctl -ar '\.rp_filter') or leads them elsewhere (ip rule; ip route get MESH-ADDRESS)"
+    "what drops forwarded packets (nft list ruleset; ip xfrm policy; sysctl net.ipv4.ip_forward "
+    r"net.ipv6.conf.all.forwarding; an rp_filter of 1: sysctl -ar '\.rp_filter') or leads them elsewhere (ip rule; "
+    "ip route get MESH-ADDRESS)"
 )
 """What to look for on a host that does not forward, with the commands that show it."""
 STATE_TROUBLE = ("the state directory ", "the private key ", "the snapshot cannot be cached ")

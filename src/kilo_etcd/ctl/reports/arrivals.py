@@ -301,7 +301,7 @@ def _unreached(
             remedy="look there for what drops " + (
                 "UDP 51820 (--port) that goes out, or packets that go out by kilo0" if unsent
                 else "packets that come in by kilo0 or go out by it"
-            ) + ": nft list ruleset, ip rule",
+            ) + ": nft list ruleset, ip rule, ip xfrm policy",
         )  # fmt: skip
     return Loss(
         subject=target, text=f"{unanswered}{its_own}",
@@ -316,7 +316,7 @@ def _unanswered_sender(sender: str, targets: Iterable[str], answered: Iterable[s
         text=f"none of the echo requests that it sends to {some(targets)} is answered, although it answers those of "
              f"{some(answered)}",
         remedy="look there for what drops or changes its own packets: nft list ruleset and iptables-save (snat, "
-               "masquerade, drop), ip rule",
+               "masquerade, drop), ip rule, ip xfrm policy",
     )  # fmt: skip
 
 
@@ -390,7 +390,7 @@ def _apart(topology: Topology, lost: Collection[tuple[str, str]], tried: _Tried)
                   else f"{ends[0]} {does} not reach {ends[1]}")
                  + (f", and all that is lost passes {first}; what arrives there does not" if first else ""),
             remedy="look for a firewall (nft list ruleset), " + ("a translation of addresses (snat), " if first else "")
-                   + f"or another program's rule (ip rule), on {where}"
+                   + f"another program's rule (ip rule) or IPsec policy (ip xfrm policy), on {where}"
                    + (f", on {' or '.join(between)}" if between else "") + ", or on the way"
                    + ("" if between or any(end_of(topology, host) != end_of(topology, other) for other in others)
                       else "; and for a wrong entry in the neighbour table (ip neigh)"),

@@ -201,5 +201,6 @@ def _remedy(topology: Topology, live: Live, hosts: Iterable[str], source: str, a
             *_past_the_tunnels(topology, answer, name, source, address),
         )
     ]
-    look = f"look on {some(names)} for what drops packets by their addresses: nft list ruleset, iptables-save"
+    commands = "nft list ruleset, iptables-save, ip xfrm policy"
+    look = f"look on {some(names)} for what drops packets by their addresses: {commands}"
     return "; ".join((*obstacles, look, "the mesh address works"))
