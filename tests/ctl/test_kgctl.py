@@ -305,6 +305,29 @@ async def test_labels_are_set_listed_and_unset() -> None:
 
 
 @pytest.mark.etcd
+async def test_very_many_dead_names_are_forgotten_in_few_transactions_after_one_question_to_the_agents() -> None:
+    require("etcd")
+    dead = [f"runner-{number:03}" for number in range(300)]
+    async with EtcdServer.run() as server, open_client(server.config()) as client:
+        await small_world(client)
+        # It says for how long names without a record have been silent.
+        lease = (await client.grant_lease(600)).id
+        there = await client.get(Keys().node("node-1"))
+        assert there is not None
+        await client.put(there.key.decode(), there.value, lease=lease)
+        for number, name in enumerate(dead):
+            last = await client.put(f"/kilo/by/{name}/addresses/10.4.{1 + number // 200}.{number % 200}", "")
+        text = await kgctl(server, "node", "forget", "--dead-for", "1m", "--yes")
+        assert [name for line in text.splitlines() if line.endswith(": forgotten.")
+                for name in line.removesuffix(": forgotten.").split(", ")] == dead  # fmt: skip
+        left = await client.get_prefix("/kilo/by/")
+        assert not [kv.key for kv in left.kvs if b"runner" in kv.key]
+        assert len([kv.key for kv in left.kvs if kv.key.endswith(b"/node")]) == 4
+        # Of a transaction etcd takes 64 names, and the question is put and taken back.
+        assert left.header.revision - last.header.revision == 5 + 2
+
+
+@pytest.mark.etcd
 async def test_the_prefix_separates_meshes() -> None:
     require("etcd", "etcdctl")
     async with EtcdServer.run() as server:

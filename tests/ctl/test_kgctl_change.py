@@ -11,6 +11,7 @@ import trio
 from click.testing import CliRunner, Result
 
 from helpers import put_kept
+from kilo_etcd.ctl import change
 from kilo_etcd.ctl.main import main
 from kilo_etcd.etcd.api import Client, PermissionDenied
 from kilo_etcd.model import CandidateClass, Endpoint, Snapshot
@@ -401,6 +402,40 @@ def test_a_node_that_is_gone_meanwhile_does_not_keep_the_other_dead_ones(
     monkeypatch.setattr(silence, "claiming", _claims)  # Of runner-9 nothing is left.
     assert run("node", "forget", "--dead-for", "1h", "--yes").exit_code == 0
     assert etcd.keys("/kilo/by/gcp-2/") == []
+
+
+def test_a_node_that_comes_back_while_the_dead_are_forgotten_is_kept_and_the_others_go(
+    etcd: FakeEtcd, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    etcd.put("/kilo/by/runner-9/addresses/10.4.0.9", "")
+    monkeypatch.setattr(silence, "claiming", _claims)
+
+    async def come_back(_client: Client, _keys: Keys, *, registered: frozenset[str]) -> None:
+        await trio.lowlevel.checkpoint()
+        etcd.put_kept(KEYS.status("gcp-2"), "{}")
+
+    monkeypatch.setattr(change, "distrust_by_look", come_back)
+    result = run("node", "forget", "--dead-for", "1h", "--yes")
+    assert "runner-9: forgotten." in result.output.splitlines()
+    assert (result.exit_code, result.stderr.startswith("kgctl: gcp-2 has an agent that lives")) == (1, True)
+    assert etcd.keys("/kilo/by/gcp-2/") != []
+    assert etcd.keys("/kilo/by/runner-9/") == []
+
+
+def test_a_dead_node_whose_annotations_somebody_changes_meanwhile_is_kept_and_named(
+    etcd: FakeEtcd, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    etcd.put("/kilo/locations/gcp-2", "gcp")
+    monkeypatch.setattr(silence, "claiming", _claims)
+
+    async def relabel(_client: Client, _keys: Keys, *, registered: frozenset[str]) -> None:
+        await trio.lowlevel.checkpoint()
+        etcd.put("/kilo/locations/gcp-2", "home")
+
+    monkeypatch.setattr(change, "distrust_by_look", relabel)
+    result = run("node", "forget", "--dead-for", "1h", "--yes")
+    assert (result.exit_code, "changed what there is of gcp-2; it stays as it is" in result.stderr) == (1, True)
+    assert etcd.keys("/kilo/by/gcp-2/") != []
 
 
 def test_a_rejected_label_is_named_without_what_is_kept_of_it(etcd: FakeEtcd) -> None:

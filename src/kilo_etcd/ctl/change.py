@@ -2,13 +2,15 @@
 
 An `Edit` is what is to be written; `carry_out` shows its impact (`ctl.impact`), stops there with
 `--dry-run`, and else writes it in one transaction, which etcd takes only if the keys concerned are still as they were
-when the impact was computed. So two operators at once do not undo each other unseen.
+when the impact was computed. So two operators at once do not undo each other unseen. `carry_out_all` does the same with
+very many edits, in as many transactions as they need.
 """
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Mapping
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from enum import Enum
 from functools import partial
 from typing import Any, TypeVar
@@ -16,7 +18,9 @@ from typing import Any, TypeVar
 import click
 from attrs import field, frozen
 
+from kilo_etcd.base.quoting import first_of
 from kilo_etcd.ctl.context import Failure, Mesh
+from kilo_etcd.ctl.reports.render import clean
 from kilo_etcd.ctl.trust import distrust_by_look
 from kilo_etcd.etcd.api import (
     Client,
@@ -43,6 +47,9 @@ F = TypeVar("F", bound=Callable[..., Any])
 
 MOST = 128
 """etcd's own limit (--max-txn-ops) on the conditions, and on the writes, of one transaction."""
+
+NAMED = 10
+"""Names in one sentence."""
 
 
 class Outcome(Enum):
@@ -105,12 +112,119 @@ def carry_out(
     if dry_run:
         click.echo("Nothing was written (--dry-run).", err=aside)
         return Outcome.DRY_RUN
-    if not adopts and (sentence := mesh.ask(partial(distrust_by_look, registered=prepared.registered))) is not None:
-        click.echo(f"kgctl: {sentence}", err=True)
+    if not adopts:
+        _say_distrust(mesh, prepared.registered)
     if prepared.question and not yes:
         confirm(prepared.question)
     prepared.write()
     return Outcome.WRITTEN
+
+
+def _say_distrust(mesh: Mesh, registered: frozenset[str]) -> None:
+    if (sentence := mesh.ask(partial(distrust_by_look, registered=registered))) is not None:
+        click.echo(f"kgctl: {sentence}", err=True)
+
+
+def carry_out_all(
+    mesh: Mesh,
+    decide: Callable[[View, Keys], Mapping[str, Edit]],
+    *,
+    dry_run: bool,
+    question: str,
+    on_written: Callable[[Sequence[str]], object],
+) -> Outcome:
+    """Do what `decide` says, edits of single names that only delete and do not depend on each other. There is one look
+    and one question for all; `on_written` gets the names of each transaction. Failure: some names are left; the others
+    were written. An empty `question` is not asked.
+    """
+    from kilo_etcd.ctl.impact import impact
+    from kilo_etcd.ctl.reports.report import registered_names
+
+    before, view, keys = _look(mesh)
+    edits = decide(view, keys)
+    registered = registered_names(view, keys)
+    # `after` uses the view up.
+    groups = deque(_in_transactions({name: _conditions(edit, view) for name, edit in edits.items()}, edits))
+    gone = [key for edit in edits.values() for key in _deleted(edit, view)]
+    if not gone:
+        return Outcome.NOTHING
+    for line in impact(before, after(view, {}, gone)):
+        click.echo(line)
+    if dry_run:
+        click.echo("Nothing was written (--dry-run).")
+        return Outcome.DRY_RUN
+    _say_distrust(mesh, registered)
+    if question:
+        confirm(question)
+    left: list[str] = []
+
+    async def write(client: Client, _keys: Keys) -> None:
+        while groups:
+            group = groups.popleft()
+            conditions = tuple(condition for _, some in group for condition in some)
+            operations = tuple(operation for name, _ in group for operation in _deletions(edits[name]))
+            if (await client.txn(conditions, operations)).succeeded:
+                on_written([name for name, _ in group])
+            elif len(group) == 1:
+                left.append(group[0][0])
+            else:
+                groups.extendleft([one] for one in reversed(group))
+
+    mesh.ask(write)
+    for name in left:
+        _refuse(mesh, edits[name])
+    if left:
+        names = first_of([clean(name) for name in left], NAMED)
+        raise Failure(f"another writer has just changed what there is of {names}; it stays as it is: look again")
+    return Outcome.WRITTEN
+
+
+_Group = list[tuple[str, tuple[Compare, ...]]]
+"""Names with their conditions that are written in one transaction."""
+
+
+def _in_transactions(
+    conditions: Mapping[str, tuple[Compare, ...]], edits: Mapping[str, Edit]
+) -> Iterator[_Group]:  # fmt: skip
+    """All, in groups of which etcd takes each. Failure: it takes one alone in none."""
+    group: _Group = []
+    compared = written = 0
+    for name, some in conditions.items():
+        writes = len(_deletions(edits[name]))
+        _check_size(max(len(some), writes))
+        if max(compared + len(some), written + writes) > MOST:
+            yield group
+            group, compared, written = [], 0, 0
+        group.append((name, some))
+        compared, written = compared + len(some), written + writes
+    if group:
+        yield group
+
+
+def _conditions(edit: Edit, view: View) -> tuple[Compare, ...]:
+    return (*(_as_it_was(view, key) for key in (*edit.puts, *edit.deletes)), *map(absent, edit.refused_by))
+
+
+def _deleted(edit: Edit, view: View) -> list[str]:
+    """The keys that are there and go."""
+    below = [kv.key.decode(errors="replace") for prefix in edit.deletes_below for kv in view.kvs(prefix)]
+    return [*(key for key in edit.deletes if view.kv(key) is not None), *below]
+
+
+def _deletions(edit: Edit) -> tuple[Op, ...]:
+    return (*map(Delete, edit.deletes), *(Delete(prefix, prefix_end(prefix)) for prefix in edit.deletes_below))
+
+
+def _check_size(number: int) -> None:
+    if number > MOST:
+        raise Failure(f"{number} keys are too many for one transaction of etcd's: change at most {MOST} in one go")
+
+
+def _look(mesh: Mesh) -> tuple[Snapshot, View, Keys]:
+    async def look(client: Client, keys: Keys) -> tuple[Snapshot, View, Keys]:
+        return *await operator.snapshot(client, keys), keys
+
+    return mesh.ask(look)
 
 
 @frozen(kw_only=True)
@@ -156,25 +270,18 @@ def prepare(mesh: Mesh, decide: Callable[[Snapshot, View, Keys], Edit]) -> Prepa
     from kilo_etcd.ctl.impact import disruption, impact, new_trouble
     from kilo_etcd.ctl.reports.report import registered_names
 
-    async def look(client: Client, keys: Keys) -> tuple[Snapshot, View, Keys]:
-        return *await operator.snapshot(client, keys), keys
-
-    before, view, keys = mesh.ask(look)
+    before, view, keys = _look(mesh)
     edit = decide(before, view, keys)
     registered = registered_names(view, keys)
-    conditions = [*(_as_it_was(view, key) for key in (*edit.puts, *edit.deletes)), *map(absent, edit.refused_by)]
+    conditions = _conditions(edit, view)
     puts = {key: value for key, value in edit.puts.items() if _value(view, key) != value}
-    deletes = [key for key in edit.deletes if view.kv(key) is not None]
-    below = [kv.key.decode(errors="replace") for prefix in edit.deletes_below for kv in view.kvs(prefix)]
-    if not puts and not deletes and not below:
+    gone = _deleted(edit, view)
+    if not puts and not gone:
         return None
-    if len(conditions) > MOST:
-        raise Failure(
-            f"{len(conditions)} keys are too many for one transaction of etcd's: change at most {MOST} in one go"
-        )
+    _check_size(len(conditions))
     _refuse(mesh, edit)
-    held = _full_values(mesh, {key: view.kv(key) for key in (*puts, *deletes, *below)})
-    then = after(view, puts, [*deletes, *below])
+    held = _full_values(mesh, {key: view.kv(key) for key in (*puts, *gone)})
+    then = after(view, puts, gone)
     if edit.refuses_trouble and (trouble := new_trouble(before, then)):
         raise Failure("; ".join(trouble) + "; nothing was written")
     if (reason := edit.forbids(then)) is not None:
@@ -184,12 +291,8 @@ def prepare(mesh: Mesh, decide: Callable[[Snapshot, View, Keys], Edit]) -> Prepa
         edit=edit,
         lines=impact(before, then),
         question=edit.asks or (disruption(before, then) if edit.asks_if_disruptive else ""),
-        conditions=tuple(conditions),
-        operations=(
-            *(Put(key, value) for key, value in puts.items()),
-            *map(Delete, deletes),
-            *(Delete(prefix, prefix_end(prefix)) for prefix in edit.deletes_below),
-        ),
+        conditions=conditions,
+        operations=(*(Put(key, value) for key, value in puts.items()), *_deletions(edit)),
         registered=registered,
         backwards=tuple(Delete(key) if kv is None else Put(key, kv.value, kv.lease) for key, kv in held.items()),
     )

@@ -6,7 +6,7 @@ have to be deleted, or moved to the new name.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 from kilo_etcd.base.quoting import first_of
 from kilo_etcd.ctl.change import Edit
@@ -16,9 +16,6 @@ from kilo_etcd.etcd.api import KeyValue
 from kilo_etcd.store.keys import AnnotationKey, Keys, LocationKey
 from kilo_etcd.store.records import is_stub
 from kilo_etcd.store.view import View
-
-MOST_AT_ONCE = 10
-"""Nodes that are forgotten in one transaction, each with a label and all annotations (`ctl.change.MOST`)."""
 
 MOST_NAMED = 10
 """Labels and annotations in one question."""
@@ -47,18 +44,14 @@ def forgetting(node: str, view: View, keys: Keys, *, keep_labels: bool) -> Edit:
     )
 
 
-def forgetting_all(nodes: Iterable[str], view: View, keys: Keys, *, keep_labels: bool) -> Edit:
-    """The same for several nodes, at most `MOST_AT_ONCE`, without a question. One that is gone meanwhile is none. One
-    without a record may be joining for the first time, so what is set for it is kept."""
-    there = [node for node in nodes if view.kvs(keys.by(node))]
-    edits = [
-        forgetting(node, view, keys, keep_labels=keep_labels or view.kv(keys.node(node)) is None) for node in there
-    ]
-    return Edit(
-        deletes=tuple(key for edit in edits for key in edit.deletes),
-        deletes_below=tuple(prefix for edit in edits for prefix in edit.deletes_below),
-        refused_by={key: text for edit in edits for key, text in edit.refused_by.items()},
-    )
+def forgetting_all(nodes: Iterable[str], view: View, keys: Keys, *, keep_labels: bool) -> Mapping[str, Edit]:
+    """The same for several nodes, by name. One that is gone meanwhile is left out. One without a record may be joining
+    for the first time, so what is set for it is kept."""
+    return {
+        node: forgetting(node, view, keys, keep_labels=keep_labels or view.kv(keys.node(node)) is None)
+        for node in nodes
+        if view.kvs(keys.by(node))
+    }
 
 
 def renaming(old: str, new: str, view: View, keys: Keys) -> Edit:

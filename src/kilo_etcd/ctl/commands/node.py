@@ -13,14 +13,14 @@ from typing import TYPE_CHECKING, Any
 import click
 from attrs import frozen
 
-from kilo_etcd.ctl.change import Edit, Outcome, carry_out, change_options, confirm
+from kilo_etcd.ctl.change import Edit, Outcome, carry_out, carry_out_all, change_options
 from kilo_etcd.ctl.commands import complete
 from kilo_etcd.ctl.commands.annotate import node_argument
 from kilo_etcd.ctl.commands.peer import checked
 from kilo_etcd.ctl.commands.status import look, read_mesh
 from kilo_etcd.ctl.context import Failure, Mesh
 from kilo_etcd.ctl.group import Group
-from kilo_etcd.ctl.node_edits import MOST_AT_ONCE, forgetting, forgetting_all, renaming
+from kilo_etcd.ctl.node_edits import forgetting, forgetting_all, renaming
 from kilo_etcd.ctl.output import output_option, show
 from kilo_etcd.ctl.reports.render import NONE, Table, clean, shown_location
 from kilo_etcd.ctl.reports.report import NodeRow, remarks_on
@@ -334,16 +334,16 @@ def forget_command(
         return
     for each in silent:
         click.echo(f"{clean(each.name)}: {_silence(each)}; {_listed(each.addresses)}")
-    if not dry_run and not yes:
-        confirm(f"{len(silent)} {'node leaves' if len(silent) == 1 else 'nodes leave'} the mesh. Continue?")
-    for first in range(0, len(silent), MOST_AT_ONCE):
-        names = [each.name for each in silent[first : first + MOST_AT_ONCE]]
-
-        def decide_all(_before: Snapshot, view: View, keys: Keys, names: list[str] = names) -> Edit:
-            return forgetting_all(names, view, keys, keep_labels=keep_labels)
-
-        if carry_out(mesh, decide_all, dry_run=dry_run, yes=True) is Outcome.WRITTEN:
-            click.echo(f"{', '.join(map(clean, names))}: forgotten.")
+    names = [each.name for each in silent]
+    carry_out_all(
+        mesh,
+        lambda view, keys: forgetting_all(names, view, keys, keep_labels=keep_labels),
+        dry_run=dry_run,
+        question=""
+        if yes
+        else f"{len(names)} {'node leaves' if len(names) == 1 else 'nodes leave'} the mesh. Continue?",
+        on_written=lambda some: click.echo(f"{', '.join(map(clean, some))}: forgotten."),
+    )
 
 
 @node_group.command("rename", epilog="Example:\n\n\b\n  kgctl node rename node-7 node-7.example.net")
