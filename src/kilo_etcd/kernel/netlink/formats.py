@@ -224,8 +224,6 @@ XT_ADDRTYPE0, XT_ADDRTYPE1 = Struct("=HHII"), Struct("=HHI")
 """Both forms of xtables' match of the type of an address, by their numbers: the types of the source and of the
 destination, each a bit, and of the second the flags (linux/netfilter/xt_addrtype.h)."""
 XT_ADDRTYPE_INVERT_DEST = 2
-NFT_NAT_DNAT = 1
-"""The type of a nat expression that translates the destination (linux/netfilter/nf_tables.h)."""
 IP_CT_DIR_REPLY = 1
 """Direction of packets that the other side of a connection sends (linux/netfilter/nf_conntrack_tuple_common.h)."""
 PORT_RANGE = Struct("=HH")

@@ -122,6 +122,7 @@ _SILENT = frozenset({"counter", "log", "notrack", "last"})
 """They match every packet."""
 _SILENT_OBJECTS = frozenset(map(be32, formats.NFT_OBJECTS_THAT_MATCH))
 _ADDRESS_TYPE = _expr.nft_fib.fib_result.ops.index("NFT_FIB_RESULT_ADDRTYPE")
+_DNAT = be32(next(number for number, name in _expr.nft_nat.types.ops.items() if name == "NFT_NAT_DNAT"))
 _LOCAL: int = formats.rtnl.rt_type["local"]
 _PROTOCOL_FIELDS = ((9, 1), (6, 1))
 """Offset and length of `protocol` in the header of IPv4, and of `nexthdr` in that of IPv6. Nft asks for the family
@@ -332,7 +333,7 @@ def to_rules(rule: Found, sets: Sets = lambda name: None, hook: str = "preroutin
                 registers.load(get("NFTA_IMMEDIATE_DREG", b""))
         elif name in _TRANSLATES:
             branches = (((), "accept", ""),)
-            translates = translates or name == "redir" or get("NFTA_NAT_TYPE") == be32(formats.NFT_NAT_DNAT)
+            translates = translates or name == "redir" or get("NFTA_NAT_TYPE") == _DNAT
         elif name == "reject":
             branches = (((), "drop", ""),)
         elif name == "lookup":
