@@ -7,7 +7,9 @@ connections as well. A connection that is left while calls run on it is retired:
 ping says that it is dead.
 
 Endpoints come in groups, and one of a later group is tried only if none of those before can be connected to: those that
-were preferred since (`prefer`), those that were given or discovered, and `Config.more_endpoints`. A group of which none
+were preferred since (`prefer`), those that were given or discovered, and `Config.more_endpoints`. Those that somebody
+has given are tried in their order, so that a gRPC proxy of the location can come first; of others each client begins at
+one of its own. A connection that stands is not left for an endpoint that comes before. A group of which none
 has answered since it failed is not waited for: it is begun, or left to rest, and the next one is tried beside it.
 Discovered endpoints are looked up again as soon as none of them answers, beside the attempts to connect.
 """
@@ -216,7 +218,8 @@ class Channel:
             with trio.move_on_after(STAGGER):
                 await over.wait()
 
-        for group in (self._preferred, self._first, self._more):
+        given = self._config.discovery is None
+        for group, as_given in ((self._preferred, False), (self._first, given), (self._more, False)):
             left = set(group) - tried
             if not left:
                 continue
@@ -224,7 +227,7 @@ class Channel:
                 await over.wait()
             tried |= left
             doubtful = self._balancer.all_failed(left)
-            for rest, endpoint in self._balancer.order(started, left):
+            for rest, endpoint in self._balancer.order(started, left, as_given=as_given):
                 if doubtful and rest > 0:
                     postponed.append((rest, endpoint))
                 else:

@@ -72,7 +72,11 @@ def _etcd(name: str, default: str, help: str, **rest: Any) -> Flag:
 
 
 _ETCD = (
-    _etcd("--endpoints", DEFAULT_ENDPOINTS, "etcd's endpoints, comma-separated: host:port, http://... or https://..."),
+    _etcd(
+        "--endpoints",
+        DEFAULT_ENDPOINTS,
+        "etcd's endpoints, comma-separated, in order of preference: host:port, http://... or https://...",
+    ),
     _etcd("--discovery-srv", "", "The domain whose SRV records name etcd's endpoints, instead of --endpoints."),
     _etcd("--discovery-srv-name", "", "The service name in these records: _etcd-client-ssl-NAME._tcp."),
     _etcd(
