@@ -26,7 +26,7 @@ from kilo_etcd.etcd.client import open_client
 from kilo_etcd.etcd.values import Member
 from kilo_etcd.runtime.etcd_members import FILE, keep
 from kilo_etcd.runtime.logs import Once
-from kilo_etcd.testing.etcd_server import EtcdCluster, EtcdServer
+from kilo_etcd.testing.etcd_server import EtcdCluster, EtcdProxy, EtcdServer
 from kilo_etcd.testing.fake_etcd import FakeClient, FakeEtcd
 
 BIN = Path(sys.executable).parent
@@ -271,3 +271,24 @@ async def test_an_agent_finds_etcd_by_srv_records_and_follows_them(
             dns.records[name] = [("localhost.", second.client_port)]
             await first.kill()
             await host.applies(third, "there")
+
+
+@pytest.mark.root
+@pytest.mark.etcd
+@pytest.mark.usefixtures("own_namespaces")
+async def test_an_agent_is_healthy_again_after_its_proxy_is_restarted(tmp_path: Path) -> None:
+    """It is away for longer than it takes to doubt a lease, so that the agent asks for its leases one by one."""
+    async with EtcdServer.run() as server, EtcdProxy.run(server) as proxy:
+        host = Host(tmp_path, "--endpoints", proxy.endpoint)
+        with host.agent():
+            await host.said("this host is a segment|leader elected")
+            await host.applies(server, "here")
+            await proxy.kill()
+            async with open_client(server.config()) as client:
+
+                async def lease_ended() -> bool:
+                    return await client.get("/kilo-status/by/h1/status") is None
+
+                await eventually(lease_ended, 60, every=0.1)
+            await proxy.start()
+            await host.applies(server, "there")

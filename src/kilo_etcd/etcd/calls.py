@@ -102,9 +102,17 @@ class Caller:
         self.tokens = Tokens(self._authenticate) if config.user else None
 
     async def unary(
-        self, path: str, request: Message, answer: type[M], doing: Doing, *, idempotent: bool = False, auth: bool = True
+        self,
+        path: str,
+        request: Message,
+        answer: type[M],
+        doing: Doing,
+        *,
+        idempotent: bool = False,
+        auth: bool = True,
+        streaming: bool = False,
     ) -> M:
-        """Raises EtcdError only."""
+        """`streaming`: the method is one of streams, of which one answer is wanted. Raises EtcdError only."""
         # What is sent once only is given all the time: to give up early would only make its outcome unknown.
         timeout = self.config.attempt_timeout if idempotent else self.config.call_timeout
         last: Exception | None = None
@@ -128,7 +136,8 @@ class Caller:
                             scope.deadline = trio.current_time() + timeout
                             overall.deadline = max(overall.deadline, scope.deadline)
 
-                        raw = await self.attempt(connection, path, request, token, more if idempotent else None)
+                        on_data = more if idempotent else None
+                        raw = await self.attempt(connection, path, request, token, on_data, streaming=streaming)
                         self.channel.succeeded(connection)
                         return answer.FromString(raw)
                     failure: Exception = TransportFailed(f"no answer within {timeout:g} s")
@@ -161,18 +170,27 @@ class Caller:
         raise last if last else Unavailable(f"etcd did not {doing} within {self.config.call_timeout:g} s; retry")
 
     async def attempt(
-        self, connection: Connection, path: str, request: Message, token: str, more: Callable[[], None] | None = None
+        self,
+        connection: Connection,
+        path: str,
+        request: Message,
+        token: str,
+        more: Callable[[], None] | None = None,
+        *,
+        streaming: bool = False,
     ) -> bytes:
-        """One attempt on one connection, of a call with one answer; `more` is called as parts of it arrive. Raises
-        StatusError, TransportFailed."""
+        """One attempt on one connection, of a call with one answer; `more` is called as parts of it arrive. A stream is
+        not ended before its answer is there: etcd's gRPC proxy would cancel it (etcd issue 9751). Raises StatusError,
+        TransportFailed."""
         call = await self._begin(connection, path, token)
         call.on_data = more
         try:
-            await call.send(request, end=True)
+            await call.send(request, end=not streaming)
             message = await call.receive()
             if message is None:
                 raise TransportFailed("etcd ended the call without an answer")
-            await call.receive()  # The status, which is in the trailers.
+            if not streaming:
+                await call.receive()  # The status, which is in the trailers.
             return message
         finally:
             call.close()

@@ -178,6 +178,7 @@ class EtcdClient:
             pb.LeaseKeepAliveResponse,
             Doing(f"refresh lease {lease_id:x}"),
             idempotent=True,
+            streaming=True,
         )
         if answer.TTL <= 0:
             raise api.LeaseNotFound(f"etcd has no lease {lease_id:x} (expired or revoked); grant another")
@@ -242,9 +243,17 @@ class EtcdClient:
         return tuple(map(values.member, answer.members))
 
     async def _call(
-        self, method: str, request: Message, answer: type[M], doing: Doing, *, idempotent: bool = False
+        self,
+        method: str,
+        request: Message,
+        answer: type[M],
+        doing: Doing,
+        *,
+        idempotent: bool = False,
+        streaming: bool = False,
     ) -> M:
-        return await self._caller.unary(f"/etcdserverpb.{method}", request, answer, doing, idempotent=idempotent)
+        path = f"/etcdserverpb.{method}"
+        return await self._caller.unary(path, request, answer, doing, idempotent=idempotent, streaming=streaming)
 
     def __repr__(self) -> str:
         user = f" as {self._config.shown_user!r}" if self._config.user else ""

@@ -5,6 +5,11 @@ idea. `lost` is set when etcd says that the lease is gone, or at `expires_at` at
 still live at etcd (which gives every lease its full time again after an election), so who finds `lost` set may ask
 `refresh_lease` before granting another. An answer that does not come within one interval leaves the member for
 another, so that the lease outlives a member that froze.
+
+etcd's gRPC proxy sends keepalives in a rhythm of its own while a stream lasts, a third of the TTL rounded up to half a
+second, and answers with the next of these. So the pause before a keepalive counts from the answer to the last one and
+is a little shorter, or the two rhythms would drift apart and a keepalive miss the answer by a hair. Keepalives with
+a long pause between them have a stream each, of which the proxy answers the first one at once.
 """
 
 from __future__ import annotations
@@ -22,6 +27,10 @@ from .pb import etcd_pb2 as pb
 from .tasks import background
 
 PATH = "/etcdserverpb.Lease/LeaseKeepAlive"
+AHEAD = 0.95
+"""How long the pause between an answer and the next keepalive is, of the interval."""
+STREAM_EACH = 10.0
+"""Seconds between two keepalives from which on each has a stream of its own."""
 
 
 class LeaseKeeper:
@@ -52,6 +61,7 @@ class LeaseKeeper:
             refused_at = -1
             while not self.lost.is_set():
                 call: Call | None = None
+                await trio.sleep_until(self._next)
                 try:
                     call = await self._caller.stream(PATH)
                     await self._keep(call)
@@ -85,9 +95,11 @@ class LeaseKeeper:
                 return
             self._caller.channel.succeeded(call.connection)
             self._scope.deadline = max(self._scope.deadline, sent_at + ttl)
-            self._next = sent_at + self._interval
+            self._next = trio.current_time() + AHEAD * self._interval
             self.confirmed += 1
             self.last_error = None
+            if self._interval >= STREAM_EACH:
+                return
 
     def __repr__(self) -> str:
         state = "lost" if self.lost.is_set() else f"kept, {self.confirmed} confirmed"

@@ -18,7 +18,7 @@ import socket
 import subprocess
 import tempfile
 from collections.abc import AsyncIterator, Mapping, Sequence
-from contextlib import AsyncExitStack, asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from pathlib import Path
 
 import trio
@@ -107,15 +107,7 @@ class EtcdServer:
         """Start the process; `wait` until it is healthy. Raises EtcdFailed."""
         assert not self.running, f"{self.name} runs already"
         command = [*self._slow_disk(), shutil.which("etcd") or "etcd", *self._arguments(initial)]
-        if setpriv := shutil.which("setpriv"):
-            command = [setpriv, "--pdeathsig", "KILL", *command]
-        with self._log.open("ab") as log:
-            environment = {key: value for key, value in os.environ.items() if not key.startswith("ETCD")}
-            # Not trio's open_process: that forks in a worker thread, and the kernel's death signal comes when the
-            # *thread* that forked ends, which trio's idle workers do after ten seconds.
-            self.process = subprocess.Popen(  # noqa: ASYNC220
-                command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=environment, start_new_session=True
-            )
+        self.process = _spawn(command, self._log)
         if wait:
             await self.healthy()
 
@@ -239,6 +231,69 @@ class EtcdServer:
         return [*arguments, *options.arguments]
 
 
+@define(eq=False, kw_only=True)
+class EtcdProxy:
+    """One `etcd grpc-proxy` before a member. Its port stays the same over `restart`."""
+
+    server: EtcdServer
+    port: int
+    metrics_port: int
+    process: subprocess.Popen[bytes] | None = None
+
+    @classmethod
+    @asynccontextmanager
+    async def run(cls, server: EtcdServer) -> AsyncIterator[EtcdProxy]:
+        """A proxy that answers, until the block ends. It serves without TLS, as does `server`."""
+        proxy = cls(server=server, port=(ports := _free_ports(2))[0], metrics_port=ports[1])
+        try:
+            await proxy.start()
+            yield proxy
+        finally:
+            await proxy.kill()
+
+    @property
+    def endpoint(self) -> str:
+        """The URL at which clients reach the proxy."""
+        return f"http://127.0.0.1:{self.port}"
+
+    def config(self) -> Config:
+        """How a client reaches etcd through the proxy alone."""
+        return evolve(self.server.config(), endpoints=(self.endpoint,))
+
+    async def start(self) -> None:
+        """Start the process, and wait until it answers. Raises EtcdFailed."""
+        directory = self.server.directory
+        self.process = _spawn(
+            [
+                shutil.which("etcd") or "etcd", "grpc-proxy", "start", "--endpoints", self.server.endpoint,
+                "--listen-addr", f"127.0.0.1:{self.port}", "--advertise-client-url", f"127.0.0.1:{self.port}",
+                "--metrics-addr", f"http://127.0.0.1:{self.metrics_port}", "--data-dir", str(directory / "proxy"),
+            ],
+            directory / "proxy.log",
+        )  # fmt: skip
+        async with open_client(self.config()) as client:
+            with trio.move_on_after(START_TIMEOUT):
+                while self.process.poll() is None:
+                    with suppress(EtcdError):
+                        await client.status()
+                        return
+                    await trio.sleep(0.02)
+        raise EtcdFailed(f"etcd grpc-proxy at {self.endpoint} does not answer\n{(directory / 'proxy.log').read_text()}")
+
+    async def restart(self) -> None:
+        """Kill it, and start it again on the same port."""
+        await self.kill()
+        await self.start()
+
+    async def kill(self) -> None:
+        """SIGKILL, and wait for the end."""
+        if self.process is not None:
+            self.process.kill()
+            with trio.CancelScope(shield=True):
+                while self.process.poll() is None:  # noqa: ASYNC110
+                    await trio.sleep(0.005)
+
+
 @define(eq=False)
 class EtcdCluster:
     """Several members that form one cluster, started and ended together."""
@@ -337,6 +392,19 @@ def _members(size: int, directory: Path, options: ServerOptions) -> list[EtcdSer
         )
         for name, client_port, peer_port in zip(names, ports[:size], ports[size:], strict=True)
     ]
+
+
+def _spawn(command: Sequence[str], log_path: Path) -> subprocess.Popen[bytes]:
+    """Start a process that ends with this one."""
+    if setpriv := shutil.which("setpriv"):
+        command = [setpriv, "--pdeathsig", "KILL", *command]
+    environment = {key: value for key, value in os.environ.items() if not key.startswith("ETCD")}
+    with log_path.open("ab") as log:
+        # Not trio's open_process: that forks in a worker thread, and the kernel's death signal comes when the
+        # *thread* that forked ends, which trio's idle workers do after ten seconds.
+        return subprocess.Popen(
+            command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=environment, start_new_session=True
+        )
 
 
 def _free_ports(count: int) -> list[int]:

@@ -1,0 +1,110 @@
+"""The client behind etcd's own gRPC proxy (`etcd grpc-proxy`), real ones both."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+
+import pytest
+import trio
+from attrs import evolve
+
+from helpers import eventually, require
+from kilo_etcd.etcd import lease as keepalives
+from kilo_etcd.etcd.api import LeaseNotFound, Watch
+from kilo_etcd.etcd.client import EtcdClient, open_client
+from kilo_etcd.testing.etcd_server import EtcdProxy, EtcdServer
+
+pytestmark = pytest.mark.etcd
+
+
+@asynccontextmanager
+async def proxied() -> AsyncIterator[tuple[EtcdServer, EtcdProxy, EtcdClient]]:
+    require("etcd")
+    async with (
+        EtcdServer.run() as server,
+        EtcdProxy.run(server) as proxy,
+        open_client(proxy.config()) as client,
+    ):
+        yield server, proxy, client
+
+
+def connection(client: EtcdClient) -> str:
+    found = re.search(r"Connection \d+", repr(client))
+    assert found, client
+    return found[0]
+
+
+async def test_one_keepalive_is_answered() -> None:
+    async with proxied() as (_, _, client):
+        lease = await client.grant_lease(60)
+        assert [await client.refresh_lease(lease.id) for _ in range(3)] == [60, 60, 60]
+        await client.revoke_lease(lease.id)
+        with pytest.raises(LeaseNotFound):
+            await client.refresh_lease(lease.id)
+
+
+async def test_a_short_lease_is_kept_in_the_rhythm_of_the_proxy() -> None:
+    async with proxied() as (_, _, client):
+        lease = await client.grant_lease(3)
+        async with client.keep_alive(lease.id, lease.ttl) as kept:
+            await eventually(lambda: " 1 confirmed" in repr(kept))
+            before = connection(client)
+            await eventually(lambda: " 6 confirmed" in repr(kept), 10)
+            assert connection(client) == before
+
+
+async def test_a_long_lease_is_kept_more_often_than_the_proxy_would(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(keepalives, "STREAM_EACH", 1.0)
+    async with proxied() as (_, _, client):
+        lease = await client.grant_lease(86400)
+        async with client.keep_alive(lease.id, lease.ttl, interval=1.0) as kept:
+            await eventually(lambda: " 1 confirmed" in repr(kept))
+            before = connection(client)
+            await eventually(lambda: " 4 confirmed" in repr(kept), 10)
+            assert connection(client) == before
+
+
+async def test_watch_and_lease_outlive_a_restart_of_the_proxy() -> None:
+    async with proxied() as (server, proxy, client), open_client(server.config()) as direct:
+        lease = await client.grant_lease(10)
+        seen: list[bytes] = []
+
+        async def read(watch: Watch) -> None:
+            async for batch in watch:
+                seen.extend(event.kv.value for event in batch.events)
+
+        async with (
+            client.watch_prefix("/w/") as watch,
+            client.keep_alive(lease.id, lease.ttl) as kept,
+            trio.open_nursery() as nursery,
+        ):
+            nursery.start_soon(read, watch)
+            await client.put("/w/1", "before", lease=lease.id)
+            await eventually(lambda: seen == [b"before"])
+            await proxy.kill()
+            await direct.put("/w/2", "meanwhile")
+            await proxy.start()
+            started = trio.current_time()
+            await eventually(lambda: kept.expires_at > started + 10, 60)
+            assert not kept.lost.is_set()
+            assert await client.refresh_lease(lease.id) == 10
+            await direct.put("/w/3", "after")
+            await eventually(lambda: seen == [b"before", b"meanwhile", b"after"])
+            nursery.cancel_scope.cancel()
+
+
+async def test_a_proxy_that_is_given_first_is_used_first_and_etcd_itself_while_it_is_away() -> None:
+    async with proxied() as (server, proxy, _):
+        both = evolve(server.config(), endpoints=(proxy.endpoint, server.endpoint))
+        for _ in range(5):
+            async with open_client(both) as client:
+                await client.get("/k")
+                assert client.endpoint == proxy.endpoint
+        async with open_client(both) as client:
+            await client.get("/k")
+            await proxy.kill()
+            await eventually(lambda: client.endpoint is None)
+            await client.get("/k")
+            assert client.endpoint == server.endpoint
