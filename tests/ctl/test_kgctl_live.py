@@ -18,13 +18,14 @@ from click.testing import CliRunner, Result
 from test_arrivals import mesh as arrivals_mesh
 from test_kgctl_explain import probed, world
 
-from helpers import put_kept
+from helpers import put_kept, require
 from kilo_etcd.ctl.main import main
 from kilo_etcd.ctl.reports.hops import suspicions
 from kilo_etcd.ctl.reports.live import Live, ago, amount
 from kilo_etcd.ctl.reports.report import Report
 from kilo_etcd.ctl.reports.trace import Plans, explain
 from kilo_etcd.etcd.api import Client, Config, PermissionDenied, Status, Unavailable
+from kilo_etcd.etcd.client import open_client
 from kilo_etcd.etcd.values import Member
 from kilo_etcd.kernel.errors import cannot_ping, failure
 from kilo_etcd.kernel.state import AllowPings, SetForwarding
@@ -43,6 +44,7 @@ from kilo_etcd.store.records import (
     decode_status,
     encode,
 )
+from kilo_etcd.testing.etcd_server import EtcdServer
 from kilo_etcd.testing.fake_etcd import FakeClient, FakeEtcd
 from kilo_etcd.topology.graph import LEGEND
 from kilo_etcd.topology.segments import build_topology
@@ -531,6 +533,31 @@ def test_check_of_etcds_members() -> None:
         "the endpoints belong to different clusters",
     ]
     assert list(_etcd((MemberState(endpoint="a:2379", cluster_id=1),))) == []
+    (large,) = _etcd((MemberState(endpoint="a:2379", cluster_id=1, db_size=3 << 29),))
+    assert large.text.startswith("its database has 1,536 MiB")
+    assert "2,048 MiB unless --quota-backend-bytes" in large.text
+    assert "--auto-compaction-retention" in large.remedy
+
+
+@pytest.mark.etcd
+async def test_check_asks_for_compaction_if_etcd_has_never_forgotten_a_revision(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    from kilo_etcd.ctl.commands import check
+
+    monkeypatch.setattr(check, "MANY_REVISIONS", 10)
+    require("etcd")
+    async with EtcdServer.run() as server, open_client(server.config()) as client:
+        keys = Keys("/kilo")
+        revision = (await client.put("/kilo/a", "1")).header.revision
+        assert await check._uncompacted(client, keys, revision) == 0
+        for number in range(10):
+            revision = (await client.put("/kilo/a", str(number))).header.revision
+        assert await check._uncompacted(client, keys, revision) == revision
+        (finding,) = check._etcd((), revision)
+        assert "--auto-compaction-retention" in finding.remedy
+        await client.compact(revision)
+        assert await check._uncompacted(client, keys, revision) == 0
 
 
 async def _checked(config: Config, members: dict[str, str], alive: set[str]) -> list[tuple[str, str]]:

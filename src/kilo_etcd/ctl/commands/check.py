@@ -63,7 +63,7 @@ from kilo_etcd.ctl.reports.report import (
 )
 from kilo_etcd.ctl.reports.trace import Plans
 from kilo_etcd.ctl.trust import distrust
-from kilo_etcd.etcd.api import Client, Config, EtcdError
+from kilo_etcd.etcd.api import Client, Compacted, Config, EtcdError
 from kilo_etcd.etcd.endpoint import parse_endpoint
 from kilo_etcd.model import InternalIPs, IPNetwork
 from kilo_etcd.runtime.etcd_members import Usable, usable
@@ -80,6 +80,10 @@ CLOCK_SECONDS = 5.0
 """Clocks that differ by more make logs and certificates hard to trust; the mesh itself does not need them."""
 
 SLOW_SECONDS = 0.5
+DEFAULT_QUOTA = 2 << 30
+"""Bytes of etcd's database: the default of its --quota-backend-bytes. etcd does not say what its quota is."""
+MANY_REVISIONS = 10_000
+"""As long as etcd has had fewer, some megabytes, nobody need have it forget any."""
 """etcd promises a lease's keepalive every second or so; from here on it is in danger."""
 
 MOST_CLAIMS = 4
@@ -130,6 +134,8 @@ class MemberState:
     """It is given, and no member of etcd has it among its client URLs."""
     errors: tuple[str, ...] = ()
     """What the member itself says is wrong, such as NOSPACE."""
+    db_size: int = 0
+    """Bytes of its database."""
 
 
 @frozen(kw_only=True)
@@ -137,6 +143,8 @@ class Examined:
     """All that was found out."""
 
     members: tuple[MemberState, ...]
+    uncompacted: int = 0
+    """How many revisions etcd keeps, if these are many and all that it ever had."""
     report: Report
     topology: Topology
     statuses: Mapping[str, StatusRecord] = field(factory=dict)
@@ -168,7 +176,7 @@ def findings(examined: Examined) -> tuple[Finding, ...]:
     silent = unanswered(examined.statuses, examined.topology)
     repeated += [remark for remark in silent if any(_names(finding, remark.subject) for finding in wrong)]
     unsorted = (
-        *_etcd(examined.members),
+        *_etcd(examined.members, examined.uncompacted),
         *_agents(
             examined.report,
             silences,
@@ -192,7 +200,7 @@ def _names(finding: Finding, name: str) -> bool:
     return re.search(rf"(?<![\w.-]){re.escape(name)}(?![\w-])", f"{finding.subject} {finding.text}") is not None
 
 
-def _etcd(members: tuple[MemberState, ...]) -> Iterator[Finding]:
+def _etcd(members: tuple[MemberState, ...], uncompacted: int = 0) -> Iterator[Finding]:
     for member in members:
         subject = f"etcd {member.endpoint}"
         if member.error and member.former:
@@ -222,11 +230,25 @@ def _etcd(members: tuple[MemberState, ...]) -> Iterator[Finding]:
                 severity=Severity.WARNING, subject=subject, text=f"it took {member.seconds:.1f} s to answer",
                 remedy="look at its disk and its network",
             )  # fmt: skip
+        if member.db_size >= DEFAULT_QUOTA / 2 and not member.errors:
+            yield Finding(
+                severity=Severity.WARNING, subject=subject,
+                text=f"its database has {member.db_size >> 20:,} MiB; it takes no writes from its quota on, "
+                     f"{DEFAULT_QUOTA >> 20:,} MiB unless --quota-backend-bytes says otherwise",
+                remedy="start etcd with --auto-compaction-retention=1, then etcdctl defrag; or with a larger quota",
+            )  # fmt: skip
     clusters = Counter(member.cluster_id for member in members if not member.error)
     if len(clusters) > 1:
         yield Finding(
             severity=Severity.ERROR, subject="etcd", text="the endpoints belong to different clusters",
             remedy="give the endpoints of one cluster; agents that use both see two meshes",
+        )  # fmt: skip
+    if uncompacted:
+        yield Finding(
+            severity=Severity.NOTE, subject="etcd",
+            text=f"it keeps all of its {uncompacted:,} revisions, so its database grows with every write until its "
+                 "quota is full",
+            remedy="start etcd with --auto-compaction-retention=1 (hours)",
         )  # fmt: skip
 
 
@@ -732,12 +754,24 @@ async def _members(client: Client, config: Config) -> tuple[MemberState, ...]:
                 seconds=trio.current_time() - started,
                 former=endpoint in former,
                 errors=response.errors,
+                db_size=response.db_size,
             )
 
     async with trio.open_nursery() as nursery:
         for endpoint in endpoints:
             nursery.start_soon(look, endpoint)
     return tuple(states[endpoint] for endpoint in endpoints)
+
+
+async def _uncompacted(client: Client, keys: Keys, revision: int) -> int:
+    """How many revisions etcd keeps, if it has never forgotten one and there are many; else 0. EtcdError."""
+    if revision < MANY_REVISIONS:
+        return 0
+    try:
+        await client.range(keys.adopted, revision=1)
+    except Compacted:
+        return 0
+    return revision
 
 
 async def _asked(client: Client, config: Config) -> tuple[tuple[str, ...], frozenset[str]]:
@@ -773,6 +807,7 @@ async def examine(client: Client, keys: Keys, config: Config) -> Examined:
     newest, registered = newest_revision(view, keys), registered_names(view, keys)
     return Examined(
         members=members,
+        uncompacted=await _uncompacted(client, keys, snapshot.revision),
         report=report(
             snapshot,
             statuses,
