@@ -14,6 +14,7 @@ from helpers import eventually, require
 from kilo_etcd.etcd import lease as keepalives
 from kilo_etcd.etcd.api import LeaseNotFound, Watch
 from kilo_etcd.etcd.client import EtcdClient, open_client
+from kilo_etcd.store.lease import KeptLease
 from kilo_etcd.testing.etcd_server import EtcdProxy, EtcdServer
 
 pytestmark = pytest.mark.etcd
@@ -43,6 +44,23 @@ async def test_one_keepalive_is_answered() -> None:
         await client.revoke_lease(lease.id)
         with pytest.raises(LeaseNotFound):
             await client.refresh_lease(lease.id)
+
+
+@pytest.mark.parametrize("ttl", [5, 15, 25])
+async def test_a_lease_that_is_kept_is_renewed_at_once(ttl: int) -> None:
+    """As before a reload, for which a second is all there is. The proxy would answer with its next keepalive."""
+    async with proxied() as (_, _, client), trio.open_nursery() as nursery:
+        lease = KeptLease(client, ttl, on_unconfirmed=pytest.fail, on_lost=pytest.fail)
+        await lease.grant()
+        nursery.start_soon(lease.keep)
+        await eventually(lambda: "1 confirmed" in repr(lease))
+        before = connection(client)
+        for _ in range(3):
+            with trio.fail_after(1):
+                await lease.renew()
+            await eventually(lambda: "1 confirmed" in repr(lease))
+        assert connection(client) == before
+        nursery.cancel_scope.cancel()
 
 
 async def test_a_short_lease_is_kept_in_the_rhythm_of_the_proxy() -> None:

@@ -365,7 +365,8 @@ class Client(Protocol):
         ...
 
     async def refresh_lease(self, lease_id: int) -> int:
-        """One keepalive; the TTL in seconds, or LeaseNotFound."""
+        """One keepalive; the TTL in seconds, or LeaseNotFound. Behind etcd's gRPC proxy a lease that `keep_alive` keeps
+        is answered for with the proxy's next keepalive of it, so end that first."""
         ...
 
     def keep_alive(

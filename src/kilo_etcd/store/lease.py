@@ -12,7 +12,7 @@ from collections.abc import Callable
 import structlog
 import trio
 
-from kilo_etcd.etcd.api import Client, EtcdError, Lease, LeaseInfo, LeaseNotFound, PermissionDenied
+from kilo_etcd.etcd.api import Client, EtcdError, KeepAlive, Lease, LeaseInfo, LeaseNotFound, PermissionDenied
 from kilo_etcd.store.events import wait_any
 
 LONGEST_INTERVAL = 600.0
@@ -37,11 +37,14 @@ class KeptLease:
         self._on_lost = on_lost
         self._lease: Lease | None = None
         self._changed = trio.Event()
+        self._keeping: KeepAlive | None = None
+        self._keeping_ended = trio.Event()
+        self._renewing = False
         self._log = structlog.get_logger()
         self.unconfirmed = False
 
     def __repr__(self) -> str:
-        return f"<KeptLease {self._lease} {'unconfirmed' if self.unconfirmed else ''}>"
+        return f"<KeptLease {self._lease} {'unconfirmed' if self.unconfirmed else self._keeping or ''}>"
 
     @property
     def id(self) -> int:
@@ -99,9 +102,20 @@ class KeptLease:
         self._set(await self._client.grant_lease(self._ttl))
 
     async def renew(self) -> None:
-        """Let the lease last its whole length from now on. EtcdError; if so, it lasts what is left of it."""
-        if self._lease is not None and not self.unconfirmed:
-            await self._client.refresh_lease(self._lease.id)
+        """Let the lease last its whole length from now on. EtcdError; if so, it lasts what is left of it. It is not
+        kept meanwhile: etcd's gRPC proxy would answer with the next keepalive of its own, seconds later."""
+        lease = self._lease
+        if lease is None or self.unconfirmed:
+            return
+        self._renewing = True
+        self._notify()
+        try:
+            if self._keeping is not None:
+                await self._keeping_ended.wait()
+            await self._client.refresh_lease(lease.id)
+        finally:
+            self._renewing = False
+            self._notify()
 
     async def end(self) -> bool:
         """Keep it no more, and tell etcd to end it and delete what is under it. EtcdError; if so, it ends by itself.
@@ -123,15 +137,19 @@ class KeptLease:
         """The task: keep whatever lease there is, until cancelled."""
         while True:
             changed, lease = self._changed, self._lease
-            if lease is None or self.unconfirmed:
+            if lease is None or self.unconfirmed or self._renewing:
                 await changed.wait()
                 continue
             interval = keep_interval(lease.ttl)
             try:
-                async with self._client.keep_alive(lease.id, lease.ttl, interval=interval) as kept:
-                    await wait_any(kept.lost, changed)
+                self._keeping_ended = trio.Event()
+                async with self._client.keep_alive(lease.id, lease.ttl, interval=interval) as self._keeping:
+                    await wait_any(self._keeping.lost, changed)
             except EtcdError as error:
                 self._log.warning("a lease cannot be kept alive", error=str(error))
+            finally:
+                self._keeping = None
+                self._keeping_ended.set()
             if lease is self._lease and not changed.is_set():
                 self.mark_unconfirmed()
                 self._on_unconfirmed()
