@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import random
 
 import pytest
@@ -23,6 +24,7 @@ from kilo_etcd.etcd.api import (
 from kilo_etcd.etcd.balancer import BACKOFF_MOST, Balancer, backoff
 from kilo_etcd.etcd.endpoint import parse_endpoint
 from kilo_etcd.etcd.grpc import Deframer, Doing, StatusError, TransportFailed, frame, status_of, to_error
+from kilo_etcd.etcd.lease import next_keepalive
 from kilo_etcd.etcd.pb import etcd_pb2 as pb
 from kilo_etcd.etcd.values import prefix_range
 from kilo_etcd.etcd.watch import Progress, trustworthy
@@ -179,6 +181,29 @@ def test_endpoints_by_preference_are_tried_in_their_order() -> None:
         balancer.failed(C, 0.0)
         assert [endpoint for _, endpoint in balancer.order(0.0, as_given=True)] == [A, B, C]
         assert [endpoint for _, endpoint in balancer.order(1.0, as_given=True)] == [C, A, B]
+
+
+# -- a lease
+
+
+@pytest.mark.parametrize("ttl", [3, 5, 15])
+def test_a_second_keepalive_has_its_time_before_the_lease_ends(ttl: int) -> None:
+    """If answers come within a third of the patience, and the first one does not come at all."""
+    patience = min(ttl / 3, 2.0)
+    for late in (0.0, patience / 10, patience / 3):
+        assert next_keepalive(0.0, late, ttl / 3, patience) + 2 * patience <= ttl
+
+
+@pytest.mark.parametrize("ttl", range(1, 30))
+def test_keepalives_do_not_miss_the_answer_of_a_proxy_with_a_rhythm_of_its_own(ttl: int) -> None:
+    interval = ttl / 3
+    patience = max(0.25, min(interval, 2.0))
+    for rhythm in (math.ceil(interval * 2) / 2 * 1.003, (math.floor(interval * 2) + 1) / 2 * 1.003):
+        sent_at = rhythm - 0.1
+        for _ in range(1000):
+            answered_at = math.ceil(sent_at / rhythm) * rhythm
+            assert answered_at - sent_at < patience
+            sent_at = next_keepalive(sent_at, answered_at, interval, patience)
 
 
 # -- a watch

@@ -7,9 +7,10 @@ still live at etcd (which gives every lease its full time again after an electio
 another, so that the lease outlives a member that froze.
 
 etcd's gRPC proxy sends keepalives in a rhythm of its own while a stream lasts, a third of the TTL rounded up to half a
-second, and answers with the next of these. So the pause before a keepalive counts from the answer to the last one and
-is a little shorter, or the two rhythms would drift apart and a keepalive miss the answer by a hair. Keepalives with
-a long pause between them have a stream each, of which the proxy answers the first one at once.
+second, and answers with the next of these. The two rhythms drift apart, until a keepalive would miss its answer by a
+hair. So the interval counts from the sending of the last keepalive as long as answers come soon, which leaves the time
+of a second attempt, and from an answer that came late. Keepalives with a long pause between them have a stream each, of
+which the proxy answers the first one at once.
 """
 
 from __future__ import annotations
@@ -27,10 +28,19 @@ from .pb import etcd_pb2 as pb
 from .tasks import background
 
 PATH = "/etcdserverpb.Lease/LeaseKeepAlive"
+LATE = 0.4
+"""From which part of the patience on an answer is late. The next one may be half a second later, if it is a proxy's."""
 AHEAD = 0.95
-"""How long the pause between an answer and the next keepalive is, of the interval."""
+"""How long the pause between a late answer and the next keepalive is, of the interval."""
 STREAM_EACH = 10.0
 """Seconds between two keepalives from which on each has a stream of its own."""
+
+
+def next_keepalive(sent_at: float, answered_at: float, interval: float, patience: float) -> float:
+    """When to send the keepalive after the one that was sent and answered then."""
+    if answered_at - sent_at < LATE * patience:
+        return sent_at + interval
+    return answered_at + AHEAD * interval
 
 
 class LeaseKeeper:
@@ -95,7 +105,7 @@ class LeaseKeeper:
                 return
             self._caller.channel.succeeded(call.connection)
             self._scope.deadline = max(self._scope.deadline, sent_at + ttl)
-            self._next = trio.current_time() + AHEAD * self._interval
+            self._next = next_keepalive(sent_at, trio.current_time(), self._interval, patience)
             self.confirmed += 1
             self.last_error = None
             if self._interval >= STREAM_EACH:
