@@ -18,7 +18,7 @@ from click.testing import CliRunner, Result
 from test_arrivals import mesh as arrivals_mesh
 from test_kgctl_explain import probed, world
 
-from helpers import put_kept, require
+from helpers import eventually, put_kept, require
 from kilo_etcd.ctl.main import main
 from kilo_etcd.ctl.reports.hops import suspicions
 from kilo_etcd.ctl.reports.live import Live, ago, amount
@@ -517,7 +517,7 @@ def test_check_does_not_ask_for_ports_that_a_nat_has_not(mesh: Mesh) -> None:
 
 
 def test_check_of_etcds_members() -> None:
-    from kilo_etcd.ctl.commands.check import MemberState, _etcd
+    from kilo_etcd.ctl.commands.check import MemberState, Severity, _etcd
 
     members = (
         MemberState(endpoint="a:2379", error="a:2379 refused the connection"),
@@ -533,10 +533,41 @@ def test_check_of_etcds_members() -> None:
         "the endpoints belong to different clusters",
     ]
     assert list(_etcd((MemberState(endpoint="a:2379", cluster_id=1),))) == []
-    (large,) = _etcd((MemberState(endpoint="a:2379", cluster_id=1, db_size=3 << 29),))
-    assert large.text.startswith("its database has 1,536 MiB")
+    (large,) = _etcd((MemberState(endpoint="a:2379", cluster_id=1, db_in_use=3 << 29),))
+    assert large.severity is Severity.NOTE
+    assert large.text.startswith("1,536 MiB of its database are in use")
     assert "2,048 MiB unless --quota-backend-bytes" in large.text
-    assert "--auto-compaction-retention" in large.remedy
+    assert large.remedy.startswith("etcdctl compact REVISION, then etcdctl defrag")
+
+
+@pytest.mark.etcd
+async def test_check_judges_etcds_database_by_what_is_in_use(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its file keeps its size when revisions are forgotten, and what is free in it is filled first."""
+    from kilo_etcd.ctl.commands import check
+
+    require("etcd")
+    monkeypatch.setattr(check, "DEFAULT_QUOTA", 2 << 20)
+    async with EtcdServer.run() as server, open_client(server.config()) as client:
+
+        async def found() -> list[str]:
+            return [finding.text for finding in check._etcd(await check._members(client, server.config()))]
+
+        assert await found() == []
+        for _ in range(30):
+            revision = (await client.put("/z", "x" * 100_000)).header.revision
+
+        async def full() -> bool:
+            return "MiB of its database are in use" in "".join(await found())
+
+        await eventually(full, 10)
+        await client.compact(revision)
+
+        async def free() -> bool:
+            await client.put("/z", "")  # etcd counts anew with a write.
+            return await found() == []
+
+        await eventually(free, 20)
+        assert (await client.status()).db_size > 1 << 20
 
 
 @pytest.mark.etcd
@@ -555,9 +586,23 @@ async def test_check_asks_for_compaction_if_etcd_has_never_forgotten_a_revision(
             revision = (await client.put("/kilo/a", str(number))).header.revision
         assert await check._uncompacted(client, keys, revision) == revision
         (finding,) = check._etcd((), revision)
-        assert "--auto-compaction-retention" in finding.remedy
+        assert finding.text.startswith(f"it has not forgotten any of its {revision} revisions yet")
+        assert finding.remedy.startswith("unless --auto-compaction-retention is set already, start etcd with")
         await client.compact(revision)
         assert await check._uncompacted(client, keys, revision) == 0
+
+
+async def test_check_needs_no_answer_on_old_revisions(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A user may be denied that, or etcd go away."""
+    from kilo_etcd.ctl.commands import check
+
+    client = FakeEtcd().client()
+
+    async def denied(*_arguments: object, **_more: object) -> None:
+        raise PermissionDenied("etcd denies user 'kilo' to read /kilo/adopted")
+
+    monkeypatch.setattr(client, "range", denied)
+    assert await check._uncompacted(client, Keys("/kilo"), check.MANY_REVISIONS) == 0
 
 
 async def _checked(config: Config, members: dict[str, str], alive: set[str]) -> list[tuple[str, str]]:

@@ -258,6 +258,8 @@ class Status:
     leader: int
     db_size: int
     """Bytes."""
+    db_size_in_use: int
+    """Bytes of these that hold something. What is free is filled before the database grows."""
     raft_term: int
     is_learner: bool
     errors: tuple[str, ...]

@@ -178,6 +178,7 @@ def status(answer: pb.StatusResponse) -> Status:
         version=answer.version,
         leader=answer.leader,
         db_size=answer.dbSize,
+        db_size_in_use=answer.dbSizeInUse,
         raft_term=answer.raftTerm,
         is_learner=answer.isLearner,
         errors=tuple(answer.errors),

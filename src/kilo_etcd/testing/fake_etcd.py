@@ -657,8 +657,8 @@ class FakeClient:
         def act() -> Status:
             header = self.server.header()
             return Status(
-                version="3.5.0", leader=1, db_size=0, raft_term=header.raft_term, is_learner=False, errors=(),
-                header=header,
+                version="3.5.0", leader=1, db_size=0, db_size_in_use=0, raft_term=header.raft_term, is_learner=False,
+                errors=(), header=header,
             )  # fmt: skip
 
         return await self._call("status", act)

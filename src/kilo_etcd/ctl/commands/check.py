@@ -63,7 +63,7 @@ from kilo_etcd.ctl.reports.report import (
 )
 from kilo_etcd.ctl.reports.trace import Plans
 from kilo_etcd.ctl.trust import distrust
-from kilo_etcd.etcd.api import Client, Compacted, Config, EtcdError
+from kilo_etcd.etcd.api import Client, Config, EtcdError
 from kilo_etcd.etcd.endpoint import parse_endpoint
 from kilo_etcd.model import InternalIPs, IPNetwork
 from kilo_etcd.runtime.etcd_members import Usable, usable
@@ -80,11 +80,13 @@ CLOCK_SECONDS = 5.0
 """Clocks that differ by more make logs and certificates hard to trust; the mesh itself does not need them."""
 
 SLOW_SECONDS = 0.5
+"""etcd promises a lease's keepalive every second or so; from here on it is in danger."""
+
 DEFAULT_QUOTA = 2 << 30
 """Bytes of etcd's database: the default of its --quota-backend-bytes. etcd does not say what its quota is."""
+
 MANY_REVISIONS = 10_000
 """As long as etcd has had fewer, some megabytes, nobody need have it forget any."""
-"""etcd promises a lease's keepalive every second or so; from here on it is in danger."""
 
 MOST_CLAIMS = 4
 """A host has one claim for each family, and one more while it is renumbered."""
@@ -134,8 +136,8 @@ class MemberState:
     """It is given, and no member of etcd has it among its client URLs."""
     errors: tuple[str, ...] = ()
     """What the member itself says is wrong, such as NOSPACE."""
-    db_size: int = 0
-    """Bytes of its database."""
+    db_in_use: int = 0
+    """Bytes of its database that hold something; what else its file has is filled before it grows."""
 
 
 @frozen(kw_only=True)
@@ -144,7 +146,7 @@ class Examined:
 
     members: tuple[MemberState, ...]
     uncompacted: int = 0
-    """How many revisions etcd keeps, if these are many and all that it ever had."""
+    """How many revisions etcd keeps, if these are many and all that it ever had; else 0."""
     report: Report
     topology: Topology
     statuses: Mapping[str, StatusRecord] = field(factory=dict)
@@ -230,12 +232,12 @@ def _etcd(members: tuple[MemberState, ...], uncompacted: int = 0) -> Iterator[Fi
                 severity=Severity.WARNING, subject=subject, text=f"it took {member.seconds:.1f} s to answer",
                 remedy="look at its disk and its network",
             )  # fmt: skip
-        if member.db_size >= DEFAULT_QUOTA / 2 and not member.errors:
+        if member.db_in_use >= DEFAULT_QUOTA / 2 and not member.errors:
             yield Finding(
-                severity=Severity.WARNING, subject=subject,
-                text=f"its database has {member.db_size >> 20:,} MiB; it takes no writes from its quota on, "
-                     f"{DEFAULT_QUOTA >> 20:,} MiB unless --quota-backend-bytes says otherwise",
-                remedy="start etcd with --auto-compaction-retention=1, then etcdctl defrag; or with a larger quota",
+                severity=Severity.NOTE, subject=subject,
+                text=f"{member.db_in_use >> 20:,} MiB of its database are in use; it takes no writes from its quota "
+                     f"on, {DEFAULT_QUOTA >> 20:,} MiB unless --quota-backend-bytes says otherwise",
+                remedy="etcdctl compact REVISION, then etcdctl defrag; or start etcd with a larger quota",
             )  # fmt: skip
     clusters = Counter(member.cluster_id for member in members if not member.error)
     if len(clusters) > 1:
@@ -246,9 +248,10 @@ def _etcd(members: tuple[MemberState, ...], uncompacted: int = 0) -> Iterator[Fi
     if uncompacted:
         yield Finding(
             severity=Severity.NOTE, subject="etcd",
-            text=f"it keeps all of its {uncompacted:,} revisions, so its database grows with every write until its "
-                 "quota is full",
-            remedy="start etcd with --auto-compaction-retention=1 (hours)",
+            text=f"it has not forgotten any of its {uncompacted:,} revisions yet; if it never does, its database grows "
+                 "with every write until its quota is full",
+            remedy="unless --auto-compaction-retention is set already, start etcd with "
+                   "--auto-compaction-retention=1 (hours)",
         )  # fmt: skip
 
 
@@ -754,7 +757,7 @@ async def _members(client: Client, config: Config) -> tuple[MemberState, ...]:
                 seconds=trio.current_time() - started,
                 former=endpoint in former,
                 errors=response.errors,
-                db_size=response.db_size,
+                db_in_use=response.db_size_in_use,
             )
 
     async with trio.open_nursery() as nursery:
@@ -764,12 +767,13 @@ async def _members(client: Client, config: Config) -> tuple[MemberState, ...]:
 
 
 async def _uncompacted(client: Client, keys: Keys, revision: int) -> int:
-    """How many revisions etcd keeps, if it has never forgotten one and there are many; else 0. EtcdError."""
+    """How many revisions etcd keeps, if it has never forgotten one and there are many; else, or if it does not tell,
+    0."""
     if revision < MANY_REVISIONS:
         return 0
     try:
         await client.range(keys.adopted, revision=1)
-    except Compacted:
+    except EtcdError:  # Compacted, mostly.
         return 0
     return revision
 
