@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager
 
 import pytest
 import trio
@@ -15,7 +15,7 @@ from kilo_etcd.etcd import lease as keepalives
 from kilo_etcd.etcd.api import LeaseNotFound, Watch
 from kilo_etcd.etcd.client import EtcdClient, open_client
 from kilo_etcd.store.lease import KeptLease
-from kilo_etcd.testing.etcd_server import EtcdProxy, EtcdServer
+from kilo_etcd.testing.etcd_server import EtcdCluster, EtcdProxy, EtcdServer
 
 pytestmark = pytest.mark.etcd
 
@@ -65,11 +65,11 @@ async def test_a_lease_that_is_kept_is_renewed_at_once(ttl: int) -> None:
 
 async def test_a_short_lease_is_kept_in_the_rhythm_of_the_proxy() -> None:
     async with proxied() as (_, _, client):
-        lease = await client.grant_lease(3)
+        lease = await client.grant_lease(5)
         async with client.keep_alive(lease.id, lease.ttl) as kept:
             await eventually(lambda: " 1 confirmed" in repr(kept))
             before = connection(client)
-            await eventually(lambda: " 6 confirmed" in repr(kept), 10)
+            await eventually(lambda: " 7 confirmed" in repr(kept), 20)
             assert connection(client) == before
 
 
@@ -115,14 +115,35 @@ async def test_watch_and_lease_outlive_a_restart_of_the_proxy() -> None:
 
 async def test_a_proxy_that_is_given_first_is_used_first_and_etcd_itself_while_it_is_away() -> None:
     async with proxied() as (server, proxy, _):
-        both = evolve(server.config(), endpoints=(proxy.endpoint, server.endpoint))
+        both = evolve(server.config(), endpoints=(proxy.endpoint, server.endpoint), prefer_first=True)
         for _ in range(5):
             async with open_client(both) as client:
                 await client.get("/k")
                 assert client.endpoint == proxy.endpoint
+        async with AsyncExitStack() as stack:
+            any_first = evolve(both, prefer_first=False)
+            clients = [await stack.enter_async_context(open_client(any_first)) for _ in range(20)]
+            for client in clients:
+                await client.get("/k")
+            assert {client.endpoint for client in clients} == {proxy.endpoint, server.endpoint}
         async with open_client(both) as client:
             await client.get("/k")
             await proxy.kill()
             await eventually(lambda: client.endpoint is None)
             await client.get("/k")
             assert client.endpoint == server.endpoint
+
+
+async def test_clients_spread_over_the_endpoints_after_the_first_one() -> None:
+    require("etcd")
+    async with EtcdCluster.run(3) as cluster, AsyncExitStack() as stack:
+        first, *others = (member.endpoint for member in cluster.members)
+        config = evolve(cluster.members[0].config(), endpoints=(first, *others), prefer_first=True)
+        clients = [await stack.enter_async_context(open_client(config)) for _ in range(20)]
+        for client in clients:
+            await client.get("/k")
+        assert {client.endpoint for client in clients} == {first}
+        await cluster.members[0].kill()
+        for client in clients:
+            await client.get("/k", serializable=True)
+        assert {client.endpoint for client in clients} == {*others}

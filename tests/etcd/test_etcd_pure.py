@@ -173,16 +173,6 @@ def test_clients_spread_over_the_endpoints() -> None:
     assert {Balancer([A, B, C], random.Random(seed)).order(0)[0][1] for seed in range(20)} == {A, B, C}
 
 
-def test_endpoints_by_preference_are_tried_in_their_order() -> None:
-    for seed in range(20):
-        balancer = Balancer([C, A, B], random.Random(seed))
-        balancer.chosen(C)
-        assert [endpoint for _, endpoint in balancer.order(0.0, as_given=True)] == [C, A, B]
-        balancer.failed(C, 0.0)
-        assert [endpoint for _, endpoint in balancer.order(0.0, as_given=True)] == [A, B, C]
-        assert [endpoint for _, endpoint in balancer.order(1.0, as_given=True)] == [C, A, B]
-
-
 # -- a lease
 
 

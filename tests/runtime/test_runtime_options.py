@@ -75,6 +75,8 @@ def test_host_and_port_alone_are_without_tls_unless_that_is_refused() -> None:
     assert etcd_config(endpoints="a:1", insecure_transport=False).tls == Tls()
     assert run({"ETCDCTL_INSECURE_TRANSPORT": "false"}).tls == Tls()
     assert run({"ETCDCTL_INSECURE_TRANSPORT": "true"}).tls is None
+    assert not run({}).prefer_first
+    assert run({"KILO_PREFER_FIRST_ENDPOINT": "true"}).prefer_first
 
 
 def test_endpoints_may_be_discovered() -> None:

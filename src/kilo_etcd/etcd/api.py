@@ -454,6 +454,8 @@ class Config:
 
     endpoints: tuple[str, ...] = ("127.0.0.1:2379",)
     """None if they are discovered."""
+    prefer_first: bool = False
+    """Whether the first of `endpoints` is tried before the others."""
     more_endpoints: tuple[str, ...] = ()
     """Tried if none of the others can be connected to."""
     discovery: Discovery | None = None

@@ -47,22 +47,17 @@ class Balancer:
         """These are the endpoints from now on. What is known of those that stay is kept."""
         known = self._records
         self._records = {endpoint: known.get(endpoint) or _EndpointState(endpoint) for endpoint in endpoints}
-        # Clients with one list of endpoints spread over them, unless it is one by preference.
+        # Clients with one list of endpoints spread over them.
         new = [record for endpoint, record in self._records.items() if endpoint not in known]
         self._rng.shuffle(new)
         for place, record in enumerate(new):
             record.last_used = place - len(new)
 
-    def order(
-        self, now: float, among: Collection[EtcdEndpoint] | None = None, *, as_given: bool = False
-    ) -> list[tuple[float, EtcdEndpoint]]:
-        """Every endpoint (`among` these) with the seconds it has yet to rest (0: may be tried now), best first. Those
-        that need not rest come `as_given` to this balancer, or the one with the fewest failures first."""
-        places = {endpoint: place for place, endpoint in enumerate(self._records)} if as_given else {}
+    def order(self, now: float, among: Collection[EtcdEndpoint] | None = None) -> list[tuple[float, EtcdEndpoint]]:
+        """Every endpoint (`among` these) with the seconds it has yet to rest (0: may be tried now), best first."""
 
-        def rank(record: _EndpointState) -> tuple[float, int, int, int]:
-            rest = max(0.0, record.rests_until - now)
-            return rest, places.get(record.endpoint, 0), record.failures, record.last_used
+        def rank(record: _EndpointState) -> tuple[float, int, int]:
+            return max(0.0, record.rests_until - now), record.failures, record.last_used
 
         records = [r for r in self._records.values() if among is None or r.endpoint in among]
         return [(max(0.0, r.rests_until - now), r.endpoint) for r in sorted(records, key=rank)]

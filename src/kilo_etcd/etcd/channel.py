@@ -7,11 +7,11 @@ connections as well. A connection that is left while calls run on it is retired:
 ping says that it is dead.
 
 Endpoints come in groups, and one of a later group is tried only if none of those before can be connected to: those that
-were preferred since (`prefer`), those that were given or discovered, and `Config.more_endpoints`. Those that somebody
-has given are tried in their order, so that a gRPC proxy of the location can come first; of others each client begins at
-one of its own. A connection that stands is not left for an endpoint that comes before. A group of which none
-has answered since it failed is not waited for: it is begun, or left to rest, and the next one is tried beside it.
-Discovered endpoints are looked up again as soon as none of them answers, beside the attempts to connect.
+were preferred since (`prefer`), the first of those that were given if that is wanted (`Config.prefer_first`), all that
+were given or discovered, and `Config.more_endpoints`. In a group each client begins at an endpoint of its own, so that
+clients with one list spread over it. A connection that stands is not left for an endpoint that comes before. A group of
+which none has answered since it failed is not waited for: it is begun, or left to rest, and the next one is tried
+beside it. Discovered endpoints are looked up again as soon as none of them answers, beside the attempts to connect.
 """
 
 from __future__ import annotations
@@ -218,8 +218,8 @@ class Channel:
             with trio.move_on_after(STAGGER):
                 await over.wait()
 
-        given = self._config.discovery is None
-        for group, as_given in ((self._preferred, False), (self._first, given), (self._more, False)):
+        first = self._first[:1] if self._config.prefer_first else ()
+        for group in (self._preferred, first, self._first, self._more):
             left = set(group) - tried
             if not left:
                 continue
@@ -227,7 +227,7 @@ class Channel:
                 await over.wait()
             tried |= left
             doubtful = self._balancer.all_failed(left)
-            for rest, endpoint in self._balancer.order(started, left, as_given=as_given):
+            for rest, endpoint in self._balancer.order(started, left):
                 if doubtful and rest > 0:
                     postponed.append((rest, endpoint))
                 else:

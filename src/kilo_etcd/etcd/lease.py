@@ -3,8 +3,9 @@
 Time runs from the moment a keepalive was sent, not from its answer, so `expires_at` is never later than etcd's own
 idea. `lost` is set when etcd says that the lease is gone, or at `expires_at` at the latest: then the lease *may*
 still live at etcd (which gives every lease its full time again after an election), so who finds `lost` set may ask
-`refresh_lease` before granting another. An answer that does not come within one interval leaves the member for
-another, so that the lease outlives a member that froze.
+`refresh_lease` before granting another. An answer that does not come within one interval, or
+`Config.attempt_timeout` if that is shorter, leaves the member for another, so that the lease outlives a member that
+froze.
 
 etcd's gRPC proxy sends keepalives in a rhythm of its own while a stream lasts, a third of the TTL rounded up to half a
 second, and answers with the next of these. The two rhythms drift apart, until a keepalive would miss its answer by a
@@ -28,7 +29,7 @@ from .pb import etcd_pb2 as pb
 from .tasks import background
 
 PATH = "/etcdserverpb.Lease/LeaseKeepAlive"
-LATE = 0.4
+LATE = 0.35
 """From which part of the patience on an answer is late. The next one may be half a second later, if it is a proxy's."""
 AHEAD = 0.95
 """How long the pause between a late answer and the next keepalive is, of the interval."""

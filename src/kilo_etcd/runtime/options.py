@@ -72,10 +72,13 @@ def _etcd(name: str, default: str, help: str, **rest: Any) -> Flag:
 
 
 _ETCD = (
-    _etcd(
-        "--endpoints",
-        DEFAULT_ENDPOINTS,
-        "etcd's endpoints, comma-separated, in order of preference: host:port, http://... or https://...",
+    _etcd("--endpoints", DEFAULT_ENDPOINTS, "etcd's endpoints, comma-separated: host:port, http://... or https://..."),
+    kilo_flag(
+        "--prefer-first-endpoint",
+        "false",
+        "Try the first of --endpoints before the others, such as an etcd grpc-proxy of this location. Those are tried "
+        "in random order, as all are without this flag.",
+        switch=True,
     ),
     _etcd("--discovery-srv", "", "The domain whose SRV records name etcd's endpoints, instead of --endpoints."),
     _etcd("--discovery-srv-name", "", "The service name in these records: _etcd-client-ssl-NAME._tcp."),
@@ -135,6 +138,7 @@ def prefix_option(command: F) -> F:
 def etcd_config(
     *,
     endpoints: str = DEFAULT_ENDPOINTS,
+    prefer_first_endpoint: bool = False,
     discovery_srv: str = "",
     discovery_srv_name: str = "",
     insecure_discovery: bool = False,
@@ -170,6 +174,7 @@ def etcd_config(
     name, secret = _user(user, password)
     return Config(
         endpoints=urls,
+        prefer_first=prefer_first_endpoint and discovery is None,
         discovery=discovery,
         tls=Tls(ca=cacert or None, cert=cert or None, key=key or None, insecure_skip_verify=insecure_skip_tls_verify)
         if tls_wanted
