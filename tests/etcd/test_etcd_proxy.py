@@ -12,19 +12,19 @@ from attrs import evolve
 
 from helpers import eventually, require
 from kilo_etcd.etcd import lease as keepalives
-from kilo_etcd.etcd.api import LeaseNotFound, Watch
+from kilo_etcd.etcd.api import EtcdError, LeaseNotFound, Watch
 from kilo_etcd.etcd.client import EtcdClient, open_client
 from kilo_etcd.store.lease import KeptLease
-from kilo_etcd.testing.etcd_server import EtcdCluster, EtcdProxy, EtcdServer
+from kilo_etcd.testing.etcd_server import EtcdCluster, EtcdProxy, EtcdServer, ServerOptions
 
 pytestmark = pytest.mark.etcd
 
 
 @asynccontextmanager
-async def proxied() -> AsyncIterator[tuple[EtcdServer, EtcdProxy, EtcdClient]]:
+async def proxied(options: ServerOptions | None = None) -> AsyncIterator[tuple[EtcdServer, EtcdProxy, EtcdClient]]:
     require("etcd")
     async with (
-        EtcdServer.run() as server,
+        EtcdServer.run(options) as server,
         EtcdProxy.run(server) as proxy,
         open_client(proxy.config()) as client,
     ):
@@ -44,6 +44,34 @@ async def test_one_keepalive_is_answered() -> None:
         await client.revoke_lease(lease.id)
         with pytest.raises(LeaseNotFound):
             await client.refresh_lease(lease.id)
+
+
+async def test_a_proxy_with_certificates_asks_for_those_of_its_clients() -> None:
+    async with proxied(ServerOptions(client_cert=True)) as (server, proxy, client):
+        lease = await client.grant_lease(5)
+        async with client.keep_alive(lease.id, lease.ttl) as kept, client.watch_prefix("/w/") as watch:
+            await client.put("/w/1", "seen", lease=lease.id)
+            batch = await anext(aiter(watch))
+            assert [event.kv.value for event in batch.events] == [b"seen"]
+            await eventually(lambda: " 4 confirmed" in repr(kept), 20)
+        tls = server.config().tls
+        assert tls is not None
+        async with open_client(evolve(proxy.config(), tls=evolve(tls, cert=None, key=None))) as nobody:
+            with pytest.raises(EtcdError, match="certificate"):
+                await nobody.get("/w/1")
+
+
+async def test_an_endpoint_that_comes_first_and_cannot_be_trusted_is_passed_by() -> None:
+    """It may have the certificate of another authority, or be none that TLS is spoken with, or one of IPv6 that is not
+    there."""
+    require("etcd")
+    options = ServerOptions(client_cert=True)
+    async with EtcdServer.run(options) as server, EtcdServer.run(options) as foreign, EtcdServer.run() as clear:
+        for first in (foreign.endpoint, clear.endpoint.replace("http:", "https:"), "https://[::1]:1"):
+            config = evolve(server.config(), endpoints=(first, server.endpoint), prefer_first=True)
+            async with open_client(config) as client:
+                await client.get("/k")
+                assert client.endpoint == server.endpoint
 
 
 @pytest.mark.parametrize("ttl", [5, 15, 25])

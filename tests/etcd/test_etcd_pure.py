@@ -13,6 +13,7 @@ from helpers import examples
 from kilo_etcd.etcd.api import (
     BadRequest,
     Compacted,
+    Config,
     EtcdError,
     Full,
     LeaseNotFound,
@@ -24,7 +25,7 @@ from kilo_etcd.etcd.api import (
 from kilo_etcd.etcd.balancer import BACKOFF_MOST, Balancer, backoff
 from kilo_etcd.etcd.endpoint import parse_endpoint
 from kilo_etcd.etcd.grpc import Deframer, Doing, StatusError, TransportFailed, frame, status_of, to_error
-from kilo_etcd.etcd.lease import next_keepalive
+from kilo_etcd.etcd.lease import NextKeepalive, next_keepalive
 from kilo_etcd.etcd.pb import etcd_pb2 as pb
 from kilo_etcd.etcd.values import prefix_range
 from kilo_etcd.etcd.watch import Progress, trustworthy
@@ -176,24 +177,39 @@ def test_clients_spread_over_the_endpoints() -> None:
 # -- a lease
 
 
+def patience_of(ttl: int) -> float:
+    return max(0.25, min(ttl / 3, Config().attempt_timeout))
+
+
 @pytest.mark.parametrize("ttl", [3, 5, 15])
-def test_a_second_keepalive_has_its_time_before_the_lease_ends(ttl: int) -> None:
-    """If answers come within a third of the patience, and the first one does not come at all."""
-    patience = min(ttl / 3, 2.0)
-    for late in (0.0, patience / 10, patience / 3):
-        assert next_keepalive(0.0, late, ttl / 3, patience) + 2 * patience <= ttl
+@pytest.mark.parametrize("slow", [0.0, 0.1, 0.4, 1.1])
+def test_a_second_keepalive_has_its_time_before_the_lease_ends(ttl: int, slow: float) -> None:
+    """If answers come in time for a proxy's next one to come in time too, and the first one does not come at all."""
+    patience = patience_of(ttl)
+    if slow + 0.55 < patience:
+        then = next_keepalive(0.0, slow, ttl / 3, patience, from_answer=False)
+        assert then.at + 2 * patience <= ttl
+
+
+@pytest.mark.parametrize("ttl", [3, 5, 15])
+def test_a_slow_etcd_is_not_taken_for_a_proxy_twice(ttl: int) -> None:
+    patience = patience_of(ttl)
+    interval, slow = ttl / 3, 0.99 * patience
+    first = next_keepalive(0.0, slow, interval, patience, from_answer=False)
+    assert first.at + patience < ttl
+    second = next_keepalive(first.at, first.at + slow, interval, patience, from_answer=first.from_answer)
+    assert second.at == first.at + interval
 
 
 @pytest.mark.parametrize("ttl", range(1, 30))
 def test_keepalives_do_not_miss_the_answer_of_a_proxy_with_a_rhythm_of_its_own(ttl: int) -> None:
-    interval = ttl / 3
-    patience = max(0.25, min(interval, 2.0))
+    interval, patience = ttl / 3, patience_of(ttl)
     for rhythm in (math.ceil(interval * 2) / 2 * 1.003, (math.floor(interval * 2) + 1) / 2 * 1.003):
-        sent_at = rhythm - 0.1
+        then = NextKeepalive(rhythm - 0.1)
         for _ in range(1000):
-            answered_at = math.ceil(sent_at / rhythm) * rhythm
-            assert answered_at - sent_at < patience
-            sent_at = next_keepalive(sent_at, answered_at, interval, patience)
+            answered_at = math.ceil(then.at / rhythm) * rhythm
+            assert answered_at - then.at < patience
+            then = next_keepalive(then.at, answered_at, interval, patience, from_answer=then.from_answer)
 
 
 # -- a watch

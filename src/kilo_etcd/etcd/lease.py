@@ -9,8 +9,9 @@ froze.
 
 etcd's gRPC proxy sends keepalives in a rhythm of its own while a stream lasts, a third of the TTL rounded up to half a
 second, and answers with the next of these. The two rhythms drift apart, until a keepalive would miss its answer by a
-hair. So the interval counts from the sending of the last keepalive as long as answers come soon, which leaves the time
-of a second attempt, and from an answer that came late. Keepalives with a long pause between them have a stream each, of
+hair. So the interval counts from the sending of the last keepalive, which leaves the time of a second attempt, unless
+the next answer of a proxy could come too late: then it counts from the last answer. If the answer to such a keepalive
+is later than a proxy's would be, etcd itself is slow. Keepalives with a long pause between them have a stream each, of
 which the proxy answers the first one at once.
 """
 
@@ -20,6 +21,7 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
 import trio
+from attrs import frozen
 
 from .api import EtcdError
 from .calls import Call, Caller
@@ -29,19 +31,33 @@ from .pb import etcd_pb2 as pb
 from .tasks import background
 
 PATH = "/etcdserverpb.Lease/LeaseKeepAlive"
-LATE = 0.35
-"""From which part of the patience on an answer is late. The next one may be half a second later, if it is a proxy's."""
+PROXY_STEP = 0.55
+"""Seconds by which a proxy's answer may be later than its last one was: half a second, and the way."""
 AHEAD = 0.95
 """How long the pause between a late answer and the next keepalive is, of the interval."""
 STREAM_EACH = 10.0
 """Seconds between two keepalives from which on each has a stream of its own."""
 
 
-def next_keepalive(sent_at: float, answered_at: float, interval: float, patience: float) -> float:
-    """When to send the keepalive after the one that was sent and answered then."""
-    if answered_at - sent_at < LATE * patience:
-        return sent_at + interval
-    return answered_at + AHEAD * interval
+@frozen
+class NextKeepalive:
+    """When to send the next keepalive, and whether that counts from an answer, for the sake of a proxy."""
+
+    at: float
+    from_answer: bool = False
+
+
+def next_keepalive(
+    sent_at: float, answered_at: float, interval: float, patience: float, *, from_answer: bool
+) -> NextKeepalive:
+    """When to send the keepalive after the one that was sent and answered then. `from_answer`: as of that one."""
+    wait = answered_at - sent_at
+    in_time = wait + PROXY_STEP < patience
+    # A proxy would have answered sooner after such a pause, so it is etcd that is slow.
+    slow = from_answer and wait > (1 - AHEAD) * interval + PROXY_STEP
+    if in_time or slow:
+        return NextKeepalive(sent_at + interval)
+    return NextKeepalive(answered_at + AHEAD * interval, from_answer=True)
 
 
 class LeaseKeeper:
@@ -58,7 +74,7 @@ class LeaseKeeper:
         self._caller = caller
         self._interval = interval if interval is not None else ttl / 3
         self._scope = trio.CancelScope(deadline=trio.current_time() + ttl)
-        self._next = trio.current_time()
+        self._next = NextKeepalive(trio.current_time())
 
     @property
     def expires_at(self) -> float:
@@ -72,7 +88,7 @@ class LeaseKeeper:
             refused_at = -1
             while not self.lost.is_set():
                 call: Call | None = None
-                await trio.sleep_until(self._next)
+                await trio.sleep_until(self._next.at)
                 try:
                     call = await self._caller.stream(PATH)
                     await self._keep(call)
@@ -92,7 +108,7 @@ class LeaseKeeper:
     async def _keep(self, call: Call) -> None:
         patience = max(0.25, min(self._interval, self._caller.config.attempt_timeout))
         while True:
-            await trio.sleep_until(self._next)
+            await trio.sleep_until(self._next.at)
             sent_at = trio.current_time()
             answer = None
             with trio.move_on_after(patience):
@@ -106,7 +122,9 @@ class LeaseKeeper:
                 return
             self._caller.channel.succeeded(call.connection)
             self._scope.deadline = max(self._scope.deadline, sent_at + ttl)
-            self._next = next_keepalive(sent_at, trio.current_time(), self._interval, patience)
+            self._next = next_keepalive(
+                sent_at, trio.current_time(), self._interval, patience, from_answer=self._next.from_answer
+            )
             self.confirmed += 1
             self.last_error = None
             if self._interval >= STREAM_EACH:

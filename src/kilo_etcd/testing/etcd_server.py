@@ -243,7 +243,8 @@ class EtcdProxy:
     @classmethod
     @asynccontextmanager
     async def run(cls, server: EtcdServer) -> AsyncIterator[EtcdProxy]:
-        """A proxy that answers, until the block ends. It serves without TLS, as does `server`."""
+        """A proxy that answers, until the block ends. It serves with TLS if `server` does, and asks for certificates as
+        that does. Raises EtcdFailed."""
         proxy = cls(server=server, port=(ports := _free_ports(2))[0], metrics_port=ports[1])
         try:
             await proxy.start()
@@ -254,7 +255,7 @@ class EtcdProxy:
     @property
     def endpoint(self) -> str:
         """The URL at which clients reach the proxy."""
-        return f"http://127.0.0.1:{self.port}"
+        return f"{'https' if self.server.authority else 'http'}://127.0.0.1:{self.port}"
 
     def config(self) -> Config:
         """How a client reaches etcd through the proxy alone."""
@@ -268,6 +269,7 @@ class EtcdProxy:
                 shutil.which("etcd") or "etcd", "grpc-proxy", "start", "--endpoints", self.server.endpoint,
                 "--listen-addr", f"127.0.0.1:{self.port}", "--advertise-client-url", f"127.0.0.1:{self.port}",
                 "--metrics-addr", f"http://127.0.0.1:{self.metrics_port}", "--data-dir", str(directory / "proxy"),
+                *self._tls(),
             ],
             directory / "proxy.log",
         )  # fmt: skip
@@ -279,6 +281,19 @@ class EtcdProxy:
                         return
                     await trio.sleep(0.02)
         raise EtcdFailed(f"etcd grpc-proxy at {self.endpoint} does not answer\n{(directory / 'proxy.log').read_text()}")
+
+    def _tls(self) -> list[str]:
+        authority = self.server.authority
+        if authority is None:
+            return []
+        own = authority.issue("proxy", ("127.0.0.1",))
+        # The proxy does not start with one that has a common name.
+        client = authority.issue("proxy-client", nameless=True)
+        return [
+            "--cert-file", str(own.cert), "--key-file", str(own.key),
+            *(("--trusted-ca-file", str(authority.ca)) if self.server.options.client_cert else ()),
+            "--cacert", str(authority.ca), "--cert", str(client.cert), "--key", str(client.key),
+        ]  # fmt: skip
 
     async def restart(self) -> None:
         """Kill it, and start it again on the same port."""
