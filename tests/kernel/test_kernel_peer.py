@@ -16,11 +16,23 @@ from kernel_worlds import PRIVATE, host_with, key, lines, peer, plan, tunnel, vi
 
 from helpers import eventually
 from helpers_namespaces import in_force
-from kilo_etcd.kernel import PEER_PROTOCOL, ROUTE_PROTOCOL, Kernel, Memory, Setup, cleanup, diff, open_kernel
+from kilo_etcd.kernel import (
+    PEER_PROTOCOL,
+    ROUTE_PROTOCOL,
+    Kernel,
+    Memory,
+    Setup,
+    cleanup,
+    diff,
+    open_kernel,
+    other_agent,
+)
 from kilo_etcd.kernel.errors import NetlinkError, failure
 from kilo_etcd.kernel.firewall.packet_filter import table_for
 from kilo_etcd.kernel.predict import apply_changes
+from kilo_etcd.kernel.routing import exit_node
 from kilo_etcd.kernel.routing.exit_node import exit_table, rule_priorities
+from kilo_etcd.kernel.routing.policy import own_rules
 from kilo_etcd.kernel.state import (
     MAIN_TABLE,
     AddRoute,
@@ -95,6 +107,42 @@ async def test_an_agent_and_two_peers_share_a_machine() -> None:
         assert lines(await kernels["kilo-b"].preview(THIRD)) == []
         await cleanup("kilo-b", public_key=key(0), protocol=PEER_PROTOCOL)
         assert sh("ip route show") + sh("ls /run/wireguard") == ""
+
+
+@pytest.mark.root
+@pytest.mark.usefixtures("own_namespaces")
+async def test_a_cleanup_takes_only_what_is_its_interfaces() -> None:
+    async with AsyncExitStack() as stack:
+        for name in ("kilo0", "kilo-a"):
+            wanted, protocol = PLANS[name]
+            setup = Setup(interface=name, private_key=PRIVATE, protocol=protocol)
+            kernel = await stack.enter_async_context(open_kernel(setup))
+            await kernel.apply(evolve(wanted, unreachable_routes=(ip_network("10.4.0.0/16"),) * (name == "kilo0")))
+        agents = [line for line in sh("ip route show").splitlines() if "proto 107" in line]
+        assert len(agents) == 2
+        assert (await other_agent("kilo-a"), await other_agent("kilo0")) == ("kilo0", "")
+        for protocol in (ROUTE_PROTOCOL, PEER_PROTOCOL):
+            await cleanup("kilo-a", public_key=key(0), protocol=protocol)
+        # A member of a location has no route by its device.
+        assert sh("ip route show").splitlines() == agents
+        sh("ip route del 10.4.0.0/16 dev kilo0")
+        assert await other_agent("kilo-a") == "kilo0"
+        await cleanup("kilo-a", public_key=key(0))
+        assert sh("ip route show").startswith("unreachable 10.4.0.0/16 proto 107")
+        await cleanup("kilo0", public_key=key(0))
+        assert sh("ip route show") + sh("ls /run/wireguard") == ""
+
+
+def test_rules_of_another_interface_at_the_same_priorities_are_not_taken_for_ones_own() -> None:
+    first = "kilo-a"
+    second = next(name for n in range(1000) if rule_priorities(name := f"kilo-{n}") == rule_priorities(first))
+    rules = {name: exit_node.policy_for(AWAY, name, PEER_PROTOCOL).rules for name in (first, second)}
+    assert own_rules(rules[first], first) == rules[first]
+    assert own_rules(rules[second], first) == frozenset()
+    assert own_rules(rules[first] | rules[second], first) == rules[first]
+    # What a crash left behind may lack the one that leads to a table.
+    main = frozenset(rule for rule in rules[first] if rule.table == MAIN_TABLE)
+    assert own_rules(main, first) == main
 
 
 # -- an exit node

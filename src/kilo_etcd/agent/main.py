@@ -35,9 +35,9 @@ from kilo_etcd.agent.restore import REFUSALS
 from kilo_etcd.base.descriptors import OutOfDescriptors
 from kilo_etcd.etcd import api as etcd
 from kilo_etcd.etcd.client import EtcdClient, open_client
-from kilo_etcd.runtime import etcd_members, key_file
+from kilo_etcd.runtime import connections, etcd_members, key_file
 from kilo_etcd.runtime.hostsfile import HostsFileError
-from kilo_etcd.runtime.lock_file import AlreadyRunning, agent_lock
+from kilo_etcd.runtime.lock_file import AlreadyRunning, agent_lock, connection_lock
 from kilo_etcd.runtime.logs import get_logger, setup_logging
 from kilo_etcd.runtime.options import unknown_variables
 from kilo_etcd.store.keys import Keys
@@ -205,19 +205,29 @@ async def _dry_run(config: AgentConfig) -> None:
 
 
 async def _cleanup(config: AgentConfig) -> None:
-    with agent_lock():
+    with agent_lock(), connection_lock("interface", config.interface, f"the interface {config.interface}"):
         unusable: key_file.KeyFileError | None = None
         try:
             public = key_file.peek_public_key(config.state_dir)
         except key_file.KeyFileError as error:
             public, unusable = None, error
-        for change in await kernel.cleanup(config.interface, public_key=public):
-            click.echo(str(change))
+        another = await kernel.other_agent(config.interface)
+        # A connection may have had the interface.
+        for protocol in (kernel.ROUTE_PROTOCOL, kernel.PEER_PROTOCOL):
+            for change in await kernel.cleanup(config.interface, public_key=public, protocol=protocol):
+                click.echo(str(change))
+        connections.remove(config.interface)
         try:
             if await writer(config)(None):
                 click.echo("the names of the mesh are removed from /etc/hosts")
         except HostsFileError as error:
             click.echo(f"kg: the names of the mesh stay in the hosts file: {error}", err=True)
+        if another:
+            click.echo(
+                f"the agent of this host has the interface {another}, so its files and its records in etcd stay: "
+                f"kg --interface {another} cleanup removes them"
+            )
+            return
         try:
             cachefile.remove(config.state_dir)
             remove_members(config.state_dir)

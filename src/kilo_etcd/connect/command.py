@@ -5,12 +5,12 @@ from __future__ import annotations
 import os
 import re
 import socket
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
-from functools import partial
+import time
+from collections.abc import Awaitable, Callable
+from contextlib import AbstractContextManager, nullcontext
 from hashlib import sha256
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 from attrs import frozen
@@ -21,6 +21,10 @@ from kilo_etcd.ctl.commands.peer import checked, parse_allowed, parse_peer_name
 from kilo_etcd.ctl.context import Failure, Mesh
 from kilo_etcd.store.keys import encode_name
 from kilo_etcd.store.records import parse_keepalive
+
+if TYPE_CHECKING:
+    from kilo_etcd.connect.connection import Edges
+    from kilo_etcd.runtime.connections import ConnectionFile
 
 SYSTEM_STATE = Path("/var/lib/kilo-etcd/connect")
 MTU = (576, 65455)
@@ -187,20 +191,29 @@ def connect_command(
 
 
 def _run(mesh: Mesh, options: Options) -> None:
+    run_here(_connect, mesh, options)
+
+
+def run_here(work: Callable[..., Awaitable[None]], *arguments: Any) -> None:
+    """Run a command of this machine; Failure, in one sentence, for whatever may be expected to go wrong."""
     import trio
 
     from kilo_etcd import kernel
     from kilo_etcd.etcd import api as etcd
+    from kilo_etcd.runtime.hostsfile import HostsFileError
     from kilo_etcd.runtime.key_file import KeyFileError
     from kilo_etcd.runtime.lock_file import AlreadyRunning
 
     sentences: list[str] = []
     try:
-        trio.run(_connect, mesh, options)
+        trio.run(work, *arguments)
     except* KeyboardInterrupt:
         raise KeyboardInterrupt from None
-    except* (Failure, etcd.EtcdError, kernel.KernelError, AlreadyRunning, KeyFileError) as group:
+    except* (Failure, etcd.EtcdError, kernel.KernelError, AlreadyRunning, KeyFileError, HostsFileError) as group:
         sentences += [error.message if isinstance(error, Failure) else str(error) for error in _leaves(group)]
+    except* click.exceptions.Exit as group:
+        (raised, *_) = _leaves(group)
+        raise raised from None
     if sentences:
         raise Failure("; ".join(dict.fromkeys(sentences)))
 
@@ -212,14 +225,11 @@ def _leaves(error: BaseException) -> list[BaseException]:
 
 
 async def _connect(mesh: Mesh, options: Options) -> None:
-    from kilo_etcd import kernel
-    from kilo_etcd.connect.connection import Edges, PeerConnection, Settings
-    from kilo_etcd.connect.registration import DesiredPeer, PeerRegistration
-    from kilo_etcd.etcd.client import open_client
-    from kilo_etcd.planning.exit_node import unusable
+    import trio
+
+    from kilo_etcd.connect.crash import blocks_the_way_out, clean_up_after_a_crash, edges_of
+    from kilo_etcd.runtime import connections
     from kilo_etcd.runtime.key_file import generate, load_or_create_file, peek_file, public_key
-    from kilo_etcd.store.keys import Keys
-    from kilo_etcd.topology.segments import build_topology
 
     _may_change_the_network(options)
     with _alone(options, "interface", options.interface, f"the interface {options.interface}"):
@@ -228,53 +238,100 @@ async def _connect(mesh: Mesh, options: Options) -> None:
         else:
             private = load_or_create_file(options.key_file, flag="--private-key")
         public = public_key(private)
-        desired = DesiredPeer(
-            name=options.peer,
-            public_key=public,
-            allowed_ips=options.allowed_ips,
-            persistent_keepalive=options.persistent_keepalive,
-            clean_up=options.clean_up,
-            replace=options.yes,
-        )
-        async with open_client(
-            mesh.etcd, on_remark=lambda sentence: click.echo(f"kgctl: {sentence}", err=True)
-        ) as client:
-            registration = PeerRegistration(client, Keys(mesh.prefix), desired, lambda: None)
-            decision, before, after = await registration.prospect()
-            if options.exit_node is not None and (trouble := unusable(build_topology(after), options.exit_node)):
-                raise Failure(trouble)
-            endpoint = decision.record.endpoint
-            settings = Settings(
-                interface=options.interface,
-                listen_port=options.port or (endpoint.port if endpoint is not None else free_port()),
-                endpoints=tuple(dict.fromkeys((*mesh.etcd.endpoints, *client.endpoints))),
-                dns_hosts=options.dns_hosts,
-                exit_node=options.exit_node,
+        edges = edges_of(options.interface, options.peer, mesh.prefix, public)
+        if options.dry_run:
+            await _connect_alone(mesh, options, private, edges)
+            return
+        blocked = await blocks_the_way_out(options.interface, public)
+        if blocked and options.exit_node is None:
+            await clean_up_after_a_crash(options.interface, edges)
+            blocked = False
+        former = connections.read(options.interface)
+        connections.write(
+            connections.ConnectionFile(
+                interface=options.interface, peer=options.peer, prefix=mesh.prefix, public_key=public,
+                exit_node=options.exit_node, process=os.getpid(), started=connections.started_at(os.getpid()) or 0,
+                since=time.time(),
             )
-            setup = kernel.Setup(
-                interface=options.interface,
-                private_key=private,
-                mtu=options.mtu,
-                wireguard=options.wireguard,
-                protocol=kernel.PEER_PROTOCOL,
-            )
-            edges = Edges(
-                look=partial(_facts, options.interface),
-                write_names=partial(_write_names, options, mesh.prefix),
-                clean_up=partial(kernel.cleanup, options.interface, public_key=public, protocol=kernel.PEER_PROTOCOL),
-            )
-            where = f"{mesh.prefix} {before.cluster_id}"
-            with (
-                _alone(options, "mesh", where, f"the mesh at {mesh.prefix}"),
-                _alone(options, "exit-node", "", "an exit node") if options.exit_node is not None else nullcontext(),
-            ):
-                async with kernel.open_kernel(setup) as device:
-                    if options.dry_run:
-                        from kilo_etcd.connect.dryrun import show
+        )  # fmt: skip
+        try:
+            await _connect_alone(mesh, options, private, edges)
+        finally:
+            with trio.CancelScope(shield=True):
+                await _ended(options, public, edges, former, blocked=blocked)
 
-                        await show(before, after, desired, settings, device, edges, mesh.prefix)
-                        return
-                    await PeerConnection(desired, settings, client, mesh.prefix, device, edges).run()
+
+async def _ended(options: Options, public: str, edges: Edges, former: ConnectionFile | None, *, blocked: bool) -> None:
+    """Have the file of the connection say what is left, `former` if that is of an earlier one. `blocked`: at the start,
+    a crash had left rules that keep packets from leaving; if no connection has come about since then they go too."""
+    from kilo_etcd import kernel
+    from kilo_etcd.connect.crash import blocks_the_way_out, clean_up_after_a_crash, is_left
+    from kilo_etcd.runtime import connections
+
+    known = connections.read(options.interface)
+    if known is not None and known.stays:
+        return
+    try:
+        if blocked and await blocks_the_way_out(options.interface, public):
+            await clean_up_after_a_crash(options.interface, edges)
+        if not await is_left(options.interface, public):
+            connections.remove(options.interface)
+        elif former is not None:
+            connections.write(former)
+    except (kernel.KernelError, OSError) as error:
+        _remark(str(error))
+
+
+async def _connect_alone(mesh: Mesh, options: Options, private: str, edges: Edges) -> None:
+    from kilo_etcd import kernel
+    from kilo_etcd.connect.connection import PeerConnection, Settings
+    from kilo_etcd.connect.registration import DesiredPeer, PeerRegistration
+    from kilo_etcd.etcd.client import open_client
+    from kilo_etcd.planning.exit_node import unusable
+    from kilo_etcd.runtime.key_file import public_key
+    from kilo_etcd.store.keys import Keys
+    from kilo_etcd.topology.segments import build_topology
+
+    desired = DesiredPeer(
+        name=options.peer,
+        public_key=public_key(private),
+        allowed_ips=options.allowed_ips,
+        persistent_keepalive=options.persistent_keepalive,
+        clean_up=options.clean_up,
+        replace=options.yes,
+    )
+    async with open_client(mesh.etcd, on_remark=_remark) as client:
+        registration = PeerRegistration(client, Keys(mesh.prefix), desired, lambda: None)
+        decision, before, after = await registration.prospect()
+        if options.exit_node is not None and (trouble := unusable(build_topology(after), options.exit_node)):
+            raise Failure(trouble)
+        endpoint = decision.record.endpoint
+        settings = Settings(
+            interface=options.interface,
+            listen_port=options.port or (endpoint.port if endpoint is not None else free_port()),
+            endpoints=tuple(dict.fromkeys((*mesh.etcd.endpoints, *client.endpoints))),
+            dns_hosts=options.dns_hosts,
+            exit_node=options.exit_node,
+        )
+        setup = kernel.Setup(
+            interface=options.interface,
+            private_key=private,
+            mtu=options.mtu,
+            wireguard=options.wireguard,
+            protocol=kernel.PEER_PROTOCOL,
+        )
+        where = f"{mesh.prefix} {before.cluster_id}"
+        with (
+            _alone(options, "mesh", where, f"the mesh at {mesh.prefix}"),
+            _alone(options, "exit-node", "", "an exit node") if options.exit_node is not None else nullcontext(),
+        ):
+            async with kernel.open_kernel(setup) as device:
+                if options.dry_run:
+                    from kilo_etcd.connect.dryrun import show
+
+                    await show(before, after, desired, settings, device, edges, mesh.prefix)
+                    return
+                await PeerConnection(desired, settings, client, mesh.prefix, device, edges).run()
 
 
 def _remark(sentence: str) -> None:
@@ -289,36 +346,8 @@ def _may_change_the_network(options: Options) -> None:
         raise Failure(f"{options.interface} cannot be set up: {NO_PERMISSION}")
 
 
-@contextmanager
-def _alone(options: Options, kind: str, resource: str, called: str) -> Iterator[None]:
+def _alone(options: Options, kind: str, resource: str, called: str) -> AbstractContextManager[None]:
     """Hold something that two connects of one machine would fight over."""
-    from kilo_etcd.runtime.lock_file import exclusive_lock
+    from kilo_etcd.runtime.lock_file import connection_lock
 
-    if options.dry_run:
-        yield
-        return
-    refusal = f"another kgctl connect of this machine has {called} already{{}}; end that one first"
-    name = f"connect-{kind}.{sha256(resource.encode()).hexdigest()[:16]}"
-    with exclusive_lock(name, refusal):
-        yield
-
-
-async def _write_names(options: Options, prefix: str, names: Any) -> bool:
-    import trio
-
-    from kilo_etcd.runtime.hostsfile import write_names
-
-    host = socket.gethostname()
-    return await trio.to_thread.run_sync(
-        partial(write_names, names, options.interface, prefix=prefix, own=(options.peer, host, host.partition(".")[0]))
-    )
-
-
-async def _facts(interface: str) -> Any:
-    from kilo_etcd import kernel
-    from kilo_etcd.runtime.host_facts import HostFacts
-
-    host_addresses = await kernel.list_addresses()
-    return HostFacts(
-        addresses=host_addresses.addresses, default_routes=host_addresses.default_routes, own_interface=interface
-    )
+    return nullcontext() if options.dry_run else connection_lock(kind, resource, called)

@@ -12,7 +12,7 @@ from collections.abc import Awaitable, Callable
 from contextlib import suppress
 
 import trio
-from attrs import frozen
+from attrs import evolve, frozen
 
 from kilo_etcd import kernel
 from kilo_etcd.base.descriptors import OutOfDescriptors
@@ -25,6 +25,7 @@ from kilo_etcd.model.hostplan import HostPlan
 from kilo_etcd.planning.exit_node import BYPASSES_OF_A_PEER
 from kilo_etcd.planning.names import plan_names
 from kilo_etcd.planning.pipeline import PeerOptions, peer_plans
+from kilo_etcd.runtime import connections
 from kilo_etcd.runtime.exit_node_monitor import ExitNodeMonitor
 from kilo_etcd.runtime.handshakes import moved, trigger_handshakes
 from kilo_etcd.runtime.host_facts import HostFacts
@@ -385,6 +386,8 @@ class PeerConnection:
             await self._withdraw()
             return
         if not self.desired.clean_up:
+            if (known := connections.read(self.settings.interface)) is not None:
+                connections.write(evolve(known, stays=True))
             self.log.info("ended; everything stays in place", interface=self.settings.interface)
             return
         try:

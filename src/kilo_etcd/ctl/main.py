@@ -26,7 +26,17 @@ _COMMANDS = {
     ),
     "check": ("kilo_etcd.ctl.commands.check", "check_command", "Find everything that is wrong, and say what to do."),
     "connect": ("kilo_etcd.connect.command", "connect_command", "Make this machine a peer while the command runs."),
+    "connection": (
+        "kilo_etcd.connect.disconnect",
+        "connection_group",
+        "Show the connections of this machine, without etcd.",
+    ),
     "completion": ("kilo_etcd.ctl.commands.complete", "completion_command", "Print the completion script of a shell."),
+    "disconnect": (
+        "kilo_etcd.connect.disconnect",
+        "disconnect_command",
+        "End a connection of this machine, without etcd.",
+    ),
     "explain": ("kilo_etcd.ctl.commands.explain", "explain_command", "Trace a packet through the mesh, hop by hop."),
     "graph": (
         "kilo_etcd.ctl.commands.graph",
@@ -66,7 +76,7 @@ _COMMANDS = {
 """Name -> the module that has it, its name there, and its line in the help."""
 
 
-_WITHOUT_ETCD = frozenset({"completion", "man", "lab", "-h", "--help"})
+_WITHOUT_ETCD = frozenset({"completion", "connection", "disconnect", "man", "lab", "-h", "--help"})
 """Commands, and options of any, that ask no etcd."""
 
 

@@ -43,6 +43,7 @@ from kilo_etcd.kernel.routing.rules import AddRule, DeleteRule, ForeignRule
 from kilo_etcd.kernel.state import (
     KERNEL_PROTOCOL,
     MAIN_TABLE,
+    PEER_PROTOCOL,
     ROUTE_PROTOCOL,
     STATIC_PROTOCOLS,
     AddAddress,
@@ -720,11 +721,15 @@ class Host:
         """What `cleanup` has to make: everything recognisable as ours goes."""
         observed = self.observe()
         changes = removal(observed.policy)
-        changes.extend(DeleteRoute(route) for route in observed.routes.values())
-        changes.extend(DeleteRoute(route) for route in observed.duplicate_routes)
-        changes.extend(
-            DeleteRoute(unreachable_route(network)) for network in sorted(observed.unreachable_routes, key=str)
-        )
+        routes = [*observed.routes.values(), *observed.duplicate_routes]
+        if self.other_agent(observed):
+            # An agent's routes lead anywhere: these are the other one's.
+            changes.extend(DeleteRoute(route) for route in routes if route.device in (self.interface, self.ipip))
+        else:
+            changes.extend(DeleteRoute(route) for route in routes)
+            changes.extend(
+                DeleteRoute(unreachable_route(network)) for network in sorted(observed.unreachable_routes, key=str)
+            )
         if observed.ipip is not None and observed.ipip_ours:
             changes.append(DeleteLink(self.ipip))
         if observed.link is not None and observed.ours:
@@ -736,6 +741,30 @@ class Host:
         deleted_links = {reverse_path(change.name) for change in changes if isinstance(change, DeleteLink)}
         changes.extend(change for change in sysctl.to_restore(self._record) if change.path not in deleted_links)
         return tuple(changes)
+
+    def other_agent(self, observed: Observed) -> str:
+        """The WireGuard device of an agent with another interface than this, by what `observe` has just read; empty:
+        there is none. An agent's routes lead there, or it has a mesh address; that of a connection has its routes."""
+        if self.protocol != ROUTE_PROTOCOL:
+            return ""
+        devices = {link.name for link in self.links.values() if link.kind in ("wireguard", "tun")} - {self.interface}
+        led_to = devices.intersection(route.device for route in (*observed.routes.values(), *observed.duplicate_routes))
+        if led_to:
+            return min(led_to)
+        connections = {route.device for route in observed.foreign.values() if route.protocol == PEER_PROTOCOL}
+        candidates = devices - connections
+        if not candidates or (observed.link is not None and observed.ours):
+            return ""
+        return min(
+            (
+                item.interface
+                for item in self._read_addresses()
+                if item.interface in candidates
+                and item.address.network.num_addresses == 1
+                and any(item.address.ip in network for network in observed.unreachable_routes)
+            ),
+            default="",
+        )
 
     def forget_sysctls(self) -> None:
         """Forget which values sysctls had before us: they have been restored, or are to stay."""

@@ -49,6 +49,7 @@ from kilo_etcd.kernel.predict import apply_changes
 from kilo_etcd.kernel.read import rtnl as replies
 from kilo_etcd.kernel.routing.rules import ForeignRule
 from kilo_etcd.kernel.state import (
+    PEER_PROTOCOL,
     ROUTE_PROTOCOL,
     AllowPings,
     ApplyReport,
@@ -122,21 +123,58 @@ async def cleanup(
     """Remove everything that an agent ever made for `interface`; what was removed. Nothing the second time.
 
     `public_key` is this host's, by which a device is known as ours that no route of ours leads to; `protocol` marks our
-    routes.
+    routes. What an agent with another interface has made stays.
     """
-    # Only agents ever add rules for forwarding.
-    rules = protocol == ROUTE_PROTOCOL
-    return await _in_thread(
-        lambda: _cleanup(
-            Host(
-                interface,
-                uapi_dir,
-                runtime_dir,
-                public_key=public_key or "",
-                forward_rules=rules,
-                protocol=protocol,
-            )
-        )
+    return await _in_thread(lambda: _cleanup(_host_of(interface, public_key, uapi_dir, runtime_dir, protocol)))
+
+
+async def leftovers(interface: str, *, public_key: str | None = None, protocol: int) -> tuple[Change, ...]:
+    """What `cleanup` would make. KernelError."""
+
+    def read() -> tuple[Change, ...]:
+        host = _host_of(interface, public_key, "/var/run/wireguard", "/run/kilo-etcd", protocol)
+        try:
+            return host.leftovers()
+        finally:
+            host.close()
+
+    return await _ask_kernel(read)
+
+
+async def peers_of(interface: str, public_key: str) -> PeerActivity:
+    """What WireGuard knows of the peers of a connection; nothing if there is no such device. KernelError."""
+
+    def read() -> PeerActivity:
+        host = _host_of(interface, public_key, "/var/run/wireguard", "/run/kilo-etcd", PEER_PROTOCOL)
+        try:
+            return host.peer_activity()
+        finally:
+            host.close()
+
+    return await _ask_kernel(read)
+
+
+async def other_agent(interface: str) -> str:
+    """The WireGuard device of an agent of this host that has another interface than this; empty: there is none."""
+
+    def read() -> str:
+        host = Host(interface)
+        try:
+            return host.other_agent(host.observe())
+        finally:
+            host.close()
+
+    return await _ask_kernel(read)
+
+
+def _host_of(interface: str, public_key: str | None, uapi_dir: str, runtime_dir: str, protocol: int) -> Host:
+    return Host(
+        interface,
+        uapi_dir,
+        runtime_dir,
+        public_key=public_key or "",
+        forward_rules=protocol == ROUTE_PROTOCOL,  # Only agents ever add rules for forwarding.
+        protocol=protocol,
     )
 
 

@@ -10,7 +10,8 @@ from __future__ import annotations
 import fcntl
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
+from hashlib import sha256
 from pathlib import Path
 
 from kilo_etcd.base import descriptors
@@ -32,6 +33,13 @@ def agent_lock(directory: Path = RUNTIME_DIR) -> Iterator[None]:
         directory,
     ):
         yield
+
+
+def connection_lock(kind: str, resource: str, called: str) -> AbstractContextManager[None]:
+    """Hold something of a `kind` (interface, mesh, exit-node) that two `kgctl connect` of one machine would fight over;
+    `called`: as the sentence of AlreadyRunning names it."""
+    refusal = f"another kgctl connect of this machine has {called} already{{}}; end that one first"
+    return exclusive_lock(f"connect-{kind}.{sha256(resource.encode()).hexdigest()[:16]}", refusal)
 
 
 @contextmanager

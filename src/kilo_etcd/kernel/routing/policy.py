@@ -13,13 +13,14 @@ between the two changes the last resort alone would drop a packet.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 
 from kilo_etcd.base.mappings import changes as changed_keys
 from kilo_etcd.kernel.routing import encrypted, exit_node, returns
 from kilo_etcd.kernel.routing.exit_node import same_way
-from kilo_etcd.kernel.routing.rules import AddRule, DeleteRule
+from kilo_etcd.kernel.routing.rules import AddRule, DeleteRule, RoutingRule
 from kilo_etcd.kernel.state import (
+    MAIN_TABLE,
     AddRoute,
     Change,
     DeleteRoute,
@@ -52,6 +53,27 @@ def own_priorities(interface: str) -> frozenset[int]:
             *exit_node.rule_priorities(interface),
         )
     )
+
+
+def own_rules(rules: Iterable[RoutingRule], interface: str) -> frozenset[RoutingRule]:
+    """Those of `rules`, which stand at the interface's priorities, that are not of another interface with the same
+    priorities: its rules lead to a table of its own."""
+    tables = own_tables(interface)
+    kept: set[RoutingRule] = set()
+    pairs = (
+        (returns.return_priority(interface),),
+        encrypted.rule_priorities(interface),
+        exit_node.rule_priorities(interface),
+    )
+    for priorities in pairs:
+        found = [rule for rule in rules if rule.priority in priorities]
+        own = any(rule.table in tables for rule in found)
+        others = any(rule.table not in tables and rule.table != MAIN_TABLE for rule in found)
+        # Both may have those that lead to the main table: the kernel has them once.
+        kept.update(
+            rule for rule in found if rule.table in tables or (rule.table == MAIN_TABLE and (own or not others))
+        )
+    return frozenset(kept)
 
 
 def policy_for(plan: HostPlan, observed: Observed, interface: str, protocol: int) -> Policy:

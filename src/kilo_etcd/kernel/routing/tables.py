@@ -9,7 +9,7 @@ from kilo_etcd.kernel.errors import NetlinkError
 from kilo_etcd.kernel.netlink import sockets
 from kilo_etcd.kernel.netlink.sockets import NetlinkMessage
 from kilo_etcd.kernel.read import rtnl as replies
-from kilo_etcd.kernel.routing.policy import own_priorities, own_tables
+from kilo_etcd.kernel.routing.policy import own_priorities, own_rules, own_tables
 from kilo_etcd.kernel.routing.rules import ForeignRule, RoutingRule
 from kilo_etcd.kernel.state import UNREACHABLE_METRIC, OwnTable, Policy, Route
 from kilo_etcd.kernel.write import rtnl as requests
@@ -41,7 +41,7 @@ def read(sock: sockets.Socket, interface: str, protocol: int, names: Mapping[int
         for number in tables:
             _dump(sock, requests.get_routes(version, number), keep_route)
         _dump(sock, requests.get_rules(version), keep_rule)
-    return Policy({n: OwnTable(*kinds) for n, kinds in tables.items() if any(kinds)}, frozenset(rules))
+    return Policy({n: OwnTable(*kinds) for n, kinds in tables.items() if any(kinds)}, own_rules(rules, interface))
 
 
 def foreign_rules(sock: sockets.Socket, protocol: int) -> list[ForeignRule]:

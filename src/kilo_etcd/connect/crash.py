@@ -1,0 +1,61 @@
+"""The machine around a connection, and what one that crashed has left of itself there. Nothing here asks etcd."""
+
+from __future__ import annotations
+
+import socket
+from functools import partial
+
+import trio
+
+from kilo_etcd import kernel
+from kilo_etcd.connect.connection import Edges, Names
+from kilo_etcd.kernel.routing.rules import DeleteRule
+from kilo_etcd.runtime.host_facts import HostFacts
+from kilo_etcd.runtime.hostsfile import write_names
+from kilo_etcd.runtime.logs import get_logger
+
+
+def edges_of(interface: str, peer: str, prefix: str, public_key: str | None) -> Edges:
+    """What of the machine a connection touches. `public_key`: its own, by which its device is known."""
+    return Edges(
+        look=partial(_facts, interface),
+        write_names=partial(_write_names, interface, peer, prefix),
+        clean_up=partial(kernel.cleanup, interface, public_key=public_key, protocol=kernel.PEER_PROTOCOL),
+    )
+
+
+async def blocks_the_way_out(interface: str, public_key: str | None) -> bool:
+    """Whether rules of an exit node are there, which let nothing out if the connection does not run. KernelError."""
+    return any(isinstance(change, DeleteRule) for change in await _left(interface, public_key))
+
+
+async def is_left(interface: str, public_key: str | None) -> bool:
+    """Whether the kernel has anything of the connection. KernelError."""
+    return bool(await _left(interface, public_key))
+
+
+async def _left(interface: str, public_key: str | None) -> tuple[kernel.Change, ...]:
+    return await kernel.leftovers(interface, public_key=public_key, protocol=kernel.PEER_PROTOCOL)
+
+
+async def clean_up_after_a_crash(interface: str, edges: Edges) -> bool:
+    """Remove all that is left of a connection that does not run; whether there was anything. KernelError, OSError."""
+    changes = await edges.clean_up()
+    names = await edges.write_names(None)
+    if changes:
+        get_logger().info("removed what a crash had left", interface=interface, changes=len(changes))
+    return bool(changes or names)
+
+
+async def _write_names(interface: str, peer: str, prefix: str, names: Names | None) -> bool:
+    host = socket.gethostname()
+    return await trio.to_thread.run_sync(
+        partial(write_names, names, interface, prefix=prefix, own=(peer, host, host.partition(".")[0]))
+    )
+
+
+async def _facts(interface: str) -> HostFacts:
+    host_addresses = await kernel.list_addresses()
+    return HostFacts(
+        addresses=host_addresses.addresses, default_routes=host_addresses.default_routes, own_interface=interface
+    )

@@ -1,0 +1,242 @@
+"""`kgctl disconnect` and `kgctl connection`: the connections of this machine, without etcd.
+
+What is known of them is in their files (`runtime.connections`) and in the kernel.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import time
+from collections.abc import Sequence
+from typing import Any
+
+import click
+from attrs import frozen
+from click.core import ParameterSource
+
+from kilo_etcd.connect.command import interface_for, run_here
+from kilo_etcd.ctl.commands.peer import checked, parse_peer_name
+from kilo_etcd.ctl.context import Failure, Mesh
+from kilo_etcd.ctl.group import Group
+from kilo_etcd.ctl.output import output_option, show
+from kilo_etcd.ctl.reports.render import NONE, Table, clean
+from kilo_etcd.runtime import connections
+from kilo_etcd.runtime.connections import ConnectionFile
+from kilo_etcd.runtime.lock_file import RUNTIME_DIR, connection_lock
+from kilo_etcd.runtime.parsing import parse_interface
+
+END_SECONDS = 30.0
+"""How long a connection that is asked to end may take: it waits some seconds for etcd."""
+
+
+@click.command(
+    "disconnect",
+    epilog="Examples:\n\n\b\n  kgctl disconnect\n  kgctl disconnect laptop\n  kgctl --prefix /work disconnect",
+)
+@click.argument("peer", required=False, callback=checked(parse_peer_name))
+@click.option("--interface", callback=checked(parse_interface), help="Of which connection. Default: the only one.")
+@click.pass_obj
+def disconnect_command(mesh: Mesh, peer: str | None, interface: str | None) -> None:
+    """End the connection of this machine that PEER names, or the only one, and remove all that is left of it here.
+
+    It asks no etcd, so that it works after a crash, and while an exit node lets nothing out. The record of a connection
+    that crashed ends by itself, within five minutes.
+    """
+    from kilo_etcd.runtime.logs import setup_logging
+
+    setup_logging("warning")
+    run_here(_disconnect, mesh, peer, interface, _prefix_given())
+
+
+@click.group("connection", cls=Group)
+def connection_group() -> None:
+    """Show the connections of this machine."""
+
+
+@connection_group.command("status")
+@output_option
+@click.pass_obj
+def status_command(mesh: Mesh, output: str) -> None:
+    """Show the connections of this machine: peer, exit node, and how long ago each leader answered. It asks no etcd.
+
+    Exit status 1: there is none, or one has ended and left something here.
+    """
+    del mesh
+    run_here(_status, output)
+
+
+def _prefix_given() -> bool:
+    root = click.get_current_context().find_root()
+    return root.get_parameter_source("_prefix_prefix") is not ParameterSource.DEFAULT
+
+
+def _known() -> tuple[ConnectionFile, ...]:
+    try:
+        return connections.read_all()
+    except OSError as error:
+        raise Failure(f"{RUNTIME_DIR} cannot be read: {error.strerror}; run kgctl as root") from None
+
+
+def chosen(
+    known: Sequence[ConnectionFile], peer: str | None, interface: str | None, prefix: str | None
+) -> ConnectionFile | None:
+    """Which of the connections is meant; None: the one of an interface of which nothing is known. `prefix`: None if
+    it was not given. Failure."""
+    found = [
+        connection
+        for connection in known
+        if peer in (None, connection.peer)
+        and interface in (None, connection.interface)
+        and prefix in (None, connection.prefix)
+    ]
+    if len(found) > 1:
+        each = "; ".join(f"peer {one.peer} of {one.prefix} ({one.interface})" for one in found)
+        raise Failure(f"this machine has {len(found)} connections: {each}; name one by --interface")
+    if not found and peer is not None and interface is None:
+        raise Failure(f"this machine has no connection as peer {peer}; kgctl connection status shows those that it has")
+    return found[0] if found else None
+
+
+async def _disconnect(mesh: Mesh, peer: str | None, interface: str | None, prefix_given: bool) -> None:
+    import trio
+
+    from kilo_etcd.connect.crash import clean_up_after_a_crash, edges_of
+    from kilo_etcd.kernel.errors import NO_PERMISSION
+    from kilo_etcd.kernel.host import may_change_the_network
+
+    if not may_change_the_network():
+        raise Failure(f"nothing was disconnected: {NO_PERMISSION}")
+    known = chosen(_known(), peer, interface, mesh.prefix if prefix_given else None)
+    name = interface or (interface_for(mesh.prefix) if known is None else known.interface)
+    with trio.move_on_after(END_SECONDS) as patience:
+        ended = known is not None and await _end(known)
+    if patience.cancelled_caught and known is not None:
+        raise Failure(
+            f"process {known.process}, the connection, has not ended within {END_SECONDS:g} s; "
+            f"kill -9 {known.process}, and say this once more"
+        )
+    with connection_lock("interface", name, f"the interface {name}"):
+        edges = edges_of(
+            name, "" if known is None else known.peer, mesh.prefix if known is None else known.prefix,
+            None if known is None else known.public_key,
+        )  # fmt: skip
+        removed = await clean_up_after_a_crash(name, edges)
+        connections.remove(name)
+    if known is not None and known.stays:
+        click.echo(
+            f"{name}: removed; the record of peer {clean(known.peer)} stays in etcd until "
+            f"kgctl peer remove {clean(known.peer)}"
+        )
+    elif ended or removed:
+        click.echo(f"{name}: disconnected")
+    else:
+        click.echo(f"{name}: there was no connection")
+
+
+async def _end(connection: ConnectionFile) -> bool:
+    """Have a connection end, and wait until its process has; whether it ran."""
+    import trio
+
+    try:
+        process = os.pidfd_open(connection.process)
+    except OSError:
+        return False
+    try:
+        # Now the number is certain to be of the process that is looked at.
+        if not connection.runs:
+            return False
+        signal.pidfd_send_signal(process, signal.SIGTERM)
+        await trio.lowlevel.wait_readable(process)
+        return True
+    except ProcessLookupError:
+        return False
+    finally:
+        os.close(process)
+
+
+@frozen(kw_only=True)
+class ConnectionStatus:
+    """A connection and what the kernel says of it."""
+
+    known: ConnectionFile
+    state: str
+    """connected, connecting, stays (as asked for), or crashed."""
+    addresses: tuple[str, ...] = ()
+    handshake: float | None = None
+    """Seconds since the last one with any leader; None: there was none, or that cannot be read."""
+    peers: int = 0
+    """WireGuard peers."""
+    answering: int = 0
+    """Those with which there was a handshake in the last three minutes."""
+
+
+async def _status(output: str) -> None:
+    found = [await _look(connection) for connection in _known()]
+    if output == "json":
+        click.echo(json.dumps([_as_data(one) for one in found], indent=2))
+    else:
+        show((_table(found),))
+    if not found or any(one.state == "crashed" for one in found):
+        for one in found:
+            if one.state == "crashed":
+                click.echo(
+                    f"kgctl: the connection of {one.known.interface} has ended and left something here: "
+                    f"kgctl disconnect --interface {one.known.interface} removes it",
+                    err=True,
+                )
+        raise click.exceptions.Exit(1)
+
+
+async def _look(connection: ConnectionFile) -> ConnectionStatus:
+    from kilo_etcd import kernel
+
+    if not connection.runs and not connection.stays:
+        return ConnectionStatus(known=connection, state="crashed")
+    host_addresses = await kernel.list_addresses()
+    own = tuple(
+        str(item.address.ip)
+        for item in host_addresses.addresses
+        if item.interface == connection.interface and not item.address.ip.is_link_local
+    )
+    activity = await kernel.peers_of(connection.interface, connection.public_key)
+    shaken = [peer.last_handshake for peer in activity.peers.values() if peer.last_handshake]
+    now = time.time()
+    state = "stays" if connection.stays else "connected" if own else "connecting"
+    return ConnectionStatus(
+        known=connection,
+        state=state,
+        addresses=own,
+        handshake=max(0.0, now - max(shaken)) if shaken else None,
+        peers=len(activity.peers),
+        answering=sum(now - then < 180 for then in shaken),
+    )
+
+
+def _table(found: Sequence[ConnectionStatus]) -> Table:
+    rows = tuple(
+        (
+            clean(one.known.interface), clean(one.known.peer), clean(one.known.prefix), one.state,
+            ", ".join(one.addresses) or NONE, clean(one.known.exit_node or NONE),
+            f"{one.answering} of {one.peers}", NONE if one.handshake is None else f"{one.handshake:.0f} s ago",
+        )
+        for one in found
+    )  # fmt: skip
+    return Table(
+        "Connections",
+        ("INTERFACE", "PEER", "PREFIX", "STATE", "ADDRESS", "EXIT NODE", "LEADERS ANSWER", "HANDSHAKE"),
+        rows,
+        "This machine has no connection.",
+        spare=("PREFIX", "HANDSHAKE"),
+    )
+
+
+def _as_data(one: ConnectionStatus) -> dict[str, Any]:
+    known = one.known
+    return {
+        "interface": known.interface, "peer": known.peer, "prefix": known.prefix, "state": one.state,
+        "publicKey": known.public_key, "process": known.process if known.runs else None, "since": known.since,
+        "addresses": list(one.addresses), "exitNode": known.exit_node, "leaders": one.peers,
+        "leadersAnswer": one.answering, "secondsSinceHandshake": one.handshake,
+    }  # fmt: skip
