@@ -22,8 +22,10 @@ from kilo_etcd.kernel import (
     Kernel,
     Memory,
     Setup,
+    agent_has,
     cleanup,
     diff,
+    leftovers,
     open_kernel,
     other_agent,
 )
@@ -131,6 +133,74 @@ async def test_a_cleanup_takes_only_what_is_its_interfaces() -> None:
         assert sh("ip route show").startswith("unreachable 10.4.0.0/16 proto 107")
         await cleanup("kilo0", public_key=key(0))
         assert sh("ip route show") + sh("ls /run/wireguard") == ""
+
+
+@pytest.mark.root
+@pytest.mark.usefixtures("own_namespaces")
+@pytest.mark.parametrize("kind", ["leader", "member"])
+async def test_the_cleanup_of_a_connection_takes_nothing_of_an_agent_with_the_same_interface(kind: str) -> None:
+    sh("ip link add eth9 type veth peer name eth8; ip addr add 192.168.9.1/24 dev eth9; ip link set eth9 up")
+    sh("ip link set eth8 up; ip route add default via 192.168.9.254")
+    wanted = plan(via("10.5.0.0/16", "192.168.9.5"), unreachable_routes=("10.4.0.0/16",))
+    if kind == "leader":
+        wanted = evolve(
+            plan(
+                peer(2, "0.0.0.0/0", "10.4.0.2/32", "::/0", endpoint="192.168.9.2:51820"),
+                tunnel("10.4.0.0/16", "10.4.0.1"),
+                unreachable_routes=("10.4.0.0/15",),
+                forwarding=(4,),
+                masquerade=("10.4.0.0/16",),
+            ),
+            exit_route=ExitRoute(families=frozenset({4}), bypass=(ip_network("192.0.2.1/32"),)),
+        )
+    state = "; ".join(f"ip {family} rule; ip {family} route show table all" for family in ("-4", "-6"))
+    state = f"{state}; ip -o link; nft list tables; cat /proc/sys/net/ipv4/ip_forward; ls /run/kilo-etcd"
+    async with open_kernel(Setup(interface="kilo0", private_key=PRIVATE)) as kernel:
+        assert (await kernel.apply(wanted)).failures == ()
+        before = sh(state)
+        for public in (None, key(9)):
+            assert await agent_has("kilo0", public)
+            assert await cleanup("kilo0", public_key=public, protocol=PEER_PROTOCOL) == ()
+            assert await leftovers("kilo0", public_key=public, protocol=PEER_PROTOCOL) == ()
+        assert sh(state) == before
+        await cleanup("kilo0", public_key=key(200))
+
+
+@pytest.mark.root
+@pytest.mark.usefixtures("own_namespaces")
+async def test_an_underlay_that_is_a_tunnel_is_no_other_agents() -> None:
+    sh("ip tuntap add dev tap0 mode tap; ip addr add 192.168.5.1/24 dev tap0; ip link set tap0 up")
+    async with open_kernel(Setup(interface="kilo0", private_key=PRIVATE)) as kernel:
+        parts = (tunnel("10.4.0.0/16", "10.4.0.1"), via("10.5.0.0/16", "192.168.5.2"))
+        wanted = plan(peer(2, "10.4.0.2/32"), *parts, unreachable_routes=("10.4.0.0/15",))
+        assert (await kernel.apply(wanted)).failures == ()
+        assert await other_agent("kilo0", public_key=key(200)) == ""
+        await cleanup("kilo0", public_key=key(200))
+        assert "proto 107" not in sh("ip route show")
+
+
+@pytest.mark.root
+@pytest.mark.usefixtures("own_namespaces")
+async def test_the_cleanup_of_a_crashed_connection_leaves_a_member_of_the_same_mesh_its_routes() -> None:
+    sh("ip link add eth9 type veth peer name eth8; ip addr add 192.168.9.1/24 dev eth9; ip link set eth9 up")
+    sh("ip link set eth8 up")
+    async with (
+        open_kernel(Setup(interface="kilo0", private_key=PRIVATE)) as agent,
+        open_kernel(Setup(interface="kilo-a", private_key=PRIVATE, protocol=PEER_PROTOCOL)) as connection,
+    ):
+        await agent.apply(plan(via("10.5.0.0/16", "192.168.9.5"), unreachable_routes=("10.4.0.0/16",)))
+        addresses = ("10.4.0.77/32",)
+        parts = (peer(2, "10.4.0.2/32"), tunnel("10.4.8.0/24", "10.4.0.77"))
+        await connection.apply(plan(*parts, addresses=addresses, port=51999))
+        agents = [line for line in sh("ip route show").splitlines() if "proto 107" in line]
+        assert len(agents) == 2
+        assert await other_agent("kilo-a") == "kilo0"
+        for protocol in (ROUTE_PROTOCOL, PEER_PROTOCOL):
+            await cleanup("kilo-a", protocol=protocol)
+        left = sh("ip route show")
+        assert [line for line in left.splitlines() if "proto 107" in line] == agents
+        assert "kilo-a" not in left + sh("ip -o link")
+        await cleanup("kilo0", public_key=key(200))
 
 
 def test_rules_of_another_interface_at_the_same_priorities_are_not_taken_for_ones_own() -> None:

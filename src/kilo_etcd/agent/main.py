@@ -211,7 +211,7 @@ async def _cleanup(config: AgentConfig) -> None:
             public = key_file.peek_public_key(config.state_dir)
         except key_file.KeyFileError as error:
             public, unusable = None, error
-        another = await kernel.other_agent(config.interface)
+        another = await kernel.other_agent(config.interface, public_key=public)
         # A connection may have had the interface.
         for protocol in (kernel.ROUTE_PROTOCOL, kernel.PEER_PROTOCOL):
             for change in await kernel.cleanup(config.interface, public_key=public, protocol=protocol):
@@ -223,11 +223,10 @@ async def _cleanup(config: AgentConfig) -> None:
         except HostsFileError as error:
             click.echo(f"kg: the names of the mesh stay in the hosts file: {error}", err=True)
         if another:
-            click.echo(
+            raise Fatal(
                 f"the agent of this host has the interface {another}, so its files and its records in etcd stay: "
                 f"kg --interface {another} cleanup removes them"
             )
-            return
         try:
             cachefile.remove(config.state_dir)
             remove_members(config.state_dir)

@@ -242,11 +242,11 @@ async def _connect(mesh: Mesh, options: Options) -> None:
         if options.dry_run:
             await _connect_alone(mesh, options, private, edges)
             return
-        blocked = await blocks_the_way_out(options.interface, public)
-        if blocked and options.exit_node is None:
-            await clean_up_after_a_crash(options.interface, edges)
-            blocked = False
         former = connections.read(options.interface)
+        blocked = await blocks_the_way_out(options.interface, public)
+        if blocked and options.exit_node is None and not (former is not None and former.stays):
+            await clean_up_after_a_crash(options.interface, public, edges)
+            blocked = False
         connections.write(
             connections.ConnectionFile(
                 interface=options.interface, peer=options.peer, prefix=mesh.prefix, public_key=public,
@@ -256,30 +256,42 @@ async def _connect(mesh: Mesh, options: Options) -> None:
         )  # fmt: skip
         try:
             await _connect_alone(mesh, options, private, edges)
+        except Exception as error:
+            known = connections.read(options.interface)
+            if not blocked or (known is not None and known.joined):
+                raise
+            sentence = (
+                f"an earlier connection still sends all packets that leave this machine to its exit node: "
+                f"kgctl disconnect --interface {options.interface} ends that"
+            )
+            raise ExceptionGroup("", [error, Failure(sentence)]) from None
         finally:
             with trio.CancelScope(shield=True):
-                await _ended(options, public, edges, former, blocked=blocked)
+                await _ended(options.interface, public, former)
 
 
-async def _ended(options: Options, public: str, edges: Edges, former: ConnectionFile | None, *, blocked: bool) -> None:
-    """Have the file of the connection say what is left, `former` if that is of an earlier one. `blocked`: at the start,
-    a crash had left rules that keep packets from leaving; if no connection has come about since then they go too."""
+async def _ended(interface: str, public: str, former: ConnectionFile | None) -> None:
+    """Have the file of the connection say what is left; `former`: what it said of an earlier one, of which nothing has
+    been changed if this one has not joined."""
     from kilo_etcd import kernel
-    from kilo_etcd.connect.crash import blocks_the_way_out, clean_up_after_a_crash, is_left
+    from kilo_etcd.connect.crash import is_left
     from kilo_etcd.runtime import connections
 
-    known = connections.read(options.interface)
+    known = connections.read(interface)
     if known is not None and known.stays:
         return
     try:
-        if blocked and await blocks_the_way_out(options.interface, public):
-            await clean_up_after_a_crash(options.interface, edges)
-        if not await is_left(options.interface, public):
-            connections.remove(options.interface)
-        elif former is not None:
-            connections.write(former)
+        left = await is_left(interface, public)
     except (kernel.KernelError, OSError) as error:
         _remark(str(error))
+        left = True
+    if known is not None and known.joined:
+        if not left:
+            connections.remove(interface)
+    elif former is not None and (left or former.stays):
+        connections.write(former)
+    else:
+        connections.remove(interface)
 
 
 async def _connect_alone(mesh: Mesh, options: Options, private: str, edges: Edges) -> None:

@@ -12,7 +12,7 @@ from collections.abc import Awaitable, Callable
 from contextlib import suppress
 
 import trio
-from attrs import evolve, frozen
+from attrs import frozen
 
 from kilo_etcd import kernel
 from kilo_etcd.base.descriptors import OutOfDescriptors
@@ -163,6 +163,7 @@ class PeerConnection:
             await self._find_etcd()
         decision = await self.registration.register()
         self._joined = True
+        connections.change(self.settings.interface, joined=True)
         nursery.start_soon(self.registration.keep)
         self.log.info(
             "registered" if decision.writes else "registered already", peer=self.desired.name,
@@ -386,8 +387,7 @@ class PeerConnection:
             await self._withdraw()
             return
         if not self.desired.clean_up:
-            if (known := connections.read(self.settings.interface)) is not None:
-                connections.write(evolve(known, stays=True))
+            connections.change(self.settings.interface, stays=True)
             self.log.info("ended; everything stays in place", interface=self.settings.interface)
             return
         try:

@@ -38,10 +38,12 @@ async def _left(interface: str, public_key: str | None) -> tuple[kernel.Change, 
     return await kernel.leftovers(interface, public_key=public_key, protocol=kernel.PEER_PROTOCOL)
 
 
-async def clean_up_after_a_crash(interface: str, edges: Edges) -> bool:
-    """Remove all that is left of a connection that does not run; whether there was anything. KernelError, OSError."""
+async def clean_up_after_a_crash(interface: str, public_key: str | None, edges: Edges) -> bool:
+    """Remove all that is left of a connection that does not run; whether there was anything. What an agent has of the
+    same name stays. KernelError, OSError."""
+    of_agent = await kernel.agent_has(interface, public_key)
     changes = await edges.clean_up()
-    names = await edges.write_names(None)
+    names = not of_agent and await edges.write_names(None)
     if changes:
         get_logger().info("removed what a crash had left", interface=interface, changes=len(changes))
     return bool(changes or names)

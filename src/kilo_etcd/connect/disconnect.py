@@ -24,7 +24,7 @@ from kilo_etcd.ctl.output import output_option, show
 from kilo_etcd.ctl.reports.render import NONE, Table, clean
 from kilo_etcd.runtime import connections
 from kilo_etcd.runtime.connections import ConnectionFile
-from kilo_etcd.runtime.lock_file import RUNTIME_DIR, connection_lock
+from kilo_etcd.runtime.lock_file import RUNTIME_DIR, connection_lock, disconnect_lock, has_connection_lock
 from kilo_etcd.runtime.parsing import parse_interface
 
 END_SECONDS = 30.0
@@ -92,17 +92,29 @@ def chosen(
         and prefix in (None, connection.prefix)
     ]
     if len(found) > 1:
-        each = "; ".join(f"peer {one.peer} of {one.prefix} ({one.interface})" for one in found)
+        each = "; ".join(_named(one) for one in found)
         raise Failure(f"this machine has {len(found)} connections: {each}; name one by --interface")
-    if not found and peer is not None and interface is None:
-        raise Failure(f"this machine has no connection as peer {peer}; kgctl connection status shows those that it has")
-    return found[0] if found else None
+    if found:
+        return found[0]
+    # What nothing is known of is told by its interface alone.
+    meant = interface or (None if prefix is None else interface_for(prefix))
+    if other := next((one for one in known if one.interface == meant), None):
+        raise Failure(
+            f"the connection of {meant} is another one: {_named(other)}; kgctl disconnect --interface {meant} ends it"
+        )
+    if peer is not None:
+        raise Failure(
+            f"this machine has no connection as peer {peer}{'' if interface is None else f' on {interface}'}; "
+            "kgctl connection status shows those that it has"
+        )
+    return None
+
+
+def _named(one: ConnectionFile) -> str:
+    return f"peer {clean(one.peer)} of {clean(one.prefix)} ({clean(one.interface)})"
 
 
 async def _disconnect(mesh: Mesh, peer: str | None, interface: str | None, prefix_given: bool) -> None:
-    import trio
-
-    from kilo_etcd.connect.crash import clean_up_after_a_crash, edges_of
     from kilo_etcd.kernel.errors import NO_PERMISSION
     from kilo_etcd.kernel.host import may_change_the_network
 
@@ -110,6 +122,16 @@ async def _disconnect(mesh: Mesh, peer: str | None, interface: str | None, prefi
         raise Failure(f"nothing was disconnected: {NO_PERMISSION}")
     known = chosen(_known(), peer, interface, mesh.prefix if prefix_given else None)
     name = interface or (interface_for(mesh.prefix) if known is None else known.interface)
+    with disconnect_lock(name):
+        await _disconnect_alone(known, name, mesh.prefix)
+
+
+async def _disconnect_alone(known: ConnectionFile | None, name: str, prefix: str) -> None:
+    import trio
+
+    from kilo_etcd import kernel
+    from kilo_etcd.connect.crash import clean_up_after_a_crash, edges_of
+
     with trio.move_on_after(END_SECONDS) as patience:
         ended = known is not None and await _end(known)
     if patience.cancelled_caught and known is not None:
@@ -118,12 +140,17 @@ async def _disconnect(mesh: Mesh, peer: str | None, interface: str | None, prefi
             f"kill -9 {known.process}, and say this once more"
         )
     with connection_lock("interface", name, f"the interface {name}"):
-        edges = edges_of(
-            name, "" if known is None else known.peer, mesh.prefix if known is None else known.prefix,
-            None if known is None else known.public_key,
-        )  # fmt: skip
-        removed = await clean_up_after_a_crash(name, edges)
+        # Whether it was to stay the connection says at its end.
+        known = connections.read(name) or known
+        public = None if known is None else known.public_key
+        edges = edges_of(name, "" if known is None else known.peer, prefix if known is None else known.prefix, public)
+        removed = await clean_up_after_a_crash(name, public, edges)
         connections.remove(name)
+        if not (ended or removed) and await kernel.agent_has(name, public):
+            raise Failure(
+                f"{name} is the interface of this host's agent, not of a connection; to remove it, stop the agent and "
+                f"run kg --interface {name} cleanup"
+            )
     if known is not None and known.stays:
         click.echo(
             f"{name}: removed; the record of peer {clean(known.peer)} stays in etcd until "
@@ -136,7 +163,7 @@ async def _disconnect(mesh: Mesh, peer: str | None, interface: str | None, prefi
 
 
 async def _end(connection: ConnectionFile) -> bool:
-    """Have a connection end, and wait until its process has; whether it ran."""
+    """Have a connection end, and wait until its process has; whether it ran. Failure."""
     import trio
 
     try:
@@ -144,14 +171,18 @@ async def _end(connection: ConnectionFile) -> bool:
     except OSError:
         return False
     try:
-        # Now the number is certain to be of the process that is looked at.
-        if not connection.runs:
+        # Now the number is certain to be of the process that is looked at. Only a connection has the interface's lock.
+        if not (connection.runs and has_connection_lock(connection.process, "interface", connection.interface)):
             return False
         signal.pidfd_send_signal(process, signal.SIGTERM)
         await trio.lowlevel.wait_readable(process)
         return True
     except ProcessLookupError:
         return False
+    except PermissionError:
+        raise Failure(
+            f"process {connection.process}, the connection, is another user's: run kgctl disconnect as root"
+        ) from None
     finally:
         os.close(process)
 

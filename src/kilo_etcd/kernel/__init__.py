@@ -6,7 +6,7 @@ The public names are these; modules are private.
 from kilo_etcd.kernel.api import Kernel
 from kilo_etcd.kernel.diff import diff
 from kilo_etcd.kernel.errors import KernelError
-from kilo_etcd.kernel.linux import cleanup, leftovers, list_addresses, open_kernel, other_agent, peers_of
+from kilo_etcd.kernel.linux import agent_has, cleanup, leftovers, list_addresses, open_kernel, other_agent, peers_of
 from kilo_etcd.kernel.state import (
     PEER_PROTOCOL,
     ROUTE_PROTOCOL,
@@ -45,6 +45,7 @@ __all__ = [
     "ObservedPeer",
     "Route",
     "Setup",
+    "agent_has",
     "cleanup",
     "diff",
     "leftovers",

@@ -103,6 +103,9 @@ _ALREADY = {
 }
 """Errors that say that what was wanted is so already."""
 
+_TUNNELS = ("wireguard", "tun")
+"""The kinds of device that WireGuard has."""
+
 _Batched = AddAddress | DeleteAddress | AddRoute | ReplaceRoute | DeleteRoute | AddRule | DeleteRule
 
 
@@ -168,6 +171,8 @@ class Host:
         """The nexthop objects when routes were last read, if these are told without what the objects say."""
         self.ways: set[int] = set()
         """Indexes of the devices that routes of ours leave by, and of those that some did since they were last read."""
+        self._agents_networks: set[IPNetwork] = set()
+        """Of a connection: the destinations of an agent's unreachable routes, when last read."""
 
     def close(self) -> None:
         """Close the sockets. What is on the host stays as it is."""
@@ -256,7 +261,9 @@ class Host:
             # its own. Any other is an operator's, who must not lose peers and key.
             leads_there = any(route.device == own.name for route in (*routes.values(), *duplicates))
             alone = [a.ip for a in addresses if a.network.num_addresses == 1]
-            in_mesh = any(address in network for address in alone for network in unreachable_routes)
+            in_mesh = own.name not in self._connections(foreign) and any(
+                address in network for address in alone for network in unreachable_routes
+            )
             if not (leads_there or in_mesh or self._knows(state)):
                 ours, addresses = False, frozenset()
         devices = {a.interface for a in everywhere if a.address.ip in sources} - {"", self.interface, self.ipip, "lo"}
@@ -418,6 +425,7 @@ class Host:
         self.ways = set()
         self.uplinks = {}
         self.several = False
+        self._agents_networks = set()
         objects = self._objects = nexthops.read(self._route)
 
         def keep(body: bytes) -> None:
@@ -426,8 +434,7 @@ class Host:
                 return
             if read.unreachable:
                 # An agent's, which is in nobody's way.
-                if self.protocol == ROUTE_PROTOCOL:
-                    unreachable_routes.add(read.destination)
+                (unreachable_routes if self.protocol == ROUTE_PROTOCOL else self._agents_networks).add(read.destination)
                 return
             route = read.route(names)
             if not is_ours(read.protocol, route.device, own=self.protocol, interface=self.interface):
@@ -720,7 +727,10 @@ class Host:
     def leftovers(self) -> tuple[Change, ...]:
         """What `cleanup` has to make: everything recognisable as ours goes."""
         observed = self.observe()
-        changes = removal(observed.policy)
+        changes = removal(observed.policy, self.protocol)
+        if self.agent_has(observed):
+            # What has no more than the interface's name is the agent's.
+            return *changes, *(DeleteRoute(route) for route in (*observed.routes.values(), *observed.duplicate_routes))
         routes = [*observed.routes.values(), *observed.duplicate_routes]
         if self.other_agent(observed):
             # An agent's routes lead anywhere: these are the other one's.
@@ -742,29 +752,57 @@ class Host:
         changes.extend(change for change in sysctl.to_restore(self._record) if change.path not in deleted_links)
         return tuple(changes)
 
+    def agent_has(self, observed: Observed) -> bool:
+        """Of a connection: whether the interface is an agent's, by what `observe` has just read. Routes or rules of an
+        agent lead there, or it has a mesh address; a device with the connection's own key is the connection's."""
+        link = observed.link
+        if self.protocol == ROUTE_PROTOCOL or (self._public_key and observed.public_key == self._public_key):
+            return False
+        names = {index: found.name for index, found in self.links.items()}
+        policy = routing.read(self._route, self.interface, ROUTE_PROTOCOL, names)
+        in_tables = (
+            route for table in policy.tables.values() for route in (*table.routes.values(), *table.last.values())
+        )
+        leading_there = (route for route in observed.foreign.values() if route.device in (self.interface, self.ipip))
+        if policy.rules or any(route.protocol == ROUTE_PROTOCOL for route in (*leading_there, *in_tables)):
+            return True
+        if link is None or link.kind not in _TUNNELS or observed.routes:
+            return False
+        return bool(self._with_mesh_address({link.name}, self._agents_networks))
+
     def other_agent(self, observed: Observed) -> str:
         """The WireGuard device of an agent with another interface than this, by what `observe` has just read; empty:
-        there is none. An agent's routes lead there, or it has a mesh address; that of a connection has its routes."""
-        if self.protocol != ROUTE_PROTOCOL:
+        there is none. An agent's routes into the tunnel lead there, or it has a mesh address; that of a connection has
+        its routes. Where our own device is an agent's there is no other: a host has one."""
+        if self.protocol != ROUTE_PROTOCOL or (observed.link is not None and observed.ours):
             return ""
-        devices = {link.name for link in self.links.values() if link.kind in ("wireguard", "tun")} - {self.interface}
-        led_to = devices.intersection(route.device for route in (*observed.routes.values(), *observed.duplicate_routes))
+        devices = {link.name for link in self.links.values() if link.kind in _TUNNELS} - {self.interface}
+        routes = (*observed.routes.values(), *observed.duplicate_routes)
+        # A route by way of a gateway leads into the underlay, which may be a tunnel too.
+        led_to = devices.intersection(route.device for route in routes if route.gateway is None)
         if led_to:
             return min(led_to)
-        connections = {route.device for route in observed.foreign.values() if route.protocol == PEER_PROTOCOL}
-        candidates = devices - connections
-        if not candidates or (observed.link is not None and observed.ours):
-            return ""
         return min(
-            (
-                item.interface
-                for item in self._read_addresses()
-                if item.interface in candidates
-                and item.address.network.num_addresses == 1
-                and any(item.address.ip in network for network in observed.unreachable_routes)
-            ),
+            self._with_mesh_address(devices - self._connections(observed.foreign), observed.unreachable_routes),
             default="",
         )
+
+    @staticmethod
+    def _connections(foreign: Mapping[IPNetwork, Route]) -> set[str]:
+        """The devices of connections."""
+        return {route.device for route in foreign.values() if route.protocol == PEER_PROTOCOL}
+
+    def _with_mesh_address(self, devices: Collection[str], networks: Collection[IPNetwork]) -> set[str]:
+        """Those of `devices` that have an address without a network of its own, within an agent's `networks`."""
+        if not (devices and networks):
+            return set()
+        return {
+            item.interface
+            for item in self._read_addresses()
+            if item.interface in devices
+            and item.address.network.num_addresses == 1
+            and any(item.address.ip in network for network in networks)
+        }
 
     def forget_sysctls(self) -> None:
         """Forget which values sysctls had before us: they have been restored, or are to stay."""

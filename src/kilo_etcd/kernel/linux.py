@@ -123,9 +123,10 @@ async def cleanup(
     """Remove everything that an agent ever made for `interface`; what was removed. Nothing the second time.
 
     `public_key` is this host's, by which a device is known as ours that no route of ours leads to; `protocol` marks our
-    routes. What an agent with another interface has made stays.
+    routes. What an agent with another interface has made stays; with the protocol of connections, so does all that an
+    agent with this one has. KernelError.
     """
-    return await _in_thread(lambda: _cleanup(_host_of(interface, public_key, uapi_dir, runtime_dir, protocol)))
+    return await _ask_kernel(lambda: _cleanup(_host_of(interface, public_key, uapi_dir, runtime_dir, protocol)))
 
 
 async def leftovers(interface: str, *, public_key: str | None = None, protocol: int) -> tuple[Change, ...]:
@@ -154,13 +155,27 @@ async def peers_of(interface: str, public_key: str) -> PeerActivity:
     return await _ask_kernel(read)
 
 
-async def other_agent(interface: str) -> str:
-    """The WireGuard device of an agent of this host that has another interface than this; empty: there is none."""
+async def other_agent(interface: str, *, public_key: str | None = None) -> str:
+    """The WireGuard device of an agent of this host that has another interface than this; empty: there is none.
+    `public_key` is this host's. KernelError."""
 
     def read() -> str:
-        host = Host(interface)
+        host = _host_of(interface, public_key, "/var/run/wireguard", "/run/kilo-etcd", ROUTE_PROTOCOL)
         try:
             return host.other_agent(host.observe())
+        finally:
+            host.close()
+
+    return await _ask_kernel(read)
+
+
+async def agent_has(interface: str, public_key: str | None) -> bool:
+    """Whether an interface is an agent's, and not that of a connection with `public_key`. KernelError."""
+
+    def read() -> bool:
+        host = _host_of(interface, public_key, "/var/run/wireguard", "/run/kilo-etcd", PEER_PROTOCOL)
+        try:
+            return host.agent_has(host.observe())
         finally:
             host.close()
 
@@ -186,7 +201,8 @@ def _cleanup(host: Host) -> tuple[Change, ...]:
         for _ in range(_ROUNDS):
             changes = host.leftovers()
             if not changes:
-                host.forget_sysctls()
+                if not host.agent_has(host.observe()):
+                    host.forget_sysctls()
                 break
             made, failed = host.make(changes)
             all_made.extend(made)

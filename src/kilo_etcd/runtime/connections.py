@@ -8,6 +8,7 @@ the number of the network namespace is part of the file's name. Where no file ca
 from __future__ import annotations
 
 import json
+import math
 import os
 import re
 from contextlib import suppress
@@ -15,27 +16,40 @@ from pathlib import Path
 from typing import Any
 
 import attrs
-from attrs import frozen
+from attrs import field, frozen
+from attrs.validators import ge, instance_of, lt, optional
 
 from kilo_etcd.base.wholefile import write_whole
 from kilo_etcd.runtime.lock_file import RUNTIME_DIR
+
+
+def _is_whole(_: object, __: object, value: Any) -> None:
+    if type(value) is not int:
+        raise TypeError(value)
+
+
+def _is_time(_: object, __: object, value: Any) -> None:
+    if type(value) not in (int, float) or not math.isfinite(value):
+        raise TypeError(value)
 
 
 @frozen(kw_only=True)
 class ConnectionFile:
     """What is known of one connection. There are no secrets in it."""
 
-    interface: str
-    peer: str
-    prefix: str
-    public_key: str
-    exit_node: str | None = None
-    process: int
-    started: int
+    interface: str = field(validator=instance_of(str))
+    peer: str = field(validator=instance_of(str))
+    prefix: str = field(validator=instance_of(str))
+    public_key: str = field(validator=instance_of(str))
+    exit_node: str | None = field(default=None, validator=optional(instance_of(str)))
+    process: int = field(validator=[_is_whole, ge(0), lt(1 << 31)])
+    started: int = field(validator=_is_whole)
     """When the process started, in the kernel's ticks since boot: process numbers are used again."""
-    since: float
+    since: float = field(validator=_is_time)
     """Unix seconds."""
-    stays: bool = False
+    joined: bool = field(default=False, validator=instance_of(bool))
+    """Whether it has registered: before that it changes nothing here."""
+    stays: bool = field(default=False, validator=instance_of(bool))
     """Whether the connection ended and was to leave everything in place."""
 
     @property
@@ -62,6 +76,12 @@ def write(connection: ConnectionFile, directory: Path = RUNTIME_DIR) -> None:
         write_whole(_path(connection.interface, directory), json.dumps(attrs.asdict(connection)).encode())
 
 
+def change(interface: str, directory: Path = RUNTIME_DIR, **fields: Any) -> None:
+    """Have the file of the connection, if there is one, say something else of some fields."""
+    if (known := read(interface, directory)) is not None:
+        write(attrs.evolve(known, **fields), directory)
+
+
 def remove(interface: str, directory: Path = RUNTIME_DIR) -> None:
     """Nothing is left of the connection."""
     with suppress(OSError):
@@ -71,7 +91,8 @@ def remove(interface: str, directory: Path = RUNTIME_DIR) -> None:
 def read(interface: str, directory: Path = RUNTIME_DIR) -> ConnectionFile | None:
     """What is known of the connection of an interface."""
     with suppress(OSError):
-        return _decoded(_path(interface, directory).read_bytes())
+        known = _decoded(_path(interface, directory).read_bytes())
+        return known if known is not None and known.interface == interface else None
     return None
 
 
@@ -87,9 +108,10 @@ def read_all(directory: Path = RUNTIME_DIR) -> tuple[ConnectionFile, ...]:
 
 
 def _decoded(content: bytes) -> ConnectionFile | None:
-    with suppress(ValueError, TypeError, UnicodeDecodeError):
+    """None for anything but what `write` writes."""
+    with suppress(ValueError, TypeError, AttributeError, RecursionError):
         data: Any = json.loads(content)
-        known = {field.name for field in attrs.fields(ConnectionFile)}
+        known = {part.name for part in attrs.fields(ConnectionFile)}
         return ConnectionFile(**{name: value for name, value in data.items() if name in known})
     return None
 

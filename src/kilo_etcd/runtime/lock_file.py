@@ -39,7 +39,37 @@ def connection_lock(kind: str, resource: str, called: str) -> AbstractContextMan
     """Hold something of a `kind` (interface, mesh, exit-node) that two `kgctl connect` of one machine would fight over;
     `called`: as the sentence of AlreadyRunning names it."""
     refusal = f"another kgctl connect of this machine has {called} already{{}}; end that one first"
-    return exclusive_lock(f"connect-{kind}.{sha256(resource.encode()).hexdigest()[:16]}", refusal)
+    return exclusive_lock(_connection_lock(kind, resource), refusal)
+
+
+def has_connection_lock(process: int, kind: str, resource: str, directory: Path = RUNTIME_DIR) -> bool:
+    """Whether a process holds `connection_lock`."""
+    try:
+        handle = os.open(_lock_path(_connection_lock(kind, resource), directory), os.O_RDONLY | os.O_CLOEXEC)
+    except OSError:
+        return False
+    try:
+        fcntl.flock(handle, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return os.pread(handle, 20, 0).decode(errors="replace").strip() == str(process)
+    finally:
+        os.close(handle)
+    return False
+
+
+def disconnect_lock(interface: str) -> AbstractContextManager[None]:
+    """Be the only `kgctl disconnect` of an interface: by a second signal a connection ends at once. AlreadyRunning."""
+    return exclusive_lock(
+        _connection_lock("disconnect", interface), f"another kgctl disconnect ends {interface} already{{}}; wait for it"
+    )
+
+
+def _connection_lock(kind: str, resource: str) -> str:
+    return f"connect-{kind}.{sha256(resource.encode()).hexdigest()[:16]}"
+
+
+def _lock_path(name: str, directory: Path) -> Path:
+    return directory / f"{name}.{os.stat('/proc/self/ns/net').st_ino}.lock"
 
 
 @contextmanager
@@ -48,8 +78,7 @@ def exclusive_lock(name: str, refusal: str, directory: Path = RUNTIME_DIR) -> It
     sentence in which `{}` names the process, if another one holds it."""
     try:
         directory.mkdir(parents=True, exist_ok=True)
-        path = directory / f"{name}.{os.stat('/proc/self/ns/net').st_ino}.lock"
-        handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        handle = os.open(_lock_path(name, directory), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
     except OSError as error:
         if (short := descriptors.shortage(error)) is not None:
             raise descriptors.OutOfDescriptors(f"it cannot be seen whether another agent runs here: {short}") from None

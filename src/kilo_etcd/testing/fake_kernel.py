@@ -44,6 +44,7 @@ from kilo_etcd.kernel.predict import apply_changes
 from kilo_etcd.kernel.routing.policy import removal
 from kilo_etcd.kernel.routing.rules import ForeignRule
 from kilo_etcd.kernel.state import (
+    ROUTE_PROTOCOL,
     AddRoute,
     ApplyReport,
     Backend,
@@ -173,7 +174,7 @@ class FakeHost:
 
     def cleanup(self, interface: str = "kilo0") -> tuple[Change, ...]:
         """As `kernel.cleanup`."""
-        changes = removal(self.observed.policy)
+        changes = removal(self.observed.policy, ROUTE_PROTOCOL)
         changes.extend(DeleteRoute(route) for route in self.observed.routes.values())
         changes.extend(
             DeleteRoute(unreachable_route(network)) for network in sorted(self.observed.unreachable_routes, key=str)

@@ -171,11 +171,12 @@ def _stale(planned: OwnTable, table: OwnTable) -> Iterator[Change]:
     yield from (DeleteRoute(route) for destination, route in table.routes.items() if destination not in planned.routes)
 
 
-def removal(policy: Policy) -> list[Change]:
-    """What has to be done so that nothing of it is left."""
+def removal(policy: Policy, protocol: int) -> list[Change]:
+    """What has to be done so that nothing of it is left that is marked with `protocol`: an agent and a connection may
+    have had the same interface. The rules are all of it."""
     removed = sorted(policy.rules, key=lambda rule: rule.order, reverse=True)
     stale: list[Change] = [DeleteRule(rule) for rule in removed]
-    return [*stale, *(change for table in policy.tables.values() for change in _stale(_NOTHING, table))]
-
-
-_NOTHING = OwnTable()
+    for table in policy.tables.values():
+        routes = (*table.last.values(), *table.routes.values())
+        stale.extend(DeleteRoute(route) for route in routes if route.protocol == protocol)
+    return stale
