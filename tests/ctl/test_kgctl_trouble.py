@@ -53,7 +53,7 @@ WRITING = {
     "peer add": ["peer", "add", "phone", "--allowed-ips", "10.9.0.7", "--public-key", "Y" + "A" * 42 + "="],
     "peer remove": ["peer", "remove", "laptop", "--yes"],
 }
-ELSEWHERE = {"completion", "man", "connect", "lab"}
+ELSEWHERE = {"completion", "man", "connect", "connection", "disconnect", "lab"}
 """Those that need no etcd, and those that are tested where they have what they need."""
 BOTH = list((READING | WRITING).values())
 

@@ -179,7 +179,7 @@ async def _end(connection: ConnectionFile) -> bool:
         return True
     except ProcessLookupError:
         return False
-    except PermissionError:
+    except PermissionError:  # of the signal, or of the lock
         raise Failure(
             f"process {connection.process}, the connection, is another user's: run kgctl disconnect as root"
         ) from None

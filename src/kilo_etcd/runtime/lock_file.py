@@ -43,10 +43,10 @@ def connection_lock(kind: str, resource: str, called: str) -> AbstractContextMan
 
 
 def has_connection_lock(process: int, kind: str, resource: str, directory: Path = RUNTIME_DIR) -> bool:
-    """Whether a process holds `connection_lock`."""
+    """Whether a process holds `connection_lock`. OSError if that cannot be seen."""
     try:
         handle = os.open(_lock_path(_connection_lock(kind, resource), directory), os.O_RDONLY | os.O_CLOEXEC)
-    except OSError:
+    except FileNotFoundError:
         return False
     try:
         fcntl.flock(handle, fcntl.LOCK_SH | fcntl.LOCK_NB)
