@@ -259,10 +259,8 @@ async def test_an_agents_interface_is_neither_connected_nor_disconnected(tmp_pat
         routes={network: RoutePlan(destination=network, way=Via.TUNNEL, source=ip_address("10.7.0.1"))},
         masquerade=(network,),
     )  # fmt: skip
-    async with (
-        laptop(tmp_path) as here,
-        kernel.open_kernel(kernel.Setup(interface="kilo0", private_key=key_of(7))) as k,
-    ):
+    setup = kernel.Setup(interface="kilo0", private_key=key_of(7))
+    async with laptop(tmp_path) as here, kernel.open_kernel(setup) as agent:
         await here.server.stop()
         assert (await agent.apply(plan)).failures == ()
         with HOSTS.open("a") as hosts:
@@ -275,6 +273,8 @@ async def test_an_agents_interface_is_neither_connected_nor_disconnected(tmp_pat
         refused = ran(KGCTL, "disconnect", "--interface", "kilo0")
         assert (refused.returncode, refused.stdout) == (1, "")
         assert refused.stderr.startswith("kgctl: kilo0 is the interface of this host's agent")
+        elsewhere = ran(KG, "--interface", "kilo1", "--state-dir", str(tmp_path / "kg"), "cleanup")
+        assert (elsewhere.returncode, "has the interface kilo0" in elsewhere.stderr) == (1, True), elsewhere.stderr
         assert sh(state) == before
 
 

@@ -295,7 +295,7 @@ class UserspaceDevice:
                     answer += part
         except TimeoutError:
             process = self.process(name)
-            remedy = f": kill -CONT {process}; or kill -9 {process}, and the agent starts another" if process else ""
+            remedy = f": kill -CONT {process}; or kill -9 {process}, and its device goes" if process else ""
             raise OSError(
                 errno.ETIMEDOUT, f"the userspace WireGuard of {name} does not answer (is its process stopped?){remedy}"
             ) from None
