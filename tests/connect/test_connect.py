@@ -109,7 +109,7 @@ class World:
 
     async def clean_up(self) -> tuple[Change, ...]:
         await trio.lowlevel.checkpoint()
-        return self.host.cleanup("kilo-kilo")
+        return self.host.cleanup("kilo-kilo", protocol=kernel.PEER_PROTOCOL)
 
 
 @pytest.fixture

@@ -172,9 +172,9 @@ class FakeHost:
         """Report nothing to `listener` any more: its agent has ended."""
         self._listeners.remove(listener)
 
-    def cleanup(self, interface: str = "kilo0") -> tuple[Change, ...]:
+    def cleanup(self, interface: str = "kilo0", protocol: int = ROUTE_PROTOCOL) -> tuple[Change, ...]:
         """As `kernel.cleanup`."""
-        changes = removal(self.observed.policy, ROUTE_PROTOCOL)
+        changes = removal(self.observed.policy, protocol)
         changes.extend(DeleteRoute(route) for route in self.observed.routes.values())
         changes.extend(
             DeleteRoute(unreachable_route(network)) for network in sorted(self.observed.unreachable_routes, key=str)
