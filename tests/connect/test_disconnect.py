@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from collections.abc import AsyncIterator, Iterator
@@ -13,7 +14,7 @@ from pathlib import Path
 
 import attrs
 import pytest
-from test_connect_refused import HOSTS, KEYS, KGCTL, Laptop, key_of, laptop, sh, world
+from test_connect_refused import HOSTS, KEYS, KGCTL, NO_CAPABILITY, Laptop, key_of, laptop, sh, world
 
 from helpers import eventually
 from kilo_etcd import kernel
@@ -26,6 +27,7 @@ from kilo_etcd.runtime import connections, lock_file
 from kilo_etcd.runtime.connections import ConnectionFile
 from kilo_etcd.store.records import CandidateRecord, encode
 
+NOBODY = ("setpriv", "--reuid", "65534", "--clear-groups", *NO_CAPABILITY[1:])
 KG = str(Path(sys.executable).with_name("kg"))
 
 
@@ -186,7 +188,9 @@ async def test_a_connection_that_runs_is_ended_and_kg_cleanup_leaves_it_alone(tm
         assert (code, found["state"], found["process"]) == (0, "connected", process.pid)
         assert (found["leaders"], found["leadersAnswer"]) == (1, 0)
         shown = ran(KGCTL, "connection", "status")
-        assert "kilo-kilo" in shown.stdout
+        assert re.search(r"kilo-kilo .* 0 of 1 ", shown.stdout), shown.stdout
+        shown = ran(*NOBODY, KGCTL, "connection", "status")
+        assert re.search(r"kilo-kilo .* gcp-1 +- +-", shown.stdout), shown.stdout
         command = [KG, "--interface", "kilo-kilo", "--state-dir", str(tmp_path / "kg"), "cleanup"]
         refused = ran(*command)
         assert (refused.returncode, f"(process {process.pid})" in refused.stderr) == (1, True), refused.stderr

@@ -197,9 +197,9 @@ class ConnectionStatus:
     addresses: tuple[str, ...] = ()
     handshake: float | None = None
     """Seconds since the last one with any leader; None: there was none, or that cannot be read."""
-    peers: int = 0
-    """WireGuard peers."""
-    answering: int = 0
+    peers: int | None = None
+    """WireGuard peers; None: these cannot be read, or are nobody's."""
+    answering: int | None = None
     """Those with which there was a handshake in the last three minutes."""
 
 
@@ -222,6 +222,7 @@ async def _status(output: str) -> None:
 
 async def _look(connection: ConnectionFile) -> ConnectionStatus:
     from kilo_etcd import kernel
+    from kilo_etcd.kernel.host import may_change_the_network
 
     if not connection.runs and not connection.stays:
         return ConnectionStatus(known=connection, state="crashed")
@@ -231,10 +232,13 @@ async def _look(connection: ConnectionFile) -> ConnectionStatus:
         for item in host_addresses.addresses
         if item.interface == connection.interface and not item.address.ip.is_link_local
     )
+    state = "stays" if connection.stays else "connected" if own and connection.joined else "connecting"
+    if not may_change_the_network():
+        # WireGuard shows its peers to none but root.
+        return ConnectionStatus(known=connection, state=state, addresses=own)
     activity = await kernel.peers_of(connection.interface, connection.public_key)
     shaken = [peer.last_handshake for peer in activity.peers.values() if peer.last_handshake]
     now = time.time()
-    state = "stays" if connection.stays else "connected" if own else "connecting"
     return ConnectionStatus(
         known=connection,
         state=state,
@@ -250,7 +254,8 @@ def _table(found: Sequence[ConnectionStatus]) -> Table:
         (
             clean(one.known.interface), clean(one.known.peer), clean(one.known.prefix), one.state,
             ", ".join(one.addresses) or NONE, clean(one.known.exit_node or NONE),
-            f"{one.answering} of {one.peers}", NONE if one.handshake is None else f"{one.handshake:.0f} s ago",
+            NONE if one.peers is None else f"{one.answering} of {one.peers}",
+            NONE if one.handshake is None else f"{one.handshake:.0f} s ago",
         )
         for one in found
     )  # fmt: skip
