@@ -102,12 +102,18 @@ def test_the_network_that_the_machine_is_in_is_not_taken_into_the_tunnel() -> No
     assert [problem.subject for problem in made.problems] == ["172.20.0.0/24", "192.168.7.0/24"]
 
 
-def test_the_mesh_is_kept_in_a_network_that_overlaps_it_but_not_where_etcd_or_the_gateway_is_in_it() -> None:
+def test_the_mesh_is_kept_in_a_network_that_overlaps_it_but_not_where_it_would_take_etcd_or_the_gateway() -> None:
     cafe = protected_plan(plan(), (ip_network("10.4.7.0/24"), ip_network("192.0.2.1/32")), WORLD.subnets)
     assert cafe == plan()
-    inside = protected_plan(plan(), (ip_network("10.4.7.0/24"), ip_network("10.4.7.1/32")), WORLD.subnets)
-    assert "10.4.0.0/16" not in routes(inside)
-    assert "10.4.0.0/16" in [problem.subject for problem in inside.problems]
+    assert protected_plan(plan(), (ip_network("10.4.7.0/24"), ip_network("10.4.7.1/32")), WORLD.subnets) == plan(), (
+        "its own network's route, which is narrower, leads to the gateway"
+    )
+    # Not so if the machine's own network is as wide as the mesh or wider, or holds another address only.
+    for networks in (["10.4.7.1/32"], ["10.4.0.0/16", "10.4.7.1/32"], ["10.0.0.0/8", "10.4.7.1/32"],
+                     ["10.4.7.0/24", "10.4.8.1/32"]):  # fmt: skip
+        inside = protected_plan(plan(), tuple(map(ip_network, networks)), WORLD.subnets)
+        assert "10.4.0.0/16" not in routes(inside)
+        assert "10.4.0.0/16" in [problem.subject for problem in inside.problems]
 
 
 def test_a_leader_behind_nat_is_looked_for_where_others_see_it_but_not_through_ones_own_nat() -> None:

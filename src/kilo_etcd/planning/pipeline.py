@@ -7,7 +7,7 @@ costs as much as has changed.
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 
 from attrs import evolve, field, frozen
 
@@ -19,7 +19,7 @@ from kilo_etcd.planning.names import NO_REASONS, Reasons, Table, names_of, resol
 from kilo_etcd.planning.peerplan import peer_plan
 from kilo_etcd.planning.plan import host_plan
 from kilo_etcd.planning.reach import Silent, withhold
-from kilo_etcd.planning.route_filter import filter_routes
+from kilo_etcd.planning.route_filter import filter_routes, within
 from kilo_etcd.topology.segments import Topology
 
 
@@ -153,12 +153,18 @@ def protected_plan(plan: HostPlan, protected: tuple[IPNetwork, ...], subnets: tu
     """The plan without routes that would cut the machine off from what its tunnel is made of.
 
     The mesh's subnets are kept although they overlap the network that the machine happens to be in, whose own route is
-    narrower as a rule; but not where they hold etcd or the default gateway itself.
+    narrower as a rule; but not where they hold etcd or the default gateway itself. An address that lies in a narrower
+    protected network is reached by that one's route all the same.
     """
+    own = [network for network in protected if network.num_addresses > 1]
     single = [network for network in protected if network.num_addresses == 1]
-    mesh = [
-        subnet
-        for subnet in subnets
-        if not any(network.version == subnet.version and network.network_address in subnet for network in single)
-    ]
+    mesh = [subnet for subnet in subnets if all(_is_reached_beside(subnet, network, own) for network in single)]
     return filter_routes(plan, protected, mesh=mesh)
+
+
+def _is_reached_beside(subnet: IPNetwork, address: IPNetwork, own: Sequence[IPNetwork]) -> bool:
+    """Whether packets for a single address take another way than the route to a subnet of the mesh: it lies outside, or
+    in one of the machine's `own` networks that is narrower."""
+    return not within(address, (subnet,)) or any(
+        network.prefixlen > subnet.prefixlen and within(address, (network,)) for network in own
+    )

@@ -99,7 +99,7 @@ def filter_routes(
     mesh = _mesh(plan) if mesh is None else tuple(mesh)
     plan, ignored = _without_observed(plan)
     networks = _networks(plan.routes, plan.peers.values())
-    exposed = [network for network in networks if not _within(network, mesh) and not _returned(network, plan)]
+    exposed = [network for network in networks if not within(network, mesh) and not _returned(network, plan)]
     harmful: dict[IPNetwork, str] = {}
     if exposed:
         ranges = _Ranges.of([*_items(protected), *_endpoint_items(plan.peers.values())])
@@ -172,7 +172,7 @@ def _still_clean(plan: HostPlan, protected: tuple[IPNetwork, ...], previous: Hos
     covered = {id(n) for key in changed_peers if (old := previous.peers.get(key)) for n in old.allowed_ips}
     allowed = {network for peer in peers for network in peer.allowed_ips if id(network) not in covered}
     allowed = {network for network in allowed if not _returned(network, plan)}
-    fresh = [network for network in routes | allowed if not _within(network, memo.mesh)]
+    fresh = [network for network in routes | allowed if not within(network, memo.mesh)]
     if any(network not in previous.routes for network in fresh):
         if not all(network.prefixlen and network in plan.routes for network in fresh):
             return None
@@ -190,7 +190,7 @@ def _still_clean(plan: HostPlan, protected: tuple[IPNetwork, ...], previous: Hos
         for family, length in lengths:
             if family == version:
                 covering = _covering(number, family, length)
-                if covering in plan.routes and not _within(covering, memo.mesh):
+                if covering in plan.routes and not within(covering, memo.mesh):
                     return None
     return FilterMemo(plan.memo, protected, memo.mesh, lengths)
 
@@ -222,7 +222,8 @@ def _mesh(plan: HostPlan) -> tuple[IPNetwork, ...]:
     return tuple(networks)
 
 
-def _within(network: IPNetwork, mesh: tuple[IPNetwork, ...]) -> bool:
+def within(network: IPNetwork, mesh: tuple[IPNetwork, ...]) -> bool:
+    """Whether a network is one of `mesh`, or lies in one."""
     return any(
         network.version == subnet.version
         and network.prefixlen >= subnet.prefixlen
