@@ -677,6 +677,22 @@ async def refused(world: World, says: str, **desired: Any) -> None:
     assert {key: world.etcd.get(key) for key in world.etcd.keys("/")} == before
 
 
+async def test_no_address_is_chosen_of_a_network_that_the_machine_is_in(world: World) -> None:
+    """A host there may have it, and the kernel would answer for it."""
+    await world.build()
+
+    async def chosen(*attached: str) -> IPAddress:
+        made = DesiredPeer(name="laptop", public_key=PUBLIC, attached=tuple(map(ip_network, attached)))
+        (address,) = (await PeerRegistration(world.client, KEYS, made, lambda: None).prospect())[0].chosen
+        return address
+
+    first = await chosen()
+    around = ip_network(f"{first}/24", strict=False)
+    assert await chosen(str(around), f"{first}/32") not in around
+    halves = [str(half) for half in ip_network("10.4.0.0/16").subnets(1)]
+    assert await chosen(*halves) == await chosen("10.0.0.0/8") == first, "there is no other"
+
+
 async def test_an_address_that_a_node_claims_between_look_and_write_is_left_to_the_node(
     world: World, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -311,6 +311,7 @@ async def _connect_alone(mesh: Mesh, options: Options, private: str, edges: Edge
         persistent_keepalive=options.persistent_keepalive,
         clean_up=options.clean_up,
         replace=options.yes,
+        attached=(await edges.look()).underlay(),
     )
     async with open_client(mesh.etcd, on_remark=_remark) as client:
         registration = PeerRegistration(client, Keys(mesh.prefix), desired, lambda: None)

@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
 from ipaddress import ip_network
+from itertools import chain
 from typing import TYPE_CHECKING
 
 import trio
@@ -52,6 +53,10 @@ KEEPALIVE = 10
 """Seconds; Kilo's default. A peer is behind NAT more often than not."""
 
 
+MOST_PASSED_BY = 1 << 16
+"""Addresses of a network that may be tried in vain, one after the other, to choose one outside of it."""
+
+
 @frozen(kw_only=True)
 class DesiredPeer:
     """What the caller asks for; None: what the record has, or else what is chosen here."""
@@ -62,6 +67,8 @@ class DesiredPeer:
     persistent_keepalive: int | None = None
     clean_up: bool = True
     replace: bool = False
+    attached: tuple[IPNetwork, ...] = ()
+    """The networks that this machine is attached to, of which no address is chosen: it may be another's there."""
 
 
 @frozen(kw_only=True)
@@ -107,7 +114,7 @@ def decide(
     if allowed is None:
         allowed = tuple(network for network in base.allowed_ips if network not in lost)
         if lost or not any(network.num_addresses == 1 for network in allowed):
-            free = _free_addresses(name, snapshot, view)
+            free = _free_addresses(name, snapshot, view, desired.attached)
             chosen = tuple(address for address in free if ip_network(address) not in allowed)
             allowed = (*allowed, *(ip_network(address) for address in chosen))
     if not any(network.num_addresses == 1 for network in allowed):
@@ -149,15 +156,28 @@ def _refuse(desired: DesiredPeer, held: KeyValue, record: PeerRecord | None) -> 
         )
 
 
-def _free_addresses(name: str, snapshot: Snapshot, view: View) -> tuple[IPAddress, ...]:
-    """One address of each of the mesh's subnets: the peer's own claim of before, or else a free one."""
+def _free_addresses(
+    name: str, snapshot: Snapshot, view: View, attached: tuple[IPNetwork, ...] = ()
+) -> tuple[IPAddress, ...]:
+    """One address of each of the mesh's subnets: the peer's own claim of before, or else a free one, outside the
+    narrower ones of the networks `attached` if there is one."""
     me = ("peer", name)
     claimed = sorted((address for address in view.claimed_by(me) if view.holder(address) == me), key=int)
     granted = [network for peer in snapshot.peers.values() if peer.name != name for network in peer.allowed_ips]
     addresses: list[IPAddress] = []
     for subnet in snapshot.subnets:
         own = [address for address in claimed if address in subnet]
-        tries: Iterable[IPAddress] = own or candidates(f"peer/{name}", subnet, view.free)
+        narrower = [
+            network for network in attached
+            if network.prefixlen > subnet.prefixlen and network.num_addresses <= MOST_PASSED_BY
+        ]  # fmt: skip
+
+        def free_there(address: IPAddress, narrower: Iterable[IPNetwork] = narrower) -> bool:
+            return view.free(address) and not any(address in network for network in narrower)
+
+        tries: Iterable[IPAddress] = own or chain(
+            candidates(f"peer/{name}", subnet, free_there), candidates(f"peer/{name}", subnet, view.free)
+        )
         free = (a for a in tries if not any(a.version == n.version and a in n for n in granted))
         address = next(free, None)
         if address is None:
