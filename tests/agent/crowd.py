@@ -89,6 +89,7 @@ class CrowdHost:
     def __init__(self, crowd: Crowd, name: str, options: dict[str, Any]) -> None:
         self.crowd, self.name, self.options = crowd, name, options
         self.agent: CountingAgent | None = None
+        self.metrics = Metrics()
         self.before = Account()
         """What former agents of this host have done."""
         self._scope: trio.CancelScope | None = None
@@ -108,8 +109,9 @@ class CrowdHost:
             **self.options,
         )
         device = FakeKernel(self.machine, kernel.Setup(private_key=self.private))
-        metrics = Metrics()
-        self.agent = CountingAgent(config, self.client, device, key_file.public_key(self.private), metrics=metrics)
+        self.metrics = Metrics()
+        public_key = key_file.public_key(self.private)
+        self.agent = CountingAgent(config, self.client, device, public_key, metrics=self.metrics)
         self._over = trio.Event()
         try:
             with trio.CancelScope() as self._scope:
@@ -140,7 +142,7 @@ class CrowdHost:
             return evolve(self.before, etcd_calls=calls, lines=lines)
         return Account(
             etcd_writes=self.before.etcd_writes
-            + (agent.metrics.registry.get_sample_value("kilo_etcd_writes_total") or 0.0),
+            + (self.metrics.registry.get_sample_value("kilo_etcd_writes_total") or 0.0),
             etcd_calls=calls,
             snapshots=self.before.snapshots + agent.applied,
             kernel_writes=self.before.kernel_writes + agent.kernel.writes,
@@ -150,7 +152,7 @@ class CrowdHost:
     @property
     def settled(self) -> bool:
         agent = self.agent
-        return agent is not None and agent.session.healthy and agent.mirror.connected and agent.role is not None
+        return agent is not None and agent.session.healthy and agent.mirror.connected and agent.state.role is not None
 
 
 class Crowd:
@@ -174,7 +176,7 @@ class Crowd:
             written = (kv.mod_revision for key, kv in self.etcd.data.items() if key.startswith(b"/kilo/"))
             newest = max(written, default=0)
             return all(
-                host.settled and host.agent is not None and host.agent.applied_revision >= newest
+                host.settled and host.agent is not None and host.agent.state.revision >= newest
                 for host in self.hosts.values()
             )
 
@@ -199,9 +201,9 @@ class Crowd:
 
     def leaders(self) -> Counter[str]:
         return Counter(
-            host.agent.role.leader
+            host.agent.state.role.leader
             for host in self.hosts.values()
-            if host.agent is not None and host.agent.role is not None
+            if host.agent is not None and host.agent.state.role is not None
         )
 
 

@@ -112,7 +112,9 @@ async def test_a_host_that_does_not_come_back_is_not_waited_for_long(log: io.Str
 
         def followed() -> bool:
             agents = [host.agent for host in it.hosts.values()]
-            return all(agent and agent.topology and len(agent.topology.snapshot.nodes) == 8 for agent in agents)
+            return all(
+                agent and agent.state.topology and len(agent.state.topology.snapshot.nodes) == 8 for agent in agents
+            )
 
         await eventually(followed, NOTICED + LONGEST_SECONDS + 2, every=0.1)
 

@@ -114,7 +114,9 @@ async def test_a_claim_that_is_taken_away_is_claimed_again(world: World) -> None
         (claim,) = world.etcd.keys("/kilo/by/h1/addresses/")
         world.etcd.delete(claim)
         await eventually(lambda: world.etcd.keys("/kilo/by/h1/addresses/") == [claim], 10, every=0.1)
-        await eventually(lambda: world.daemon.snapshot and "h1" in world.daemon.snapshot.nodes, 10, every=0.1)
+        await eventually(
+            lambda: world.daemon.snapshots.snapshot and "h1" in world.daemon.snapshots.snapshot.nodes, 10, every=0.1
+        )
         assert world.logged(f"{claim} was deleted") == 1
         assert world.logged("is not among the mesh's nodes") == 0
 
@@ -298,7 +300,9 @@ async def test_a_backup_made_while_the_record_was_away_is_noticed_to_lack_it(wor
         world.etcd.restore(saved, cluster_id=0xC2)
         world.etcd.put("/kilo/mesh/adopted", f"{0xC2:x} now")
         await eventually(lambda: "/kilo/by/h1/node" in world.etcd, 30, every=0.1)
-        await eventually(lambda: world.daemon.snapshot and "h1" in world.daemon.snapshot.nodes, 10, every=0.1)
+        await eventually(
+            lambda: world.daemon.snapshots.snapshot and "h1" in world.daemon.snapshots.snapshot.nodes, 10, every=0.1
+        )
 
 
 async def test_other_subnets_renumber_nobody(world: World) -> None:
@@ -317,7 +321,7 @@ async def test_other_subnets_renumber_nobody(world: World) -> None:
         await trio.sleep(60)
         assert world.host.observed.addresses == addresses
         assert world.etcd.keys("/kilo/by/h1/addresses/") == [claim]
-        assert world.daemon.subnets == (ip_network("10.4.0.0/16"),)
+        assert world.daemon.registration.subnets == (ip_network("10.4.0.0/16"),)
 
 
 async def test_a_host_is_renumbered_on_purpose(world: World) -> None:
@@ -372,7 +376,7 @@ async def test_a_leader_whose_kernel_has_no_nftables_is_healthy_without_smaller_
         await eventually(lambda: world.logged(sentence) == 1, 30, every=0.1)
         await trio.sleep(90)
         assert world.logged(sentence) == 1
-        assert (world.metrics.health(), world.daemon.failures) == (None, ())
+        assert (world.metrics.health(), world.daemon.state.failures) == (None, ())
 
 
 async def test_a_host_leads_in_spite_of_a_route_that_collides_and_its_status_line_counts_the_problem(
@@ -435,7 +439,7 @@ async def test_the_watchdog_is_fed_by_the_reconciler(
         assert reconciles == world.metrics.registry.get_sample_value("kilo_reconciles_total", {"result": "success"})
         assert isinstance(daemon.kernel, FakeKernel)
         async with daemon.kernel._lock:
-            daemon._nudge(fresh=True)
+            daemon._reconciler.nudge(fresh=True)
             await trio.sleep(20)
             beats()
             await trio.sleep(20)
@@ -455,8 +459,8 @@ async def test_a_leader_that_cannot_hand_over_says_so(world: World) -> None:
         )
         world.etcd.put_kept("/kilo-status/by/h2/status", encode(StatusRecord(public_key=other.public_key, revision=1)))
         await trio.sleep(1)
-        assert world.daemon.topology is not None
-        assert world.daemon.topology.segment_of("h1").next_in_line is not None, world.daemon.snapshot
+        assert world.daemon.state.topology is not None
+        assert world.daemon.state.topology.segment_of("h1").next_in_line is not None, world.daemon.snapshots.snapshot
         world.etcd.delay = 10.0
     assert world.logged("leadership was not handed over, since etcd does not answer") == 1
     assert world.host.observed.link is not None
@@ -482,9 +486,9 @@ async def test_a_leader_whose_candidacy_was_put_under_no_lease_leads_on_and_a_de
         await eventually(lambda: world.etcd.data[key.encode()].lease == before.lease, 1, every=0.1)
         assert world.etcd.data[key.encode()].create_revision == before.create_revision
         await trio.sleep(5)
-        assert world.daemon.topology is not None
-        assert world.daemon.topology.segment_of("h1").leader.name == "h1"
-        assert [candidate.node for candidate in world.daemon.topology.snapshot.candidates[""]] == ["h1"]
+        assert world.daemon.state.topology is not None
+        assert world.daemon.state.topology.segment_of("h1").leader.name == "h1"
+        assert [candidate.node for candidate in world.daemon.state.topology.snapshot.candidates[""]] == ["h1"]
     assert world.logged("it is under no lease, so no agent keeps it") >= 1
 
 
@@ -648,21 +652,21 @@ async def test_a_change_of_internal_ips_and_what_it_waits_for_are_a_line_each(wo
             else:
                 world.etcd.put(key, value)
             revision = world.etcd.revision
-            await eventually(lambda: daemon.applied_revision >= revision, 30, every=0.1)
+            await eventually(lambda: daemon.state.revision >= revision, 30, every=0.1)
 
-        await put(daemon.keys.internal_ips, "off")
+        await put(Keys().internal_ips, "off")
         assert world.logged("internal-ips changed ") == world.logged("setting=off before=routed") == 1
-        await put(daemon.keys.node("old"), old)
-        await put(daemon.keys.address("old", ip_address("10.4.0.99")), "")
-        await put(daemon.keys.internal_ips, "routed")
+        await put(Keys().node("old"), old)
+        await put(Keys().address("old", ip_address("10.4.0.99")), "")
+        await put(Keys().internal_ips, "routed")
         assert world.logged("internal-ips changed and is not in force yet") == 1
         assert world.logged("waits_for_agents_of=old") == 1
-        await put(daemon.keys.node("old"), None)
+        await put(Keys().node("old"), None)
         assert world.logged("internal-ips is in force now") == 1
-        await put(daemon.keys.node("old"), old)
+        await put(Keys().node("old"), old)
         assert world.logged("internal-ips is not in force any more") == 1
         # Nonsense changes nothing, and is named with what stays in force.
-        await put(daemon.keys.internal_ips, "all")
+        await put(Keys().internal_ips, "all")
         assert world.logged("kgctl mesh set internal-ips routed); routed stays in force until then") == 1
         lines = [line for line in world.log.getvalue().splitlines() if "info    internal-ips" in line]
         assert len(lines) == 4, lines

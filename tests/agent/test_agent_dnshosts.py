@@ -153,8 +153,8 @@ async def test_a_file_that_cannot_be_written_is_said_once_and_in_the_status_unti
         await eventually(lambda: errors(world) == (sentence,), 10, every=0.1)
         registers(world, "node-7", "10.4.0.77")
         await trio.sleep(100)
-        assert world.daemon.topology is not None
-        assert "node-7" in world.daemon.topology.snapshot.nodes, "all else goes on"
+        assert world.daemon.state.topology is not None
+        assert "node-7" in world.daemon.state.topology.snapshot.nodes, "all else goes on"
         assert world.logged("the names of the mesh cannot be") == 1
         assert errors(world) == (sentence,)
         disk.refuses = None

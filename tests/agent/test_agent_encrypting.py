@@ -165,7 +165,7 @@ def sends(world: World) -> bool:
 
 
 def refuses(world: World) -> bool:
-    plan = world.daemon.plan
+    plan = world.daemon.state.plan
     return plan is not None and plan.encryption is not None and THEIRS.network_address in plan.encryption.refuse
 
 
@@ -193,7 +193,7 @@ async def test_a_listing_of_etcds_members_that_fails_is_repeated_soon(
     monkeypatch.setattr(world.client, "members", fail_first)
 
     def anywhere() -> bool:
-        plan = world.daemon.plan
+        plan = world.daemon.state.plan
         return plan is not None and plan.encryption is not None and bool(plan.encryption.clear)
 
     async with running(world):
@@ -220,7 +220,7 @@ async def test_the_switch_by_stages_and_back(world: World, tmp_path: Path) -> No
         await eventually(lambda: stage(world) is EncryptionStage.SENDS, 30, every=0.1)
         assert not sends(world)
         assert read_members(tmp_path) == Members((), ("http://192.168.1.1:2380", "http://192.168.1.9:2380"))
-        plan = world.daemon.plan
+        plan = world.daemon.state.plan
         assert plan is not None
         assert plan.encryption is not None
         assert (ip_address("192.168.1.9"), 2380) in plan.encryption.etcd
@@ -341,13 +341,13 @@ async def test_etcds_members_that_cannot_be_listed_are_named(world: World, monke
         async with running(world):
             await eventually(lambda: len(reported()) == 1, 30, every=0.1)
             assert "this agent's etcd endpoints stay outside" in reported()[0]
-            plan = world.daemon.plan
+            plan = world.daemon.state.plan
             assert plan is not None
             assert plan.encryption is not None
             assert plan.encryption.clear == ANYWHERE
             patched.undo()
             await eventually(lambda: reported() == (), 90, every=0.1)
-            plan = world.daemon.plan
+            plan = world.daemon.state.plan
             assert plan is not None
             assert plan.encryption is not None
             assert plan.encryption.clear == ()

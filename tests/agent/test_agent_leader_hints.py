@@ -265,8 +265,8 @@ async def test_a_leader_that_was_replaced_while_it_was_cut_off_follows_the_new_o
         assert transport.sent == [], "as long as etcd answers nobody is asked"
         mesh.etcd.put_kept("/kilo/by/g1/elections/gcp", encode(CandidateRecord(rank=CandidateClass.REST)))
         await trio.sleep(1)
-        assert daemon.role is not None
-        assert daemon.role.leader == "h1"
+        assert daemon.state.role is not None
+        assert daemon.state.role.leader == "h1"
         mesh.client.cut()
         await eventually(lambda: transport.sent, 8, every=0.1)
         query = unpack(transport.sent[-1][0], secret())
@@ -279,26 +279,26 @@ async def test_a_leader_that_was_replaced_while_it_was_cut_off_follows_the_new_o
         ):  # fmt: skip
             transport.bring(useless)
         await trio.sleep(0.2)
-        assert daemon.role.leader == "h1"
+        assert daemon.state.role.leader == "h1"
         # The query has been used up by the response that was not newer.
         used = query.nonce
         await eventually(lambda: (new := unpack(transport.sent[-1][0], secret())) and new.nonce != used, 2, every=0.1)
         query = unpack(transport.sent[-1][0], secret())
         assert query is not None
-        before = daemon.applied_revision
+        before = daemon.state.revision
         transport.bring(answer(query, mesh.etcd.revision + 5, g1))
-        await eventually(lambda: daemon.role is not None and daemon.role.leader == "g1", 1, every=0.01)
-        assert daemon.applied_revision == before, "the revision has not moved"
+        await eventually(lambda: daemon.state.role is not None and daemon.state.role.leader == "g1", 1, every=0.01)
+        assert daemon.state.revision == before, "the revision has not moved"
         assert mesh.logged("following the leaders that other nodes report") == 1
         await trio.sleep(60)
-        assert daemon.role.leader == "g1", "silence is no news"
+        assert daemon.state.role.leader == "g1", "silence is no news"
         mesh.client.mend()
         await eventually(lambda: mesh.logged("following etcd again") == 1, 40, every=0.1)
         await trio.sleep(5)
         sent = len(transport.sent)
         await trio.sleep(30)
         assert len(transport.sent) == sent
-        assert daemon.role.leader == "g1", "it stood first when h1's lease had ended"
+        assert daemon.state.role.leader == "g1", "it stood first when h1's lease had ended"
 
 
 @pytest.mark.autojump
@@ -352,9 +352,9 @@ async def test_who_asks_is_answered_if_it_is_known(mesh: World) -> None:
         told = unpack(transport.sent[0][0], secret())
         assert told is not None
         assert told.leaders == ((digest("location:gcp"), digest(daemon.public_key)),)
-        assert (told.nonce, told.revision) == (b"question", daemon.applied_revision)
-        assert daemon.snapshot is not None
-        own = daemon.snapshot.nodes["h1"]
+        assert (told.nonce, told.revision) == (b"question", daemon.state.revision)
+        assert daemon.snapshots.snapshot is not None
+        own = daemon.snapshots.snapshot.nodes["h1"]
         assert transport.served == {*own.mesh_addresses, *(interface.ip for interface in own.internal_ips)}
         assert len(transport.served) == 2
         # Whoever brings it again, from wherever, is not answered, and neither is the one who made it: it is a replay.
@@ -393,8 +393,8 @@ async def test_behind_a_nat_of_its_own_a_host_is_asked_at_its_private_address(me
         mesh.host.moved.set()
         await eventually(lambda: ip_address("192.168.1.8") in transport.served, 5, every=0.1)
         assert inside not in transport.served
-        assert daemon.snapshot is not None
-        assert {*daemon.snapshot.nodes["h1"].mesh_addresses} < transport.served
+        assert daemon.snapshots.snapshot is not None
+        assert {*daemon.snapshots.snapshot.nodes["h1"].mesh_addresses} < transport.served
 
 
 def test_the_served_addresses_are_those_to_which_packets_for_the_node_come() -> None:

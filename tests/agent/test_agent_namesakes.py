@@ -219,13 +219,13 @@ class Confined(FakeClient):
 
 
 async def test_a_host_that_may_not_write_under_its_former_name_says_what_the_operator_does(world: World) -> None:
-    async with running(world) as daemon:
+    async with running(world):
         await reported(world, "h1")
     world.client = Confined(world.etcd, "h2")
-    async with running(world, hostname="h2", joined=False) as daemon:
+    async with running(world, hostname="h2", joined=False):
         says = "if h1 is this host's former name, run kgctl node rename h1 h2"
         await eventually(lambda: any(says in text for text in errors(world, "h2")), 10, every=0.1)
         for key in [*world.etcd.keys("/kilo/by/h1/"), *world.etcd.keys("/kilo-status/by/h1/")]:
             world.etcd.delete(key)
-        await eventually(lambda: daemon.metrics.health() is None, 10, every=0.1)
+        await eventually(lambda: world.metrics.health() is None, 10, every=0.1)
         await eventually(lambda: not errors(world, "h2"), 10, every=0.1)

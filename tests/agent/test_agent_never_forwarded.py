@@ -41,9 +41,9 @@ async def world(*sites: int, broken: tuple[str, ...] = ()) -> AsyncIterator[Worl
 
 def leader(made: World, site: str) -> str:
     found = {
-        host.agent.role.leader
+        host.agent.state.role.leader
         for host in made.members()
-        if host.name[0] == site and host.agent is not None and host.agent.role is not None
+        if host.name[0] == site and host.agent is not None and host.agent.state.role is not None
     }
     return found.pop() if len(found) == 1 else "nobody"
 

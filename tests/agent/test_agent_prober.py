@@ -17,11 +17,13 @@ from agent_world import World, running
 from attrs import evolve
 
 from helpers import eventually, examples
-from kilo_etcd.agent.daemon import OBSTACLES_PAUSE, Daemon
+from kilo_etcd.agent.daemon import Daemon
 from kilo_etcd.agent.diagnostics import QUIET_SECONDS
 from kilo_etcd.agent.leadership import candidacy_policy
+from kilo_etcd.agent.obstacle_watch import OBSTACLES_PAUSE
 from kilo_etcd.agent.probing import probe_assignment
 from kilo_etcd.agent.probing.baseline import OPEN_SECONDS, SETTLE_SECONDS
+from kilo_etcd.agent.troubles import HostTrouble
 from kilo_etcd.kernel.firewall.chains import Obstacle
 from kilo_etcd.kernel.state import DeleteRoute, Route, SetPeer
 from kilo_etcd.model import CandidateClass, Endpoint, IPAddress, Node
@@ -134,17 +136,17 @@ async def test_a_leader_that_does_not_forward_is_named_and_demoted(mesh: World) 
         }
         assert trio.current_time() - began < DETECTED
         assert keepalives(mesh) == [5], "the handshake was asked for"
-        assert daemon.role is not None
-        assert daemon.role.leader == "g1", "one prober is none"
+        assert daemon.state.role is not None
+        assert daemon.state.role.leader == "g1", "one prober is none"
         says(mesh, "g2", int(str(found["candidacy"])), leader_reachable=True)
-        await eventually(lambda: daemon.role is not None and daemon.role.leader == "h1", 1, every=0.01)
+        await eventually(lambda: daemon.state.role is not None and daemon.state.role.leader == "h1", 1, every=0.01)
         await trio.sleep(1)
         assert report(mesh) is not None, "without it the one demoted would lead again"
         # The one demoted has seen it, and stands anew.
         mesh.etcd.delete("/kilo/by/g1/elections/gcp")
         enter_candidacy(mesh, "g1", CandidateClass.DEMOTED)
         await eventually(lambda: report(mesh) is None, 5, every=0.1)
-        assert daemon.role.leader == "h1"
+        assert daemon.state.role.leader == "h1"
         await eventually(lambda: keepalives(mesh)[-1] == 0, 5, every=0.1)
         assert mesh.logged("warning a leader does not forward") == 1
 
@@ -155,7 +157,7 @@ async def test_echo_requests_that_are_lost_while_kgctl_sends_many_are_no_sign(me
         await settle(mesh)
         mesh.host.reach = lambda address: False
         for _ in range(4):
-            await daemon._answerer.answer(DiagnosticsRequest(tries=64))
+            await daemon.diagnostics.answer(DiagnosticsRequest(tries=64))
         assert report(mesh) is None
         mesh.host.reach = lambda address: address == ip_address(NEAR["g1"])
         await eventually(lambda: report(mesh), QUIET_SECONDS + DETECTED, every=0.01)
@@ -197,11 +199,13 @@ async def test_a_report_that_nobody_confirms_says_so_and_counts_once_somebody_do
         mesh.host.shakes = lambda key: shakes
         says(mesh, "g2", int(str((report(mesh) or {})["candidacy"])), leader_reachable=True)
         if shakes:
-            await eventually(lambda: daemon.role is not None and daemon.role.leader == "h1", DETECTED, every=0.01)
+            await eventually(
+                lambda: daemon.state.role is not None and daemon.state.role.leader == "h1", DETECTED, every=0.01
+            )
         else:
             await trio.sleep(60)
-            assert daemon.role is not None
-            assert daemon.role.leader == "g1", "h1 reaches nobody any more"
+            assert daemon.state.role is not None
+            assert daemon.state.role.leader == "g1", "h1 reaches nobody any more"
 
 
 async def test_when_the_far_end_is_down_nobody_can_do_better(mesh: World) -> None:
@@ -215,8 +219,8 @@ async def test_when_the_far_end_is_down_nobody_can_do_better(mesh: World) -> Non
         assert not found["canTakeOver"]
         says(mesh, "g2", int(str(found["candidacy"])), leader_reachable=True)
         await trio.sleep(200)
-        assert daemon.role is not None
-        assert daemon.role.leader == "g1"
+        assert daemon.state.role is not None
+        assert daemon.state.role.leader == "g1"
         # When it is back nothing is said any more.
         mesh.host.reach = lambda address: True
         await eventually(lambda: report(mesh) is None, 10, every=0.1)
@@ -243,8 +247,8 @@ async def test_if_a_path_is_open_again_for_all_no_takeover_check_counts(mesh: Wo
             await eventually(lambda: report(mesh) is None, 3, every=0.01)
             await trio.sleep(2)
         assert mesh.logged("leader elected") == 1
-        assert daemon.role is not None
-        assert daemon.role.leader == "g1"
+        assert daemon.state.role is not None
+        assert daemon.state.role.leader == "g1"
 
 
 async def test_when_the_far_end_has_another_leader_the_word_is_taken_back_and_the_watch_goes_on(mesh: World) -> None:
@@ -281,11 +285,11 @@ async def test_an_answer_by_way_of_the_successor_takes_nothing_back(mesh: World)
             await eventually(lambda: report(mesh) is not None, DETECTED, every=0.01)
             await trio.sleep(1 + moment / moments * 1.4)
             says(mesh, "g2", candidacy, leader_reachable=True, can_take_over=True)
-            await eventually(lambda: daemon.role is not None and daemon.role.leader == "g2", 1, every=0.001)
+            await eventually(lambda: daemon.state.role is not None and daemon.state.role.leader == "g2", 1, every=0.001)
             for _ in range(300):
                 await trio.sleep(0.01)
-                assert daemon.role is not None
-                assert daemon.role.leader == "g2", f"it led again, {moment}"
+                assert daemon.state.role is not None
+                assert daemon.state.role.leader == "g2", f"it led again, {moment}"
 
 
 async def test_an_old_handshake_does_not_count_whatever_the_clock_says(mesh: World) -> None:
@@ -316,8 +320,8 @@ async def test_a_link_that_loses_a_fifth_of_its_packets_causes_no_probe_report(m
         revision = mesh.etcd.revision
         await trio.sleep(examples(3600, 600))
         assert mesh.etcd.revision == revision
-        assert daemon.role is not None
-        assert daemon.role.leader == "g1"
+        assert daemon.state.role is not None
+        assert daemon.state.role.leader == "g1"
 
 
 async def test_a_target_that_never_answered_does_not_count(mesh: World) -> None:
@@ -350,7 +354,7 @@ async def test_a_leader_that_never_forwarded_is_reported_and_demoted_once_a_targ
     mesh.host.reach = lambda address: address == ip_address(NEAR["g1"])
     async with running(mesh) as daemon:
         # A location of two, and an agent that starts while the leader is bad already.
-        await eventually(lambda: daemon.role is not None and daemon.role.kind == "member", 5, every=0.01)
+        await eventually(lambda: daemon.state.role is not None and daemon.state.role.kind == "member", 5, every=0.01)
         await eventually(lambda: mesh.etcd.get("/kilo/by/h1/elections/gcp") is not None, 30, every=0.01)
         began = trio.current_time()
         found = await eventually(lambda: report(mesh), DETECTED, every=0.01)
@@ -358,7 +362,7 @@ async def test_a_leader_that_never_forwarded_is_reported_and_demoted_once_a_targ
         await trio.sleep(0.4)
         assert not (report(mesh) or {}).get("canTakeOver"), "nobody has confirmed it"
         says(mesh, "home", int(str(found["candidacy"])), leader_reachable=True, targets=("h1",))
-        await eventually(lambda: daemon.role is not None and daemon.role.leader == "h1", 1, every=0.01)
+        await eventually(lambda: daemon.state.role is not None and daemon.state.role.leader == "h1", 1, every=0.01)
         assert trio.current_time() - began < DETECTED + 0.5
 
 
@@ -375,8 +379,8 @@ async def test_a_report_without_a_baseline_that_nobody_confirms_is_taken_back_an
             if report(mesh) is not None and (not made or trio.current_time() - made[-1] > OPEN_SECONDS + 1):
                 made.append(trio.current_time())
             await trio.sleep(0.3)
-        assert daemon.role is not None
-        assert daemon.role.leader == "g1"
+        assert daemon.state.role is not None
+        assert daemon.state.role.leader == "g1"
         # Ever more seldom: after half a minute, 1, 2, 4 and 8 minutes, then each 10; 5 in the first 20 minutes.
         assert 5 <= len(made) <= 6 + turns * 0.3 / 600, made
         assert mesh.logged("although they have handshakes with this host directly") == 1
@@ -390,9 +394,9 @@ async def test_a_blocked_port_counts_without_a_baseline_once_tunnels_have_had_th
         began = trio.current_time()
         says(mesh, "home", int(str(found["candidacy"])), targets=("h1",))
         await trio.sleep(SETTLE_SECONDS - 1)
-        assert daemon.role is not None
-        assert daemon.role.leader == "g1"
-        await eventually(lambda: daemon.role is not None and daemon.role.leader == "h1", 3, every=0.01)
+        assert daemon.state.role is not None
+        assert daemon.state.role.leader == "g1"
+        await eventually(lambda: daemon.state.role is not None and daemon.state.role.leader == "h1", 3, every=0.01)
         assert trio.current_time() - began >= SETTLE_SECONDS - 0.1
 
 
@@ -403,14 +407,14 @@ async def test_who_would_drop_forwarded_packets_itself_does_not_take_over(mesh: 
         found = await eventually(lambda: report(mesh), 40, every=0.01)
         says(mesh, "home", int(str(found["candidacy"])), leader_reachable=True, targets=("h1",))
         await trio.sleep(20)
-        assert daemon.role is not None
-        assert daemon.role.leader == "g1"
+        assert daemon.state.role is not None
+        assert daemon.state.role.leader == "g1"
         assert mesh.logged("the firewall drops what this host forwards") == 0, "it does not forward as yet"
         mesh.host.obstacles = ()
         mesh.etcd.delete("/kilo/by/home/probe-reports/gcp")
         found = await eventually(lambda: report(mesh), 120, every=0.01)
         says(mesh, "home", int(str(found["candidacy"])), leader_reachable=True, targets=("h1",))
-        await eventually(lambda: daemon.role is not None and daemon.role.leader == "h1", 3, every=0.01)
+        await eventually(lambda: daemon.state.role is not None and daemon.state.role.leader == "h1", 3, every=0.01)
         # As the leader it says so at once.
         assert mesh.metrics.health() is None
         mesh.host.obstacles = (Obstacle("the firewall drops what this host forwards"),)
@@ -429,7 +433,7 @@ async def test_who_drops_only_some_of_what_it_would_forward_takes_over_all_the_s
         mesh.host.reach = lambda address: address == ip_address(NEAR["g1"])
         found = await eventually(lambda: report(mesh), DETECTED, every=0.01)
         says(mesh, "home", int(str(found["candidacy"])), leader_reachable=True, targets=("h1",))
-        await eventually(lambda: daemon.role is not None and daemon.role.leader == "h1", 5, every=0.01)
+        await eventually(lambda: daemon.state.role is not None and daemon.state.role.leader == "h1", 5, every=0.01)
 
 
 async def test_one_of_several_that_falls_silent_does_not_count_either(mesh: World) -> None:
@@ -510,7 +514,7 @@ async def test_a_host_that_may_not_ping_says_so_once_and_goes_on(mesh: World) ->
         await settle(mesh)
         await trio.sleep(300)
         assert mesh.logged("cannot probe") == 1
-        assert daemon.role is not None
+        assert daemon.state.role is not None
         mesh.host.no_pings = None
         await eventually(lambda: mesh.logged("can probe again") == 1, 70, every=1)
 
@@ -526,7 +530,7 @@ async def test_a_host_that_may_ping_no_more_in_the_midst_of_a_suspicion_goes_on_
         mesh.host.reach = silent
         await eventually(lambda: mesh.logged("cannot probe") == 1, 5, every=0.1)
         await trio.sleep(100)
-        assert daemon.role is not None
+        assert daemon.state.role is not None
         assert mesh.logged("cannot probe") == 1
 
 
@@ -539,7 +543,7 @@ async def test_a_host_that_may_not_ping_goes_on_if_others_suspect_the_leader_too
         says(mesh, "g2", candidacy, leader_reachable=True)
         await eventually(lambda: mesh.logged("cannot probe") == 1, 1, every=0.01)
         await trio.sleep(100)
-        assert daemon.role is not None
+        assert daemon.state.role is not None
         assert report(mesh) is None
 
 
@@ -626,7 +630,7 @@ async def report_leader(mesh: World, daemon: Daemon) -> None:
             leader="h1", candidacy=own, targets=("home",), leader_reachable=True, can_take_over=prober == "g1"
         )
         mesh.etcd.put_kept(f"/kilo/by/{prober}/probe-reports/gcp", encode(found))
-    await eventually(lambda: daemon.role is not None and daemon.role.leader == "g1", 1, every=0.01)
+    await eventually(lambda: daemon.state.role is not None and daemon.state.role.leader == "g1", 1, every=0.01)
 
 
 async def demote(mesh: World, daemon: Daemon) -> None:
@@ -642,8 +646,8 @@ async def test_a_demoted_leader_is_behind_everyone_for_a_while(mesh: World) -> N
     mesh.etcd.delete("/kilo/by/g1/elections/gcp")
     async with running(mesh) as daemon:
         await settle(mesh)
-        assert daemon.role is not None
-        assert daemon.role.leader == "h1"
+        assert daemon.state.role is not None
+        assert daemon.state.role.leader == "h1"
         await report_leader(mesh, daemon)
         await eventually(lambda: mesh.etcd.get("/kilo/by/h1/elections/gcp") is None, 1, every=0.01)
         await settle(mesh)
@@ -663,7 +667,7 @@ async def test_a_demoted_leader_is_behind_everyone_for_a_while(mesh: World) -> N
         await trio.sleep(candidacy_policy.HOLD_DOWN_SECONDS + 10)
         record = json.loads(mesh.etcd.get("/kilo/by/h1/elections/gcp") or b"")
         assert record["rank"] != CandidateClass.DEMOTED
-        assert daemon.role.leader == "g1"
+        assert daemon.state.role.leader == "g1"
         await eventually(lambda: mesh.logged("candidacy is as before") == 1, 30, every=1)
 
 
@@ -687,14 +691,16 @@ async def test_a_demoted_leader_whose_firewall_goes_is_a_candidate_as_before(mes
         await demote(mesh, daemon)
         await trio.sleep(30)
         assert json.loads(mesh.etcd.get("/kilo/by/h1/elections/gcp") or b"")["rank"] == CandidateClass.DEMOTED
-        assert daemon.obstructed == ("the firewall drops what this host forwards",), "the operator has to know"
+        assert daemon.troubles.of(HostTrouble.FORWARDING) == ("the firewall drops what this host forwards",), (
+            "the operator has to know"
+        )
         mesh.host.obstacles = ()
 
         def as_before() -> bool:
             return bool(json.loads(mesh.etcd.get("/kilo/by/h1/elections/gcp") or b"")["rank"] != CandidateClass.DEMOTED)
 
         await eventually(as_before, 20, every=0.1)
-        await eventually(lambda: daemon.obstructed == (), 20, every=0.1)
+        await eventually(lambda: daemon.troubles.of(HostTrouble.FORWARDING) == (), 20, every=0.1)
 
 
 async def test_a_network_that_is_cut_off_is_named_and_when_somebody_asks_looked_at_again(mesh: World) -> None:
@@ -705,11 +711,11 @@ async def test_a_network_that_is_cut_off_is_named_and_when_somebody_asks_looked_
         Obstacle("it drops what is for another", networks=(network,)),
     )
     async with running(mesh) as daemon:
-        await eventually(lambda: len(daemon.cut_networks) == 2, 20, every=0.1)
-        assert daemon.obstructed == (), "others get through"
+        await eventually(lambda: len(daemon.troubles.of(HostTrouble.DROPPED_NETWORKS)) == 2, 20, every=0.1)
+        assert daemon.troubles.of(HostTrouble.FORWARDING) == (), "others get through"
         mesh.host.obstacles = ()
         await request_diagnostics(mesh.etcd.client("desk"), Keys(), ["h1"], tries=1)
-        await eventually(lambda: daemon.cut_networks == (), OBSTACLES_PAUSE + 1, every=0.1)
+        await eventually(lambda: daemon.troubles.of(HostTrouble.DROPPED_NETWORKS) == (), OBSTACLES_PAUSE + 1, every=0.1)
 
 
 async def test_a_plan_that_does_not_forward_ends_no_hold_down(mesh: World) -> None:
@@ -720,11 +726,11 @@ async def test_a_plan_that_does_not_forward_ends_no_hold_down(mesh: World) -> No
         await demote(mesh, daemon)
         await trio.sleep(20)
         mesh.etcd.put("/kilo/mesh/granularity", "full")
-        await eventually(lambda: daemon.plan is not None and not daemon.plan.forwarding, 5, every=0.1)
+        await eventually(lambda: daemon.state.plan is not None and not daemon.state.plan.forwarding, 5, every=0.1)
         await trio.sleep(30)
-        assert daemon.obstructed == ()
+        assert daemon.troubles.of(HostTrouble.FORWARDING) == ()
         mesh.etcd.put("/kilo/mesh/granularity", "location")
-        await eventually(lambda: daemon.plan is not None and bool(daemon.plan.forwarding), 5, every=0.1)
+        await eventually(lambda: daemon.state.plan is not None and bool(daemon.state.plan.forwarding), 5, every=0.1)
         await trio.sleep(30)
         assert json.loads(mesh.etcd.get("/kilo/by/h1/elections/gcp") or b"")["rank"] == CandidateClass.DEMOTED
 
@@ -788,7 +794,7 @@ async def test_who_leads_all_the_same_takes_its_class_up_again_in_its_place(mesh
         for node_name in ("g1", "g2"):
             mesh.etcd.delete(f"/kilo/by/{node_name}/elections/gcp")
             mesh.etcd.delete(f"/kilo/by/{node_name}/probe-reports/gcp")
-        await eventually(lambda: daemon.role is not None and daemon.role.leader == "h1", 1, every=0.01)
+        await eventually(lambda: daemon.state.role is not None and daemon.state.role.leader == "h1", 1, every=0.01)
         behind = mesh.etcd.data[b"/kilo/by/h1/elections/gcp"]
         assert json.loads(behind.value)["rank"] == CandidateClass.DEMOTED
         await trio.sleep(candidacy_policy.HOLD_DOWN_SECONDS + 5)
@@ -804,7 +810,7 @@ async def test_the_operators_choice_ends_it(mesh: World) -> None:
         await report_leader(mesh, daemon)
         await settle(mesh)
         mesh.etcd.put("/kilo/annotations/h1/leader", "true")
-        await eventually(lambda: daemon.role is not None and daemon.role.leader == "h1", 10, every=0.1)
+        await eventually(lambda: daemon.state.role is not None and daemon.state.role.leader == "h1", 10, every=0.1)
 
 
 async def test_a_restart_of_its_agent_clears_a_demotion(mesh: World) -> None:

@@ -366,15 +366,15 @@ async def test_a_member_that_never_answers_is_not_routed_and_is_named_until_it_a
     wire = Wire()
     wire.answers = False
     async with running(mesh, transport=wire) as daemon:
-        await eventually(lambda: daemon._in_force().undecided == ("g1",), 2, every=0.1)
+        await eventually(lambda: daemon.in_force().undecided == ("g1",), 2, every=0.1)
         await eventually(lambda: mesh.logged(NEVER), 12, every=0.1)
         assert not routed(mesh)
         assert ip_network("10.4.0.0/16") not in mesh.host.observed.routes
         assert {ip_network("10.4.0.0/16"), MESH_G1} <= mesh.host.observed.unreachable_routes
         await eventually(lambda: unreachable(mesh) == [("g1", "192.168.1.51", False)], 5, every=0.1)
-        assert daemon._in_force().undecided == ()
+        assert daemon.in_force().undecided == ()
         assert gauge(mesh) == 1.0
-        assert daemon.plan is not None
+        assert daemon.state.plan is not None
         revision, writes = mesh.etcd.revision, daemon.kernel.writes
         asked = wire.asked
         seconds = examples(3600, 600)
@@ -583,7 +583,7 @@ async def test_a_location_whose_network_is_cut_from_the_start_sends_nothing_into
                 found = {
                     agent.name: {one.target.node for one in known.silent}
                     for agent in agents()
-                    if (known := agent._reachability) is not None
+                    if (known := agent.reachability) is not None
                 }
                 others = {"a-1", "a-2", "a-3"} - {lonely}
                 return found == {"b-1": set(), lonely: others} | {name: {lonely} for name in others}
@@ -594,7 +594,7 @@ async def test_a_location_whose_network_is_cut_from_the_start_sends_nothing_into
             for name, host in world.hosts.items():
                 ways = {route.gateway for route in host.machine.observed.routes.values()}
                 assert not ways & inside, f"{name} sends into the network that is cut"
-                said = " ".join(host.agent._current_errors()) if host.agent is not None else ""
+                said = " ".join(host.agent.troubles.all()) if host.agent is not None else ""
                 assert ("has never answered" in said) is (name != "b-1"), name
             assert not {route.gateway for route in world.hosts[lonely].machine.observed.routes.values()} - {None}
             world.hosts[lonely].condition.lan = True

@@ -24,7 +24,8 @@ from kilo_etcd import kernel
 from kilo_etcd.agent import cachefile, discover, snapshot_cache
 from kilo_etcd.agent.cachefile import FILE, Identity, Unusable, load, save
 from kilo_etcd.agent.config import AgentConfig
-from kilo_etcd.agent.daemon import Daemon, Fatal, Reload
+from kilo_etcd.agent.daemon import Daemon
+from kilo_etcd.agent.endings import Fatal, Reload
 from kilo_etcd.agent.metrics import Metrics
 from kilo_etcd.agent.snapshot_cache import Disk
 from kilo_etcd.etcd import api as etcd
@@ -398,7 +399,7 @@ async def test_an_etcd_that_answers_at_the_start_is_compared_with_the_cache(
         sentence = "etcd went back in time" if "same" in what else "etcd is another cluster now"
         assert world.logged(sentence) == 1
         assert world.logged("etcd is not trusted: the cached snapshot is in force") == 1
-        for place in (world.log.getvalue(), str(world.metrics.health()), *daemon._current_errors()):
+        for place in (world.log.getvalue(), str(world.metrics.health()), *daemon.troubles.all()):
             assert sentence in place
             assert "kgctl mesh adopt" in place
         world.etcd.put(KEYS.adopted, encode_adoption(world.etcd.cluster_id, "2026-11-24T00:00:00Z"))
@@ -529,7 +530,7 @@ async def test_a_host_boots_into_its_cached_snapshot_if_etcd_refuses_it(world: W
         # Said once, with etcd's own error, where people look.
         assert world.logged("the cached snapshot is in force") == 1
         assert world.logged(str(error)) <= 3
-        for place in (str(world.metrics.health()), *daemon._current_errors()):
+        for place in (str(world.metrics.health()), *daemon.troubles.all()):
             assert place.startswith(f"{error.kind}; the cached snapshot is in force (age ")
             assert place.endswith(f": {error}")
         # Tried on, until it is mended.
@@ -559,8 +560,8 @@ async def test_a_host_that_boots_follows_an_etcd_that_takes_no_writes(
     world.client.refuse(error, reads=False)
     async with running(world) as daemon:
         await eventually(world.programmed, 3, every=0.1)
-        await eventually(lambda: daemon.applied_revision == world.etcd.revision, 10, every=0.1)
-        for place in (str(world.metrics.health()), *daemon._current_errors()):
+        await eventually(lambda: daemon.state.revision == world.etcd.revision, 10, every=0.1)
+        for place in (str(world.metrics.health()), *daemon.troubles.all()):
             assert place == f"{error.kind}, so this host has not joined again; forwarding follows etcd: {error}"
         # What others write is followed.
         world.etcd.put(KEYS.address("h3", ip_interface("10.4.0.98").ip), "")
@@ -596,9 +597,9 @@ async def test_code_that_runs_is_reloaded_although_etcd_goes_away_while_it_is_tr
         await trio.sleep(1)
         return "no endpoint of etcd answered" if etcd_answers else None
 
-    monkeypatch.setattr("kilo_etcd.agent.daemon.try_installed", try_installed)
+    monkeypatch.setattr("kilo_etcd.agent.reload.try_installed", try_installed)
     async with running(world) as daemon:
         await eventually(world.programmed, 30, every=0.1)
         with pytest.raises(Reload):
-            await daemon._try_reload()
+            await daemon.reloader.reload()
         assert tried == [True, False]

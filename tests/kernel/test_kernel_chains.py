@@ -15,7 +15,7 @@ from kernel_worlds import PRIVATE
 from test_kernel_forward import LEADER as PLAN
 from test_kernel_forward import sh
 
-from kilo_etcd.agent.daemon import OBSTACLES_PAUSE, OBSTACLES_PERIOD
+from kilo_etcd.agent.obstacle_watch import OBSTACLES_PAUSE, OBSTACLES_PERIOD
 from kilo_etcd.kernel import cleanup, ipvs, open_kernel
 from kilo_etcd.kernel.firewall import destinations, hooks, iptables
 from kilo_etcd.kernel.firewall.chains import (

@@ -35,6 +35,7 @@ from kilo_etcd.runtime.handshakes import trigger_handshakes
 from kilo_etcd.runtime.logs import Once
 from kilo_etcd.store.diagnostics import serve
 from kilo_etcd.store.keys import Keys
+from kilo_etcd.store.mirror import Mirror
 from kilo_etcd.store.records import DiagnosticsRequest, DiagnosticsResponse, EchoCount, EchoSize, TakenRoute, Tunnel
 from kilo_etcd.topology.segments import Topology, host_network
 
@@ -139,6 +140,16 @@ class DiagnosticsServer:
     def sends_many(self) -> bool:
         """Whether this host, and perhaps others, send echo requests for `kgctl` now, or did a moment ago."""
         return trio.current_time() < self._quiet_at
+
+    async def follow(self, mirror: Mirror) -> None:
+        """Answer until cancelled, and begin anew in another etcd: there a watch would wait for a revision that is far
+        away."""
+        trust = mirror.trust
+        while True:
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(self.run)
+                trust = await mirror.wait_trust_change(trust)
+                nursery.cancel_scope.cancel()
 
     async def run(self) -> None:
         """Answer until cancelled."""

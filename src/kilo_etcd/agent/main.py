@@ -23,10 +23,11 @@ import trio
 from kilo_etcd import __version__, kernel
 from kilo_etcd.agent import cachefile, snapshot_cache, trial
 from kilo_etcd.agent.config import AgentConfig
-from kilo_etcd.agent.daemon import Daemon, Fatal, Reload, StoppedAtOnce
+from kilo_etcd.agent.daemon import Daemon
 from kilo_etcd.agent.dnshosts import writer
 from kilo_etcd.agent.dryrun import dry_run
 from kilo_etcd.agent.encrypting import remove_members
+from kilo_etcd.agent.endings import Fatal, Reload, StoppedAtOnce
 from kilo_etcd.agent.leader_hints.peer_query import UdpTransport
 from kilo_etcd.agent.metrics import Metrics
 from kilo_etcd.agent.notify import notify

@@ -9,7 +9,7 @@ same key are named too.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 
 from attrs import frozen
 
@@ -37,7 +37,7 @@ class FormerSettings:
 
 
 class Namesakes:
-    """Of node `name` with `public_key`. `mirror` gives the mirror that is followed at present."""
+    """Of node `name` with `public_key`."""
 
     def __init__(
         self,
@@ -47,7 +47,7 @@ class Namesakes:
         public_key: str,
         once: Once,
         *,
-        mirror: Callable[[], Mirror],
+        mirror: Mirror,
     ) -> None:
         self._session = session
         self._keys = keys
@@ -91,7 +91,7 @@ class Namesakes:
         return bool(moved.names)
 
     def _others(self) -> tuple[str, ...]:
-        return tuple(name for name in self._mirror().nodes_with_key(self._public_key) if name != self._name)
+        return tuple(name for name in self._mirror.nodes_with_key(self._public_key) if name != self._name)
 
     def recall(self, names: Iterable[str]) -> None:
         """The host's record has these former names, from an earlier run."""
@@ -107,7 +107,7 @@ class Namesakes:
 
     def _older(self) -> Iterator[str]:
         """The hosts of a copied disk that keep the key from this one."""
-        for name in self._mirror().nodes_with_key(self._public_key):
+        for name in self._mirror.nodes_with_key(self._public_key):
             if name == self._name:
                 return
             if name in self._beside:
@@ -115,12 +115,12 @@ class Namesakes:
 
     def _drop_taken(self) -> None:
         """A name that another host has by now is this host's no more, also when that host leaves again."""
-        mirror, own = self._mirror(), self._mirror().nodes_with_key(self._public_key)
+        mirror, own = self._mirror, self._mirror.nodes_with_key(self._public_key)
         self._former = tuple(name for name in self._former if mirror.kv(self._keys.node(name)) is None or name in own)
 
     def _label(self, name: str) -> str | None:
         """The label of a name; None: there is none that can be read."""
-        kv = self._mirror().kv(self._keys.location(name))
+        kv = self._mirror.kv(self._keys.location(name))
         try:
             return None if kv is None else decode_label(kv.value)
         except RecordError:
@@ -136,7 +136,7 @@ class Namesakes:
         for former in self._former:
             if settings := self._settings(former):
                 counts = ""
-                if LABEL in settings and self._mirror().kv(self._keys.location(self._name)) is None:
+                if LABEL in settings and self._mirror.kv(self._keys.location(self._name)) is None:
                     counts = f"; the label counts until then{', annotations do not' if len(settings) > 1 else ''}"
                 yield (
                     f"this host was called {former}, and these are still for that name: {', '.join(settings)}; kgctl "
@@ -145,7 +145,7 @@ class Namesakes:
 
     def _settings(self, former: str) -> tuple[str, ...]:
         """The label and the annotations of a former name, and the annotations of others that name it as exit node."""
-        keys, mirror = self._keys, self._mirror()
+        keys, mirror = self._keys, self._mirror
         nodes = {} if mirror.current is None else mirror.current.nodes
         users = sorted(node.name for node in nodes.values() if node.exit_node == former)
         return (
@@ -156,7 +156,7 @@ class Namesakes:
 
     def _copies(self) -> Iterator[str]:
         """On hosts that have this host's key, whose record is the oldest of these."""
-        names = self._mirror().nodes_with_key(self._public_key)
+        names = self._mirror.nodes_with_key(self._public_key)
         if not names or names[0] != self._name:
             return
         for name in names[1 : MOST_NAMED + 1]:

@@ -9,6 +9,9 @@ from __future__ import annotations
 import os
 import socket
 import time
+from collections.abc import Callable
+
+import trio
 
 
 def notify(*assignments: str) -> bool:
@@ -42,3 +45,15 @@ def watchdog_interval() -> float | None:
     except ValueError:
         return None
     return microseconds / 1e6 if microseconds > 0 and owner == os.getpid() else None
+
+
+async def watchdog(beat: Callable[[Callable[[], None]], None]) -> None:
+    """Have `beat` call what tells systemd that the agent is alive, as often as it wants that, until cancelled."""
+    interval = watchdog_interval()
+    while interval is not None:
+        beat(_alive)
+        await trio.sleep(interval / 2)
+
+
+def _alive() -> None:
+    notify("WATCHDOG=1")

@@ -142,6 +142,16 @@ class HostRegistration:
             else:
                 self._once.clear("addresses", "the host's addresses are registered again")
 
+    async def report_stage(self, report: StageReport) -> bool:
+        """Register this stage of the switch to `encrypted`; whether the record has it."""
+        self.report = report
+        await self.look_again(register=True)
+        record = self.record
+        return record is not None and (record.encryption, record.accepts_since or 0) == (
+            report.stage,
+            report.accepts_since,
+        )
+
     async def _find(self, etcd_at: tuple[IPNetwork, ...]) -> tuple[NodeRecord, tuple[tuple[str, dict[str, str]], ...]]:
         """The record, and what to say of the choices in it."""
         config = self._config

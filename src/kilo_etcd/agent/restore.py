@@ -39,8 +39,7 @@ REFUSALS = (NameTaken, NoAddressLeft, RecordError)
 
 
 class Restorer:
-    """Of node `name`. `mirror` gives the mirror that is followed at present; `on_news` is called when `trouble` is
-    another."""
+    """Of node `name`. `on_news` is called when `trouble` is another."""
 
     def __init__(
         self,
@@ -49,7 +48,7 @@ class Restorer:
         name: str,
         once: Once,
         *,
-        mirror: Callable[[], Mirror],
+        mirror: Mirror,
         rng: random.Random,
         on_news: Callable[[], object] = lambda: None,
     ) -> None:
@@ -78,7 +77,7 @@ class Restorer:
         """Look at what a snapshot of etcd lacks."""
         self._snapshot = snapshot
         self._news.set()
-        if self._mirror().kv(self._keys.internal_ips) is not None:
+        if self._mirror.kv(self._keys.internal_ips) is not None:
             self._settings = self._settings._replace(internal_ips=snapshot.internal_ips)
         if self._lost_claims():
             self._unclaimed.set()
@@ -99,9 +98,9 @@ class Restorer:
                 await self._news.wait()
             self._news = trio.Event()
             due = float("inf")
-            if self._snapshot is not None and self._mirror().untrusted_reason is None:
+            if self._snapshot is not None and self._mirror.untrusted_reason is None:
                 on_record = candidacy_policy.on_record(self._snapshot, self._name)
-                due = await self._session.compare(self._snapshot, self._mirror(), on_record=on_record)
+                due = await self._session.compare(self._snapshot, self._mirror, on_record=on_record)
 
     async def _watch_claims(self) -> None:
         """Restore the claim of a mesh address that another writer has deleted; take another address if an older claim
@@ -119,7 +118,7 @@ class Restorer:
                 self._claimed()
                 continue
             try:
-                await self._mirror().verify()
+                await self._mirror.verify()
                 if not self._older_claims() and await self._session.has_claims():
                     self._claimed()  # the mirror is behind etcd, and another snapshot follows
                     continue
@@ -166,7 +165,7 @@ class Restorer:
             if snapshot is None or not self._lacks_settings():
                 continue
             try:
-                await self._mirror().verify()
+                await self._mirror.verify()
                 settings = self._settings
                 if snapshot.subnets:
                     # Else another etcd was adopted before anybody saw them in the first one.
@@ -179,16 +178,16 @@ class Restorer:
                 self._once.clear("settings lost", "the mesh's settings are in etcd again")
 
     def _lacks_settings(self) -> bool:
-        return any(self._mirror().kv(key) is None for key in self._keys.settings)
+        return any(self._mirror.kv(key) is None for key in self._keys.settings)
 
     def _lost_claims(self) -> tuple[str, ...]:
         """What is wrong with the claims of this host's addresses, as the mirror has them. It may be behind etcd, and
         lack a claim that was put a moment ago."""
         keys = (self._keys.address(self._name, address) for address in self._session.addresses)
-        return self._older_claims() or tuple(f"{key} was deleted" for key in keys if self._mirror().kv(key) is None)
+        return self._older_claims() or tuple(f"{key} was deleted" for key in keys if self._mirror.kv(key) is None)
 
     def _older_claims(self) -> tuple[str, ...]:
-        holders = ((address, self._mirror().holder(address)) for address in self._session.addresses)
+        holders = ((address, self._mirror.holder(address)) for address in self._session.addresses)
         return tuple(
             f"{named(holder)} has the older claim of {address}"
             for address, holder in holders

@@ -97,16 +97,13 @@ class Mirror:
         self._probe_period = probe_period
         self._rng = rng or random.Random()
         self._log = structlog.get_logger()
-        self._view = View(
-            keys,
-            granularity=last_seen.granularity if last_seen else None,
-            subnets=last_seen.subnets or None if last_seen else None,
-            internal_ips=last_seen.internal_ips if last_seen else None,
-        )
-        self._floor = last_seen.header if last_seen else None
-        self._adopted = last_seen.adopted if last_seen else None
-        self._newest = last_seen.newest if last_seen else None
+        self._view = View(keys)
+        self._floor: Header | None = None
+        self._adopted: bytes | None = None
+        self._newest: tuple[bytes, int] | None = None
         """What is to be in etcd's history before it is followed (see `LastSeen.newest`); None: nothing."""
+        if last_seen is not None:
+            self.go_on_from(last_seen)
         self._went_back = False
         """Whether etcd is untrusted in spite of its cluster id: then a history that cannot be read is none."""
         self.current: Snapshot | None = None
@@ -127,6 +124,21 @@ class Mirror:
         self._applied = 0
         self._loaded_in = -1
         """The generation of the last listing: of an etcd that was adopted since, the view says nothing."""
+
+    def go_on_from(self, last_seen: LastSeen) -> None:
+        """Compare etcd with what an earlier run saw. To be called before anything else is asked of the mirror."""
+        self._view = View(
+            self._keys,
+            granularity=last_seen.granularity,
+            subnets=last_seen.subnets or None,
+            internal_ips=last_seen.internal_ips,
+        )
+        self._floor, self._adopted, self._newest = last_seen.header, last_seen.adopted, last_seen.newest
+
+    @property
+    def followed(self) -> bool:
+        """Whether etcd answers, and is the one that is followed."""
+        return self.connected and self.untrusted_reason is None
 
     def __repr__(self) -> str:
         state = "suspect" if self.untrusted_reason else "connected" if self.connected else "disconnected"

@@ -82,12 +82,12 @@ def at_rest(world: World, topology: Topology, agents: Mapping[str, SimulatedAgen
 
 def _nothing_left(host: SimulatedHost, agent: SimulatedAgent) -> None:
     observed = host.machine.observed
-    assert agent.plan is not None
-    assert agent.plan.encryption is None, f"the plan of {host.name} encrypts"
+    assert agent.state.plan is not None
+    assert agent.state.plan.encryption is None, f"the plan of {host.name} encrypts"
     rules = [rule for rule in observed.policy.rules if encrypted.is_ours(rule.priority)]
     assert not rules, f"{host.name} has the rules {'; '.join(map(str, rules))}"
     assert T not in observed.policy.tables, f"{host.name} has the table of `encrypted`"
-    assert observed.mark != MARK or agent.plan.exit_route is not None, f"{host.name} marks WireGuard's packets"
+    assert observed.mark != MARK or agent.state.plan.exit_route is not None, f"{host.name} marks WireGuard's packets"
     chains = () if observed.table is None else [chain.name for chain in observed.table.chains]
     assert "encrypted" not in chains, f"{host.name} has the chains {chains}"
     assert not observed.loosened, f"{host.name} has {observed.loosened} loosened"
@@ -202,7 +202,7 @@ class Steady:
 
 def _has_met(host: SimulatedHost, other: SimulatedHost) -> bool:
     """Whether the agent that runs has put a plan into force that has the other host as a peer."""
-    plan = None if host.agent is None else host.agent.plan
+    plan = None if host.agent is None else host.agent.state.plan
     return plan is not None and other.public_key in plan.peers
 
 

@@ -479,7 +479,7 @@ def key_overwritten(world: World, host: SimulatedHost) -> str:
 @_fault("members", 2)
 def leaves(world: World, host: SimulatedHost) -> str:
     """With --clean-up: all of it goes."""
-    if host.agent is None or host.agent.plan is None or len(list(world.members())) <= 2:
+    if host.agent is None or host.agent.state.plan is None or len(list(world.members())) <= 2:
         return "not now"
     host.agent.config = evolve(host.agent.config, clean_up=True)
     world.gone.add(host.name)
@@ -580,7 +580,7 @@ def refuses(world: World, host: SimulatedHost) -> str:
 @_fault("kernel")
 def unprogrammable(world: World, host: SimulatedHost) -> str:
     """Nothing can be programmed; an agent that has never done so gives up, and is started again by systemd."""
-    if host.agent is None or host.agent.plan is None:
+    if host.agent is None or host.agent.state.plan is None:
         return "not now"
     seconds = world.brief()
     host.machine.broken = "netlink is out of buffers"
@@ -591,7 +591,7 @@ def unprogrammable(world: World, host: SimulatedHost) -> str:
 @_fault("kernel")
 def unreadable(world: World, host: SimulatedHost) -> str:
     """Nobody knows what the kernel holds; changes that need no look are made."""
-    if host.agent is None or host.agent.plan is None:
+    if host.agent is None or host.agent.state.plan is None:
         return "not now"
     seconds = world.brief()
     host.machine.unreadable = "netlink is out of buffers"

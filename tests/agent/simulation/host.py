@@ -25,7 +25,8 @@ from kilo_etcd import kernel
 from kilo_etcd.agent import apply, discover, snapshot_cache
 from kilo_etcd.agent import status as agent_report
 from kilo_etcd.agent.config import AgentConfig
-from kilo_etcd.agent.daemon import Daemon, Fatal, Reload
+from kilo_etcd.agent.daemon import Daemon
+from kilo_etcd.agent.endings import Fatal, Reload
 from kilo_etcd.agent.metrics import Metrics
 from kilo_etcd.agent.snapshot_cache import Disk
 from kilo_etcd.etcd.api import EtcdError
@@ -76,7 +77,7 @@ class SimulatedAgent(Daemon):
     @property
     def raw_plan(self) -> HostPlan | None:
         """What it has planned of the topology alone."""
-        return None if self.plans is None else self.plans.raw
+        return None if self.state.plans is None else self.state.plans.raw
 
     async def _handle_signals(self) -> None:
         await self._reload.wait()

@@ -231,9 +231,9 @@ class Watchman:
         """An agent begins to apply a snapshot."""
         host = agent.host
         seen = self._seen(host)
-        new = agent.snapshot is not None and agent.plan is None
+        new = agent.snapshots.snapshot is not None and agent.state.plan is None
         newest = seen.newest.get(snapshot.cluster_id, 0)
-        bridged = agent.cached is not None and snapshot is agent.cached.snapshot
+        bridged = agent.snapshots.cached is not None and snapshot is agent.snapshots.cached.snapshot
         if snapshot.revision < newest and not bridged:
             raise Broken(f"{host.name} applies revision {snapshot.revision} after {newest}")
         last = seen.snapshot
@@ -253,7 +253,7 @@ class Watchman:
             busy=busy,
             order_due=seen.busy,
             before=seen.hints,
-            hints=agent.leader_hints,
+            hints=agent.peer_queries.hints,
             silent_before=seen.silent,
             silent=_silent(agent),
             new=new,
@@ -261,8 +261,8 @@ class Watchman:
 
     def applied(self, agent: SimulatedAgent, snapshot: Snapshot, account: _Account) -> None:
         """It has done so."""
-        host, topology = agent.host, agent.topology
-        if topology is None or agent.applied_revision != snapshot.revision or not agent._programmed:
+        host, topology = agent.host, agent.state.topology
+        if topology is None or agent.state.revision != snapshot.revision or not agent.state.programmed:
             return
         self._applies += 1
         seen = self._seen(host)
@@ -464,8 +464,8 @@ class Watchman:
 
     def _check_afresh(self, agent: SimulatedAgent, snapshot: Snapshot) -> None:
         fresh = self.fresh(self._snapshots[_truth(snapshot)])
-        assert agent.topology is not None
-        if agent.topology.segments != fresh.segments:
+        assert agent.state.topology is not None
+        if agent.state.topology.segments != fresh.segments:
             raise Broken(f"{agent.name} draws another mesh than what is drawn afresh, at revision {snapshot.revision}")
         try:
             plan = host_plan(fresh, agent.name)
@@ -489,7 +489,12 @@ class Watchman:
         mode = None if account.snapshot is None else account.snapshot.internal_ips
         silent = silent or (bool(account.silent) and mode is not snapshot.internal_ips)
         # What `encrypted` asks for follows from others' stages and statuses too.
-        busy = busy or account.plan is None or agent.plan is None or account.plan.encryption != agent.plan.encryption
+        busy = (
+            busy
+            or account.plan is None
+            or agent.state.plan is None
+            or account.plan.encryption != agent.state.plan.encryption
+        )
         if not account.new and account.raw_plan == agent.raw_plan and not (busy or silent or _promoted(account, agent)):
             self._broken(f"{host.name} was written to by a change that does not concern it", made)
         nothing_new = account.snapshot is snapshot and account.before == account.hints and not silent
@@ -507,7 +512,7 @@ def _busy(agent: SimulatedAgent) -> bool:
 
 def _silent(agent: SimulatedAgent) -> tuple[Silent, ...]:
     """Who of its location does not answer, as far as it has found out."""
-    return () if agent._reachability is None else agent._reachability.silent
+    return () if agent.reachability is None else agent.reachability.silent
 
 
 def _changed(account: _Account, snapshot: Snapshot, name: str) -> bool:
@@ -517,11 +522,11 @@ def _changed(account: _Account, snapshot: Snapshot, name: str) -> bool:
 
 def _promoted(account: _Account, agent: SimulatedAgent) -> bool:
     """Whether the hosts have other roles than before, which decides who tells endpoints to its WireGuard."""
-    if account.snapshot is None or agent.topology is None:
+    if account.snapshot is None or agent.state.topology is None:
         return True
     before = build_topology(account.snapshot)
     return {segment.leader.name for segment in before.segments.values()} != {
-        segment.leader.name for segment in agent.topology.segments.values()
+        segment.leader.name for segment in agent.state.topology.segments.values()
     }
 
 

@@ -327,25 +327,25 @@ class World:
         for host in self.members():
             agent = host.agent
             assert agent is not None, f"{host.name} does not run"
-            assert agent.applied_revision >= newest, f"{host.name} is at {agent.applied_revision}, not {newest}"
-            assert agent.topology is not None
-            assert agent.plan is not None
+            assert agent.state.revision >= newest, f"{host.name} is at {agent.state.revision}, not {newest}"
+            assert agent.state.topology is not None
+            assert agent.state.plan is not None
             agents[host.name] = agent
         truth = self.truth()
         assert set(truth.nodes) == set(agents), f"{sorted(truth.nodes)} are nodes"
         fresh = build_topology(truth)
         for name, agent in agents.items():
-            assert agent.topology is not None
-            assert not agent._etcd_away(), f"{name} does not know yet that etcd is back"
-            assert not agent.leader_hints.leaders, f"{name} still follows leader hints"
-            differ = differences(agent.topology.snapshot, truth)
+            assert agent.state.topology is not None
+            assert not agent.etcd_away(), f"{name} does not know yet that etcd is back"
+            assert not agent.peer_queries.hints.leaders, f"{name} still follows leader hints"
+            differ = differences(agent.state.topology.snapshot, truth)
             assert not differ, f"{name} sees another mesh than etcd: {'; '.join(differ)}"
-            assert agent.topology.segments == fresh.segments, f"{name} draws another mesh"
+            assert agent.state.topology.segments == fresh.segments, f"{name} draws another mesh"
             assert agent.raw_plan == host_plan(fresh, name), f"{name} has another plan than what is planned afresh"
             self._own_leases(name, agent)
-            trouble = agent._etcd_trouble()
+            trouble = agent.etcd_trouble.sentence()
             assert trouble in (None, agent.session.contested), f"{name} is in trouble: {trouble}"
-            silent = () if agent._reachability is None else agent._reachability.silent
+            silent = () if agent.reachability is None else agent.reachability.silent
             assert not silent, f"{name} does not know yet that {silent[0].target.node} answers again"
             self._programmed(self.hosts[name], agent)
         for segment in fresh.segments.values():
@@ -361,7 +361,7 @@ class World:
         for location, recorded in truth.leaders.items():
             gone = [name for name in recorded if name not in agents or truth.nodes[name].location != location]
             assert not gone, f"{gone} are on record as leaders of {location!r}, where they are not"
-        plans = {name: agent.plan for name, agent in agents.items() if agent.plan is not None}
+        plans = {name: agent.state.plan for name, agent in agents.items() if agent.state.plan is not None}
         lost = self.lost = []
         for name, other in permutations(agents, 2):
             for address in truth.nodes[other].mesh_addresses:
@@ -403,13 +403,13 @@ class World:
         device, wanted = host.device, agent.applier.programmed
         assert device is not None
         assert wanted is not None
-        assert agent.plan is not None
+        assert agent.state.plan is not None
         todo = difference(wanted, device._now(), device._memory, device._target(wanted))
         assert not todo.changes, f"the kernel of {host.name} wants {'; '.join(map(str, todo.changes))}"
         assert not todo.failures, f"the kernel of {host.name}: {'; '.join(map(str, todo.failures))}"
-        assert set(wanted.peers) == set(agent.plan.peers), f"{host.name} has other peers than planned"
-        assert wanted.routes == agent.plan.routes, f"{host.name} has other routes than planned"
-        for network in agent.subnets:
+        assert set(wanted.peers) == set(agent.state.plan.peers), f"{host.name} has other peers than planned"
+        assert wanted.routes == agent.state.plan.routes, f"{host.name} has other routes than planned"
+        for network in agent.registration.subnets:
             assert network in host.machine.observed.routes, f"{host.name} has no route to the mesh"
 
     def demoted_until(self) -> float:
@@ -529,7 +529,7 @@ def _to_make_anew(agent: SimulatedAgent | None) -> frozenset[str]:
     if agent is None:
         return frozenset()
     applier = agent.applier
-    return frozenset({*agent._wireguard_monitor._renewed._pending, *applier._reset_session, *applier._waiting})
+    return frozenset({*agent.wireguard_monitor._renewed._pending, *applier._reset_session, *applier._waiting})
 
 
 def without_cause(made: Iterable[Change], to_make_anew: Collection[str]) -> list[Change]:
