@@ -33,8 +33,6 @@ LARGER = {
     "LinuxKernel": (43, 23),
     "Host": (42, 22),
     "Mirror": (39, 23),
-    "Encrypting": (16, 30),
-    "Prober": (24, 27),
 }
 """Methods and attributes of the classes that have more."""
 

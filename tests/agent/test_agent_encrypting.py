@@ -19,15 +19,8 @@ from attrs import evolve
 
 from helpers import eventually
 from kilo_etcd.agent.config import AgentConfig
-from kilo_etcd.agent.encrypting import (
-    ASK_PATIENCE,
-    Encrypting,
-    Members,
-    outside,
-    read_members,
-    remove_members,
-    write_members,
-)
+from kilo_etcd.agent.encrypting import ASK_PATIENCE, Encrypting, outside
+from kilo_etcd.agent.etcd_listeners import Members, read_members, remove_members, write_members
 from kilo_etcd.agent.snapshot_cache import Disk
 from kilo_etcd.etcd.api import Config, PermissionDenied, Unavailable
 from kilo_etcd.etcd.values import Member

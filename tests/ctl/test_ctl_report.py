@@ -11,7 +11,7 @@ import attrs
 import pytest
 from attrs import evolve
 
-from kilo_etcd.agent.encrypting import MEMBERS_UNKNOWN
+from kilo_etcd.agent.etcd_listeners import MEMBERS_UNKNOWN
 from kilo_etcd.ctl.commands.check import (
     Examined,
     Finding,

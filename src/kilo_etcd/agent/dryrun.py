@@ -15,7 +15,8 @@ from attrs import evolve
 from kilo_etcd import kernel
 from kilo_etcd.agent import discover
 from kilo_etcd.agent.config import AgentConfig, too_small_for
-from kilo_etcd.agent.encrypting import concerns, outside, read_members
+from kilo_etcd.agent.encrypting import concerns, outside
+from kilo_etcd.agent.etcd_listeners import read_members
 from kilo_etcd.etcd import api as etcd
 from kilo_etcd.model import InternalIPs, Node, Snapshot
 from kilo_etcd.planning.pipeline import EncryptionInputs, host_plans

@@ -12,23 +12,20 @@ on a host that seems to run etcd its usual ports bypass the tunnels for all node
 
 from __future__ import annotations
 
-import json
 import random
 from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping
 from contextlib import suppress
-from pathlib import Path
 
 import trio
-from attrs import evolve, frozen
+from attrs import define, evolve, field
 
 from kilo_etcd.agent.config import AgentConfig
+from kilo_etcd.agent.etcd_listeners import EtcdListeners, Members, etcd_endpoints_at
 from kilo_etcd.agent.snapshot_cache import Disk
 from kilo_etcd.agent.stage_watch import StageWatch
 from kilo_etcd.base.fast_ip import ip_address, ip_network
 from kilo_etcd.base.mappings import changes
 from kilo_etcd.etcd import api as etcd
-from kilo_etcd.etcd.endpoint import EtcdEndpoint, parse_endpoint
-from kilo_etcd.etcd.values import Member
 from kilo_etcd.model import EncryptionStage, InternalIPs, IPAddress, Node
 from kilo_etcd.model.hostplan import Exemption, HostPlan
 from kilo_etcd.planning.encryption import Living, Outside, StageReport, awaited, report
@@ -41,7 +38,6 @@ from kilo_etcd.store.records import StageRecord
 from kilo_etcd.topology.places import own_addresses
 from kilo_etcd.topology.segments import Topology
 
-MEMBERS_FILE = "etcd-members.json"
 MEMBERS_PERIOD, MEMBERS_RETRY = 60.0, 2.0
 """Seconds between two listings of etcd's members, and the first pause after one that failed; doubled each time."""
 ASK_PATIENCE = 2.0
@@ -50,56 +46,8 @@ PAUSE_PER_NODE, UNDERWAY_PER_NODE = 0.002, 0.01
 """Seconds per node of the mesh: within so many all of them report on their stages, as all may watch; and after so many
 one reports again if others are still on their way to `encrypted`."""
 RETRY_SECONDS = 1.0
-MEMBERS_UNKNOWN = (
-    "etcd's members are not known: this agent's etcd endpoints stay outside of the tunnels and, on hosts that "
-    "seem to run etcd, TCP 2380 to and from everybody; if the members use other ports, exempt these on their "
-    "hosts (--clear tcp/PORT@NETWORK), or let this agent's etcd user list the members"
-)
 CLIENT_PORT, PEER_PORT = 2379, 2380
 """Where etcd listens unless it is told otherwise."""
-_MOST_BYTES = 2**16
-
-
-@frozen
-class Members:
-    """Where etcd's members listen, as URLs."""
-
-    client: tuple[str, ...] = ()
-    peer: tuple[str, ...] = ()
-
-    @classmethod
-    def of(cls, members: Iterable[Member]) -> Members:
-        """As etcd says."""
-        listed = tuple(members)
-        return cls(
-            tuple(sorted({url for member in listed for url in member.client_urls})),
-            tuple(sorted({url for member in listed for url in member.peer_urls})),
-        )
-
-
-def read_members(state_dir: Path) -> Members | None:
-    """Those kept on disk; None: there are none, or the file is not of this module."""
-    try:
-        with (state_dir / MEMBERS_FILE).open("rb") as file:
-            document = json.loads(file.read(_MOST_BYTES))
-        client, peer = document["client"], document["peer"]
-    except (OSError, ValueError, KeyError, TypeError, RecursionError):
-        return None
-    if not all(isinstance(urls, list) and all(isinstance(url, str) for url in urls) for urls in (client, peer)):
-        return None
-    return Members(tuple(client), tuple(peer))
-
-
-def write_members(state_dir: Path, members: Members) -> None:
-    """Keep them. OSError."""
-    path, aside = state_dir / MEMBERS_FILE, state_dir / f"{MEMBERS_FILE}.new"
-    aside.write_text(json.dumps({"client": members.client, "peer": members.peer}))
-    aside.replace(path)
-
-
-def remove_members(state_dir: Path) -> None:
-    """OSError."""
-    (state_dir / MEMBERS_FILE).unlink(missing_ok=True)
 
 
 def outside(
@@ -149,16 +97,9 @@ def outside(
     )  # fmt: skip
 
 
-def _endpoints(urls: Iterable[str]) -> Iterator[tuple[str, EtcdEndpoint]]:
-    """Those that are etcd endpoints: another scheme may be, and a file of ours may have been damaged."""
-    for url in urls:
-        with suppress(etcd.BadRequest):
-            yield url, parse_endpoint(url, tls=False)
-
-
 def _named(urls: Iterable[str]) -> Iterator[tuple[str, int]]:
     """Those of the hosts that are called by a name, and the port."""
-    for _, endpoint in _endpoints(urls):
+    for _, endpoint in etcd_endpoints_at(urls):
         try:
             ip_address(endpoint.host)
         except ValueError:
@@ -166,7 +107,7 @@ def _named(urls: Iterable[str]) -> Iterator[tuple[str, int]]:
 
 
 def _sockets(urls: Iterable[str], table: Table) -> Iterator[tuple[IPAddress, int]]:
-    for _, endpoint in _endpoints(urls):
+    for _, endpoint in etcd_endpoints_at(urls):
         try:
             addresses: tuple[IPAddress, ...] = (ip_address(endpoint.host),)
         except ValueError:
@@ -181,6 +122,29 @@ def concerns(topology: Topology, name: str) -> bool:
     node = topology.snapshot.nodes.get(name)
     on = topology.internal_ips is InternalIPs.ENCRYPTED
     return on or (node is not None and node.encryption is not None)
+
+
+@define
+class SwitchProgress:
+    """How far the nodes are with the switch, in proportion to what has changed since the last look."""
+
+    newest: int = 0
+    """The newest revision from which on a node takes packets from the tunnels."""
+    underway: set[str] = field(factory=set)
+    """The nodes that do not send through the tunnels yet."""
+    _nodes: Mapping[str, Node] = field(factory=dict)
+    """Those of which both are."""
+
+    def look(self, nodes: Mapping[str, Node]) -> None:
+        """These are the mesh's nodes now."""
+        for name in changes(self._nodes, nodes):
+            node = nodes.get(name)
+            self.newest = max(self.newest, 0 if node is None else node.accepts_since)
+            if node is None or node.encryption is EncryptionStage.SENDS:
+                self.underway.discard(name)
+            else:
+                self.underway.add(name)
+        self._nodes = nodes
 
 
 class Encrypting:
@@ -207,27 +171,17 @@ class Encrypting:
         nudge: Callable[[], None],
         rng: random.Random | None = None,
     ) -> None:
-        self._config, self._client, self._keys, self._once = config, client, keys, once
-        self._name = config.hostname
-        self._disk = disk
+        self._config, self._client, self._name = config, client, config.hostname
         self._register, self._keep, self._nudge = register, keep, nudge
-        self._stage, self._put_stage, self._look_at_ports, self._refused = stage, put_stage, listening, refused
-        self._listening: frozenset[int] = frozenset()
+        self._stage, self._put_stage, self._refused = stage, put_stage, refused
+        self._listeners = EtcdListeners(client, once, disk=disk, listening=listening)
         self._rng = rng or random.Random()
         self._stage_watch = StageWatch(client, keys, once, nudge, self._rng)
-        self._members: Members | None = None
         self._away: bool | None = None
         """Whether etcd was away when this was prepared; None: it was not yet."""
         self._topology: Topology | None = None
-        self.trouble: str | None = None
-        """Why etcd's members are not known, and what follows; None: they are, or are not asked for."""
         self._wanted_stage: StageRecord | None = None
-        self._newest = 0
-        """The newest revision from which on a node takes packets from the tunnels."""
-        self._underway: set[str] = set()
-        """The nodes that do not send through the tunnels yet."""
-        self._nodes: Mapping[str, Node] = {}
-        """Those of which both are."""
+        self._progress = SwitchProgress()
         self._pending_report: StageReport | None = None
         self._reported_stage: StageReport | None = None
         self._left: StageReport | None = None
@@ -243,21 +197,19 @@ class Encrypting:
         """What is known of other agents."""
         return self._stage_watch.living
 
-    def _note_trouble(self, sentence: str | None) -> None:
-        self.trouble = sentence
-        self._once.errors("etcd members", () if sentence is None else (sentence,), level="warning")
+    @property
+    def trouble(self) -> str | None:
+        """Why etcd's members are not known, and what follows; None: they are, or are not asked for."""
+        return self._listeners.trouble
 
     async def forget(self) -> None:
         """Remove from disk what is kept of etcd's members. OSError."""
-        if self._disk is not None:
-            path = self._disk.state_dir
-            await self._disk.run(lambda: remove_members(path))
+        await self._listeners.forget()
 
     @property
     def etcd_urls(self) -> tuple[str, ...]:
         """Where etcd's members listen, for their names to be looked up."""
-        members = self._members or Members()
-        return tuple(url for url, _ in _endpoints((*members.client, *members.peer)))
+        return self._listeners.urls
 
     async def prepare(self, topology: Topology, *, etcd_away: bool) -> None:
         """Before the first plan under the setting: learn what `encrypt` needs of etcd and of other nodes. An agent that
@@ -266,17 +218,16 @@ class Encrypting:
         if self._away in (False, etcd_away):
             return
         first, self._away = self._away is None, etcd_away
-        self._listening = await self._look_at_ports()
-        if first and self._disk is not None:
-            path = self._disk.state_dir
-            self._members = await self._disk.run(lambda: read_members(path))
+        await self._listeners.look_at_ports()
+        if first:
+            await self._listeners.recall()
         if etcd_away:
             # Nothing can be learnt of other nodes: each is treated as its record says.
             self._stage_watch.take_as_gone(topology.snapshot.nodes)
             return
         self._stage_watch.forget()
         with trio.move_on_after(ASK_PATIENCE), suppress(etcd.EtcdError):
-            await self._ask_members()
+            await self._listeners.ask()
             await self._stage_watch.ask(topology.snapshot.nodes, topology.snapshot.cluster_id)
         if topology.internal_ips is InternalIPs.ENCRYPTED:
             # This host goes on refusing the nodes that it refused before its agent's restart, even if etcd has not told
@@ -313,15 +264,15 @@ class Encrypting:
             # the last look, and was not waited for, may live by the time of the next switch, and refuse clear text.
             self._stage_watch.forget()
         if self._cluster not in (None, cluster):
-            self._newest, self._nodes, self._underway = 0, {}, set()
+            self._progress = SwitchProgress()
             self._wanted_stage = self._wanted_stage and StageRecord()
         self._cluster, self._on = cluster, on
         etcd_now = evolve(
             self._config.etcd, endpoints=known_endpoints(self._config.etcd.endpoints, self._client)
         )  # fmt: skip
         around = outside(
-            evolve(self._config, etcd=etcd_now), self._members, sources, table,
-            addresses=addresses, listening=self._listening,
+            evolve(self._config, etcd=etcd_now), self._listeners.members, sources, table,
+            addresses=addresses, listening=self._listeners.ports,
         )  # fmt: skip
         return EncryptionInputs(
             outside=evolve(around, silent=silent), living=self.living, stage_report=self._reported_stage
@@ -375,7 +326,7 @@ class Encrypting:
                 await changed.wait()
                 continue
             nodes = len(topology.snapshot.nodes)
-            if desired_stage is not None and self._underway and trio.current_time() < again:
+            if desired_stage is not None and self._progress.underway and trio.current_time() < again:
                 with trio.move_on_at(again):
                     await changed.wait()
                 continue
@@ -389,17 +340,10 @@ class Encrypting:
         snapshot = topology.snapshot
         if not self.concerns(topology):
             return None
-        for name in changes(self._nodes, snapshot.nodes):
-            node = snapshot.nodes.get(name)
-            self._newest = max(self._newest, 0 if node is None else node.accepts_since)
-            if node is None or node.encryption is EncryptionStage.SENDS:
-                self._underway.discard(name)
-            else:
-                self._underway.add(name)
-        self._nodes = snapshot.nodes
+        self._progress.look(snapshot.nodes)
         # On the way back it counts which nodes live, and not what they have applied.
         since = snapshot.internal_ips_since if topology.internal_ips is InternalIPs.ENCRYPTED else 0
-        newest, record = max(self._newest, since), self._wanted_stage or self._stage()
+        newest, record = max(self._progress.newest, since), self._wanted_stage or self._stage()
         enough = record is not None and newest <= record.revision <= snapshot.revision
         return record if enough else StageRecord(revision=snapshot.revision)
 
@@ -408,36 +352,14 @@ class Encrypting:
         while True:
             changed, topology = self._changed, self._topology
             if topology is None or not concerns(topology, self._name):
-                self._note_trouble(None)
+                self._listeners.note_trouble(None)
                 pause = MEMBERS_RETRY
                 await changed.wait()
                 continue
-            before = self._members, self._listening, self.trouble
-            self._listening = await self._look_at_ports()
-            answered = await self._ask_members()
-            if (self._members, self._listening, self.trouble) != before:
+            news, answered = await self._listeners.look()
+            if news:
                 self._nudge()
             # As long as they are not known, more bypasses the tunnels than has to.
             pause = MEMBERS_PERIOD if answered else min(pause, MEMBERS_PERIOD)
             await trio.sleep(pause * self._rng.uniform(0.8, 1.0))
             pause = MEMBERS_RETRY if answered else 2 * pause
-
-    async def _ask_members(self) -> bool:
-        """Learn etcd's members; whether etcd answered."""
-        try:
-            members = Members.of(await self._client.members())
-        except etcd.EtcdError as error:
-            # That etcd does not answer is said elsewhere, and may end soon.
-            if self._members is None and not isinstance(error, etcd.Unavailable):
-                self._note_trouble(f"{MEMBERS_UNKNOWN} ({error})")
-            return False
-        self._note_trouble(None)
-        if members == self._members:
-            return True
-        self._members = members
-        disk = self._disk
-        if disk is not None:
-            path = disk.state_dir
-            with suppress(OSError):
-                await disk.run(lambda: write_members(path, members))
-        return True

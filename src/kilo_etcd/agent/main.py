@@ -26,8 +26,8 @@ from kilo_etcd.agent.config import AgentConfig
 from kilo_etcd.agent.daemon import Daemon
 from kilo_etcd.agent.dnshosts import writer
 from kilo_etcd.agent.dryrun import dry_run
-from kilo_etcd.agent.encrypting import remove_members
 from kilo_etcd.agent.endings import Fatal, Reload, StoppedAtOnce
+from kilo_etcd.agent.etcd_listeners import remove_members
 from kilo_etcd.agent.leader_hints.peer_query import UdpTransport
 from kilo_etcd.agent.metrics import Metrics
 from kilo_etcd.agent.notify import notify

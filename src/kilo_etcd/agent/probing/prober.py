@@ -13,7 +13,7 @@ from collections.abc import Awaitable, Callable, Collection, Container, Mapping
 from contextlib import suppress
 
 import trio
-from attrs import evolve
+from attrs import define, evolve
 
 from kilo_etcd import kernel
 from kilo_etcd.agent.probing import probe_assignment as periods
@@ -55,6 +55,19 @@ TAKE_BACK = 0.25
 
 UNABLE_SECONDS = 60.0
 """Where this host may not ping, it is tried again so much later."""
+
+
+@define
+class _OwnReport:
+    """What goes with this host's present report on its leader. Times are trio's."""
+
+    since: float | None = None
+    """When it was made, or was adopted from an earlier agent of the host."""
+    alone_since: float = 0.0
+    """Since when it is the only one on this leader."""
+    former: frozenset[float] | None = None
+    """When the last handshakes with any peers were, from before targets could know this host by its report."""
+    takeover_check_due: float = 0.0
 
 
 class Prober:
@@ -107,13 +120,7 @@ class Prober:
         self._reporters: tuple[str, ...] = ()
         self._news = trio.Event()
         self._far_news = trio.Event()
-        self._takeover_check_due = 0.0
-        self._since: float | None = None
-        """When this host's present report on its leader was made, or was adopted from an earlier agent of the host."""
-        self._alone_since = 0.0
-        """Since when it is the only one on this leader."""
-        self._former: frozenset[float] | None = None
-        """When the last handshakes with any peers were, from before targets could know this host by its report."""
+        self._own = _OwnReport()
         self._no_baseline: str | None = None
         self._lock = trio.Lock()
 
@@ -226,11 +233,11 @@ class Prober:
             # Requests that were sent before all was there again say nothing about it either.
             return periods.PERIOD
         now = trio.current_time()
-        if own_report is None or self._since is None:
-            self._since, self._former = now, None
-        if self._since == now or assignment.suspicions:
-            self._alone_since = now
-        unconfirmed = now - self._alone_since >= OPEN_SECONDS
+        if own_report is None or self._own.since is None:
+            self._own.since, self._own.former = now, None
+        if self._own.since == now or assignment.suspicions:
+            self._own.alone_since = now
+        unconfirmed = now - self._own.alone_since >= OPEN_SECONDS
         report = ProbeReportRecord(
             leader=assignment.leader.name,
             candidacy=assignment.candidacy,
@@ -247,16 +254,16 @@ class Prober:
         if not self._may_say(assignment, report):
             return await self._has_nothing_to_say(assignment)
         if own_report is None:
-            self._takeover_check_due = now + (0.0 if assignment.first else OTHERS_WAIT)
+            self._own.takeover_check_due = now + (0.0 if assignment.first else OTHERS_WAIT)
         if unconfirmed and own_report is not None and not own_report.unconfirmed:
             self._check.stop()
-            self._former, self._takeover_check_due = None, now
-        if self._former is None:
-            self._former = await self._check.handshakes()
+            self._own.former, self._own.takeover_check_due = None, now
+        if self._own.former is None:
+            self._own.former = await self._check.handshakes()
         await self._put_reports(assignment.location, report)
-        if not unconfirmed and not report.can_take_over and trio.current_time() >= self._takeover_check_due:
-            self._takeover_check_due = trio.current_time() + TAKEOVER_CHECK_RETRY
-            if await self._can_take_over(assignment, targets, self._former):
+        if not unconfirmed and not report.can_take_over and trio.current_time() >= self._own.takeover_check_due:
+            self._own.takeover_check_due = trio.current_time() + TAKEOVER_CHECK_RETRY
+            if await self._can_take_over(assignment, targets, self._own.former):
                 if await self._through(targets, times=ONCE_MORE):
                     # What kept both of us from them is over.
                     return 0.0
@@ -303,7 +310,7 @@ class Prober:
         return can_take_over and await self._confirmed(assignment) and await self._forwards()
 
     async def _confirmed(self, assignment: ProbeAssignment) -> bool:
-        baseline, since = self._baseline, self._since
+        baseline, since = self._baseline, self._own.since
         if baseline is None:
             return True
         if since is None:
