@@ -285,19 +285,21 @@ class Daemon:
             applied=lambda: snapshot_applier.applied,
             demoted=lambda: candidacy.demoted_until is not None,
             on_cleared=forward_again,
-            note=lambda all_, some: troubles.note({HostTrouble.FORWARDING: all_, HostTrouble.DROPPED_NETWORKS: some}),
+            note=lambda forwarding, networks: troubles.note(
+                {HostTrouble.FORWARDING: forwarding, HostTrouble.DROPPED_NETWORKS: networks}
+            ),
         )
         self.diagnostics = DiagnosticsServer(
             client, keys, name, device, self.in_force, once, untrusted=lambda: mirror.untrusted_reason,
             asked=obstacles.look,
         )  # fmt: skip
-        itself = SelfCheck(
+        self_check = SelfCheck(
             device, name, programmed=lambda: applier.programmed, topology=lambda: self.state.topology,
             missing_addresses=missing,
         )  # fmt: skip
         prober = Prober(
             device, session, name, once,
-            sound=itself.sound, forwards=itself.forwards, check_takeover=resets.check_takeover,
+            sound=self_check.sound, forwards=self_check.forwards, check_takeover=resets.check_takeover,
             look_again=lambda: nudge(fresh=True),
             on_no_baseline=lambda sentence: troubles.note({HostTrouble.NO_BASELINE: sentence}),
             examined=lambda: self.diagnostics.sends_many,
