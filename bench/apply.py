@@ -58,12 +58,12 @@ def routes(count: int, gateway: str | None = None) -> dict[IPNetwork, RoutePlan]
     networks = [ip_network((0x6440_0000 + number * 256, 24)) for number in range(count)]
     way = Via.TUNNEL if gateway is None else Via.UNDERLAY
     by = None if gateway is None else ip_address(gateway)
-    return {n: RoutePlan(destination=n, way=way, gateway=by, source=OWN.ip) for n in networks}
+    return {n: RoutePlan(destination=n, via=way, gateway=by, source=OWN.ip) for n in networks}
 
 
 def plan(**values: Any) -> HostPlan:
     mesh = ip_network("10.4.0.0/16")
-    first = {mesh: RoutePlan(destination=mesh, way=Via.TUNNEL, source=OWN.ip)}
+    first = {mesh: RoutePlan(destination=mesh, via=Via.TUNNEL, source=OWN.ip)}
     more = values.pop("routes", {})
     return HostPlan(node="node", addresses=(OWN,), routes={**first, **more}, **values)
 

@@ -55,7 +55,7 @@ PLAN = HostPlan(
         ),
         SECOND: PeerPlan(public_key=SECOND, name="laptop", allowed_ips=(ip_network("10.9.0.2/32"),)),
     },
-    routes={ip_network("10.4.0.0/16"): RoutePlan(destination=ip_network("10.4.0.0/16"), way=Via.TUNNEL)},
+    routes={ip_network("10.4.0.0/16"): RoutePlan(destination=ip_network("10.4.0.0/16"), via=Via.TUNNEL)},
 )
 
 
@@ -241,7 +241,7 @@ async def test_an_address_in_an_offered_network_is_tried(world: World) -> None:
             },
         )
     )  # fmt: skip
-    plan = evolve(PLAN, routes={**PLAN.routes, network: RoutePlan(destination=network, way=Via.TUNNEL)})
+    plan = evolve(PLAN, routes={**PLAN.routes, network: RoutePlan(destination=network, via=Via.TUNNEL)})
     asked = DiagnosticsRequest(targets=("172.20.1.1", "172.20.1.2", "172.20.2.1"))
     response = await world.answerer(plan, topology=topology).answer(asked)
     assert (response.reached, response.unreached) == (("172.20.1.1",), ("172.20.1.2",)), "of no other network"
@@ -388,7 +388,7 @@ async def test_where_addresses_answer_later_requests_only_or_too_few_packets_get
 
 async def test_internal_ips_that_the_plan_has_a_route_to_are_tried_from_its_source(world: World) -> None:
     internal, mine = ip_address("10.2.0.2"), ip_address("10.1.0.1")
-    route = RoutePlan(destination=ip_network("10.2.0.2/32"), way=Via.TUNNEL, source=mine)
+    route = RoutePlan(destination=ip_network("10.2.0.2/32"), via=Via.TUNNEL, source=mine)
     plan = evolve(PLAN, routes={**PLAN.routes, route.destination: route})
     nodes = {
         "h1": Node(name="h1", public_key="1", mesh_addresses=(ip_address("10.4.0.1"),)),
@@ -513,7 +513,7 @@ async def test_what_goes_one_way_only_while_echo_requests_are_sent_is_counted(wo
 
 async def test_endpoints_that_go_through_the_tunnel_are_tried_if_a_request_names_them(world: World) -> None:
     endpoint, mine = ip_address("203.0.113.2"), ip_address("10.1.0.1")
-    route = RoutePlan(destination=ip_network("203.0.113.2/32"), way=Via.TUNNEL, source=mine)
+    route = RoutePlan(destination=ip_network("203.0.113.2/32"), via=Via.TUNNEL, source=mine)
     nodes = {
         "h1": Node(name="h1", public_key="1", mesh_addresses=(ip_address("10.4.0.1"),)),
         "h2": Node(

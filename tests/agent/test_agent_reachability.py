@@ -509,7 +509,7 @@ async def test_a_new_member_is_asked_only_once_the_kernel_leads_nothing_for_it_i
     """It was at another location, so that its internal IP was routed through this host's tunnels, or its leader's,
     where it answers."""
     there = ip_network("10.0.0.2/32")
-    before = HostPlan(node="h", routes={there: RoutePlan(destination=there, way=way)})
+    before = HostPlan(node="h", routes={there: RoutePlan(destination=there, via=way)})
     kernel_holds: list[HostPlan | None] = [None]
     asked: list[str] = []
 

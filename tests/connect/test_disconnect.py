@@ -260,7 +260,7 @@ async def test_an_agents_interface_is_neither_connected_nor_disconnected(tmp_pat
     network = ip_network("10.7.0.0/16")
     plan = HostPlan(
         node="node-1", addresses=(ip_interface("10.7.0.1/32"),), listen_port=51820, peers={},
-        routes={network: RoutePlan(destination=network, way=Via.TUNNEL, source=ip_address("10.7.0.1"))},
+        routes={network: RoutePlan(destination=network, via=Via.TUNNEL, source=ip_address("10.7.0.1"))},
         masquerade=(network,),
     )  # fmt: skip
     setup = kernel.Setup(interface="kilo0", private_key=key_of(7))

@@ -160,7 +160,7 @@ def test_internal_ips_wait_for_agents_that_do_not_know_them() -> None:
     told = json.loads(status_json(found))
     assert (told["internalIps"], told["internalIpsInForce"], told["unaware"]) == ("routed", "off", ["a2"])
     assert told["unrouted"] == [
-        {"subject": "internal-ips", "text": sentence, "about": "", "nodes": [], "notFrom": [], "suspects": []}
+        {"subject": "internal-ips", "text": sentence, "about": "", "nodes": [], "notFrom": [], "outliers": []}
     ]
     assert told["urgent"] == []
     assert [(f.severity, f.text) for f in (*_mode(found), *_records(found), *unrouted(found, world))] == [
@@ -660,7 +660,7 @@ def test_explain_names_the_table_the_rule_and_the_mark() -> None:
     world = encrypting()
     plans = Plans(build_topology(world), ALL_WELL)
     (trace,) = explain(plans, "a1", str(world.nodes["b1"].internal_ips[0].ip))
-    tables = [step.table for way in trace.ways for step in way.steps if step.source != "a3"]
+    tables = [step.table for way in trace.paths for step in way.steps if step.source != "a3"]
     assert tables
     assert all("(rule 10601: not fwmark 107)" in table for table in tables), tables
 

@@ -318,7 +318,7 @@ def test_a_node_is_shown_with_what_its_kernel_should_hold(etcd: FakeEtcd) -> Non
     document = json.loads(run("node", "show", "gcp-2", "-o", "json").output)
     assert (document["role"], document["alive"], document["facts"]["mesh_address"]) == ("member", False, "10.4.0.2")
     assert [peer["name"] for peer in document["peers"]] == ["home-1"]  # known already, for the case that it leads
-    assert {(route["to"], route["way"], route["gateway"]) for route in document["routes"]} == {
+    assert {(route["to"], route["via"], route["gateway"]) for route in document["routes"]} == {
         ("10.4.0.0/16", "underlay", "10.1.0.1"),
         ("10.4.0.1/32", "underlay", "10.1.0.1"),
     }

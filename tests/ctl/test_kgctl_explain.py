@@ -681,7 +681,7 @@ def test_a_leader_that_may_be_heard_at_its_internal_ip_is_not_routed_there(etcd:
 
 def test_the_table_and_the_rule_by_which_encrypted_leads_into_the_tunnel() -> None:
     there, held, other = ip_network("10.2.0.5/32"), ip_network("10.2.0.9/32"), ip_network("10.2.0.7/32")
-    route = RoutePlan(destination=there, way=Via.TUNNEL)
+    route = RoutePlan(destination=there, via=Via.TUNNEL)
     plan = HostPlan(node="a", encryption=Encryption(send={there: route}, hold=frozenset({held})))
     number, (_, priority) = table_of("kilo0"), rule_priorities("kilo0")
     for network in (there, held):
@@ -790,7 +790,7 @@ def test_node_show_has_the_table_of_encrypted_and_how_others_reach_each_address(
 
     encrypts(etcd, gcp_3={"internal_ips": (ip_interface("10.1.9.3/24"),)})
     routes = {one["to"]: one for one in document("home-1")["encrypted"]["routes"]}
-    assert routes["10.1.0.1/32"] == {"to": "10.1.0.1/32", "way": "tunnel", "gateway": None, "source": "10.2.0.4"}
+    assert routes["10.1.0.1/32"] == {"to": "10.1.0.1/32", "via": "tunnel", "gateway": None, "source": "10.2.0.4"}
     shown = told("node", "show", "home-1")
     assert f"Routes it should have in table {table_of('kilo0')} (rule {rule_priorities('kilo0')[1]}: not" in shown
     assert "10.1.0.1/32 tunnel - 10.2.0.4" in shown

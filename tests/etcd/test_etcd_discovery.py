@@ -13,7 +13,7 @@ from helpers import eventually
 from helpers_dns import DnsServer, ask, dns_server
 from kilo_etcd.etcd.api import Config, ConnectionRefusedByTls, Discovery, EtcdError, Unavailable
 from kilo_etcd.etcd.client import open_client
-from kilo_etcd.etcd.discovery import Discovered, SrvRecord, judge, service
+from kilo_etcd.etcd.discovery import Discovered, SrvRecord, choose, service
 from kilo_etcd.etcd.endpoint import EtcdEndpoint
 from kilo_etcd.testing.etcd_server import EtcdCluster, EtcdServer, ServerOptions
 
@@ -45,10 +45,10 @@ def test_services_have_etcdctls_names(name: str, tls: bool, expected: str) -> No
 
 def test_endpoints_without_tls_are_left_out_and_certificates_are_for_the_domain() -> None:
     secure, plain = [SrvRecord("a", 2379), SrvRecord("", 0)], [SrvRecord("b", 2379)]
-    assert judge(Discovery(domain="example.com"), secure, plain) == Discovered(
+    assert choose(Discovery(domain="example.com"), secure, plain) == Discovered(
         endpoints=(EtcdEndpoint("a", 2379, True, "example.com"),), remarks=(LEFT_OUT,)
     )
-    assert judge(Discovery(domain="example.com", insecure=True), secure, plain) == Discovered(
+    assert choose(Discovery(domain="example.com", insecure=True), secure, plain) == Discovered(
         endpoints=(EtcdEndpoint("a", 2379, True), EtcdEndpoint("b", 2379, False))
     )
 

@@ -42,14 +42,14 @@ def peer(
 
 def tunnel(destination: str, source: str | None = None) -> RoutePlan:
     return RoutePlan(
-        destination=ip_network(destination), way=Via.TUNNEL, source=None if source is None else ip_address(source)
+        destination=ip_network(destination), via=Via.TUNNEL, source=None if source is None else ip_address(source)
     )
 
 
 def via(destination: str, gateway: str, way: Via = Via.UNDERLAY, source: str | None = None) -> RoutePlan:
     return RoutePlan(
         destination=ip_network(destination),
-        way=way,
+        via=way,
         gateway=ip_address(gateway),
         source=None if source is None else ip_address(source),
     )
@@ -143,7 +143,7 @@ def plans(draw: st.DrawFn, ipip: bool = True, v6_via_v4: bool = False) -> HostPl
     back: tuple[RoutePlan, ...] = draw(st.sampled_from(((), (tunnel(f"{GATEWAY6}/128"),))))
     encapsulated_back = (via(f"{GATEWAY4}/32", GATEWAY4, Via.IPIP),) if ipip else ()
     back += draw(st.sampled_from(((), (tunnel(f"{GATEWAY4}/32"),), encapsulated_back)))
-    encapsulated = any(route.way is Via.IPIP for route in (*routes, *back))
+    encapsulated = any(route.via is Via.IPIP for route in (*routes, *back))
     drawn = plan(
         *peers,
         *routes,

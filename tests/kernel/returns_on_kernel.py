@@ -175,7 +175,7 @@ def test_every_pair_at_internal_ips(leader: Encapsulate, member: Encapsulate, of
         for name in INTERNAL
     }
     assert all(plan.problems == () for plan in plans.values())
-    ways = {str(network.network_address): route.way for network, route in plans["a1"].returns.items()}
+    ways = {str(network.network_address): route.via for network, route in plans["a1"].returns.items()}
     far = {NEVER: (), CROSS: ("a3",)}.get(member if leader is not ALWAYS else ALWAYS, ("a2", "a3"))
     sealed = WIREGUARD in (leader, member)
     way = Via.TUNNEL if sealed else Via.IPIP

@@ -326,7 +326,7 @@ def test_a_ruleset_that_changes_while_it_is_read_is_read_again(monkeypatch: pyte
 
 OFFERED, MEMBER = ip_network("172.20.1.0/24"), ip_network("10.4.0.2/32")
 NEAR = {
-    network: RoutePlan(destination=network, way=Via.UNDERLAY, gateway=ip_address("10.1.0.2"))
+    network: RoutePlan(destination=network, via=Via.UNDERLAY, gateway=ip_address("10.1.0.2"))
     for network in (OFFERED, MEMBER)
 }
 
@@ -376,7 +376,7 @@ def test_what_is_dropped_for_one_member_or_one_network_is_found(
 
 
 def test_a_network_behind_a_host_is_cut_off_whether_it_leads_or_not(tmp_path: Path) -> None:
-    to_leader = {MESH[0]: RoutePlan(destination=MESH[0], way=Via.UNDERLAY, gateway=ip_address("10.1.0.2"))}
+    to_leader = {MESH[0]: RoutePlan(destination=MESH[0], via=Via.UNDERLAY, gateway=ip_address("10.1.0.2"))}
     member = evolve(LEADER, routes=to_leader, behind=(OFFERED,))
     accept = [FilterRule(conditions=(Condition(kind, "br9"),), verdict="accept") for kind in ("oif", "iif")]
     for chain, cut in (

@@ -141,7 +141,7 @@ def test_it_is_turned_off_from_the_rule_to_the_mark() -> None:
 
 def test_an_address_of_the_main_table_and_of_ours_is_never_without_a_way() -> None:
     """From `routed` to `encrypted` and back: there is a route somewhere at any time."""
-    routed = evolve(PLAIN, routes={**PLAIN.routes, **{n: r for n, r in ENCRYPTION.send.items() if r.way is Via.TUNNEL}})
+    routed = evolve(PLAIN, routes={**PLAIN.routes, **{n: r for n, r in ENCRYPTION.send.items() if r.via is Via.TUNNEL}})
     for before, then in ((routed, ON), (ON, routed)):
         host = after(before, LOCAL)
         for change in diff(then, host, Memory(), TARGET):

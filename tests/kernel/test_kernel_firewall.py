@@ -36,7 +36,7 @@ ANSWERING = evolve(
     plan(addresses=("fd00:4::1/128",)),
     exit_route=ExitRoute(sources=(ip_address("2001:db8::7"),), families=frozenset({6})),
     routes={
-        network: RoutePlan(destination=network, way=Via.TUNNEL, source=ip_address("2001:db8::7"))
+        network: RoutePlan(destination=network, via=Via.TUNNEL, source=ip_address("2001:db8::7"))
         for network in (ip_network("fd00:9::1/128"), ip_network("fd00:9::2/128"))
     },
 )

@@ -293,7 +293,7 @@ def test_padding_is_as_long_as_the_kernel_wants_it(play: Any) -> None:
     sent: list[bytes] = []
     device, played = play()
     played.sendto = lambda data, _: sent.append(data)
-    device._post([NetlinkMessage(1, 0, bytes(size)) for size in range(5)])
+    device._submit([NetlinkMessage(1, 0, bytes(size)) for size in range(5)])
     (data,) = sent
     assert [len(body) for *_, body in sockets.messages(data)] == [0, 1, 2, 3, 4]
     assert len(data) == 5 * 16 + 4 * 4

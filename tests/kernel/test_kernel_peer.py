@@ -355,13 +355,13 @@ def test_answers_in_ipv6_are_told_from_what_the_host_begins() -> None:
     # Another node's internal IP is reached from this host's own, which that node knows.
     own, others = exit_route.sources[0], [ip_network(f"fd00:9::{number}/128") for number in (1, 2, 3)]
     inside = {
-        network: RoutePlan(destination=network, way=way, source=source)
+        network: RoutePlan(destination=network, via=way, source=source)
         for network, way, source in zip(
             others, (Via.TUNNEL, Via.TUNNEL, Via.UNDERLAY), (own, ip_address("fd00:5::1"), own), strict=True
         )
     }
     sent = ip_network("2001:db8::9/128")
-    encryption = Encryption(send={sent: RoutePlan(destination=sent, way=Via.TUNNEL, source=own)})
+    encryption = Encryption(send={sent: RoutePlan(destination=sent, via=Via.TUNNEL, source=own)})
     rule = "ip6 daddr @internal6 return"
     for more, expected, text in (
         (None, {others[0]}, f"ip6 saddr {own} {rule}"), (encryption, {others[0], sent}, rule)

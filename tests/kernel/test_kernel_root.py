@@ -520,7 +520,7 @@ async def test_messages_that_are_refused_among_many_are_told_apart() -> None:
         assert {error.errno for error in routing.send(routes_to(range(1000))) if error} == {errno.EEXIST}
         assert routing.send([]) == []
         # An answer that nobody fetched, as after a time out, is nobody's answer.
-        routing._post([requests.get_link("eth1")])
+        routing._submit([requests.get_link("eth1")])
         asked = [requests.get_link(name) for name in ("eth0", "none", "eth1") * 50]
         told = routing.ask(asked, replies.read_link)
         assert [found.link.name for found in told if not isinstance(found, OSError)] == ["eth0", "eth1"] * 50
@@ -808,7 +808,7 @@ async def test_a_taken_name_is_a_sentence_and_is_not_touched(taken: str) -> None
 @pytest.mark.parametrize("role", ["member", "alone"])
 async def test_a_host_with_a_new_key_knows_its_device_although_no_route_leads_there(role: str) -> None:
     underlay()
-    near = {network: route for network, route in WORLD.routes.items() if route.way is Via.UNDERLAY}
+    near = {network: route for network, route in WORLD.routes.items() if route.via is Via.UNDERLAY}
     wanted = evolve(WORLD, routes=near if role == "member" else {})
     async with agent() as kernel:
         assert (await kernel.apply(wanted)).failures == ()

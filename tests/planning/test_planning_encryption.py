@@ -52,7 +52,7 @@ def planned(topology: Topology, name: str, *, all_known: bool = True, **outside:
 def sent(plan: HostPlan) -> dict[str, tuple[str, str, str]]:
     assert plan.encryption is not None
     return {
-        str(network.network_address): (str(route.way), str(route.gateway or ""), str(route.source))
+        str(network.network_address): (str(route.via), str(route.gateway or ""), str(route.source))
         for network, route in plan.encryption.send.items()
     }
 
@@ -505,15 +505,15 @@ class World:
         assert plan is not None
         assert there is not None
         route = route_to(plan, target)
-        if route is not None and route.way is not Via.TUNNEL:
+        if route is not None and route.via is not Via.TUNNEL:
             # Its leader passes it on.
             plan = self.hosts[topology.segment_of(one).leader.name].plan
             assert plan is not None
             route = route_to(plan, target)
-        if route is None or route.way is not Via.TUNNEL:
+        if route is None or route.via is not Via.TUNNEL:
             refuses = there.encryption is not None and source.network_address in there.encryption.refuse
             return "refused" if refuses else "clear"
-        assert route.way is Via.TUNNEL
+        assert route.via is Via.TUNNEL
         if route.source is not None:
             source = ip_network(route.source)
         gate = self.hosts[topology.segment_of(other).leader.name].plan

@@ -207,13 +207,13 @@ def test_what_is_near_bypasses_the_exit_node() -> None:
 def test_a_member_leaves_by_its_leader_as_its_other_packets_do() -> None:
     plan = left(with_nodes(), "lan-2")
     assert plan.exit_route is not None
-    assert [(route.way, str(route.gateway), str(route.source)) for route in plan.exit_route.by] == [
+    assert [(route.via, str(route.gateway), str(route.source)) for route in plan.exit_route.by] == [
         (Via.UNDERLAY, "10.3.0.1", "10.4.0.6")
     ]
     assert (beyond(plan), plan.problems) == ([], ())
     far = left(with_nodes(), "lan-3")
     assert far.exit_route is not None
-    assert [(route.way, str(route.gateway)) for route in far.exit_route.by] == [(Via.IPIP, "10.3.0.1")]
+    assert [(route.via, str(route.gateway)) for route in far.exit_route.by] == [(Via.IPIP, "10.3.0.1")]
     assert "default via 10.3.0.1 ipip ipv4" in render(far)
     tunneled = left(with_nodes(evolve(MEMBER, encapsulate=Encapsulate.WIREGUARD)), "lan-2")
     assert (beyond(tunneled), tunneled.exit_route is not None and tunneled.exit_route.by) == (["lan-1"], ())

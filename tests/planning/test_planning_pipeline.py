@@ -111,8 +111,8 @@ def test_a_route_is_from_an_address_that_the_host_has() -> None:
     four, six = ip_network("10.2.0.7/32"), ip_network("fd00:2::7/128")
     forced = ip_address("10.1.0.5")
     routes = {
-        four: RoutePlan(destination=four, way=Via.TUNNEL, source=forced),
-        six: RoutePlan(destination=six, way=Via.TUNNEL, source=ip_address("fd00:4::1")),
+        four: RoutePlan(destination=four, via=Via.TUNNEL, source=forced),
+        six: RoutePlan(destination=six, via=Via.TUNNEL, source=ip_address("fd00:4::1")),
     }
     plan = HostPlan(node="home-1", routes=routes)
     assert from_own_addresses(plan, own, {forced, ip_address("10.1.0.6")}) is plan

@@ -33,7 +33,7 @@ def planned(world: Snapshot, name: str, *unheard: Silent) -> HostPlan:
 
 
 def routes(plan: HostPlan) -> dict[str, str]:
-    return {str(route.destination): f"{route.way} {route.gateway}" for route in plan.routes.values()}
+    return {str(route.destination): f"{route.via} {route.gateway}" for route in plan.routes.values()}
 
 
 A1, A2, A3 = ("a1", "10.0.0.1"), ("a2", "10.0.0.2"), ("a3", "10.0.1.3")
@@ -141,7 +141,7 @@ def test_of_two_nodes_with_one_internal_ip_the_one_that_answers_is_reached() -> 
 
 def test_the_exit_node_is_not_used_through_a_leader_that_never_answered() -> None:
     topology = build_topology(LED)
-    by = RoutePlan(destination=ip_network("0.0.0.0/0"), way=Via.UNDERLAY, gateway=ip_address("10.0.0.1"))
+    by = RoutePlan(destination=ip_network("0.0.0.0/0"), via=Via.UNDERLAY, gateway=ip_address("10.0.0.1"))
     plan = evolve(host_plan(topology, "a2"), exit_route=ExitRoute(families=frozenset({4}), by=(by,)))
     assert withhold(plan, topology, silent(A3)).exit_route == plan.exit_route
     kept = withhold(plan, topology, silent(A1)).exit_route

@@ -56,8 +56,8 @@ def test_a_pair_uses_one_way_in_both_directions(one: Encapsulate, other: Encapsu
     there, back = next_hop(a, b, 4), next_hop(b, a, 4)
     assert there is not None
     assert back is not None
-    assert there.way is back.way
-    if there.way is Via.UNDERLAY and {one, other} != {NEVER}:
+    assert there.via is back.via
+    if there.via is Via.UNDERLAY and {one, other} != {NEVER}:
         assert there.trouble == back.trouble == "", "nobody but two that never encapsulate needs a neighbour"
 
 
@@ -159,7 +159,7 @@ def test_what_the_setting_internal_ips_routes_is_sent_on_as_the_member_sends_too
     )
     made = plans(world)
     assert INTERNAL in made["b1"].routes
-    assert [(str(route.way), route.gateway) for route in made["a1"].returns.values()] == [
+    assert [(str(route.via), route.gateway) for route in made["a1"].returns.values()] == [
         ("ipip", INTERNAL.network_address)
     ]
     # An address that is routed to nobody needs none.

@@ -123,7 +123,7 @@ def test_no_domain_of_a_mesh_is_somebody_elses() -> None:
 
 
 def plan_of(*networks: str, addresses: tuple[str, ...] = ("10.4.9.9/32",)) -> HostPlan:
-    routes = {ip_network(text): RoutePlan(destination=ip_network(text), way=Via.TUNNEL) for text in networks}
+    routes = {ip_network(text): RoutePlan(destination=ip_network(text), via=Via.TUNNEL) for text in networks}
     return HostPlan(node="laptop", revision=1, addresses=tuple(map(ip_interface, addresses)), routes=routes)
 
 

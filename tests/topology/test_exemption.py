@@ -47,7 +47,7 @@ def test_what_is_no_exemption_is_refused_with_a_sentence(text: str, part: str) -
 def test_a_plan_with_encryption_reads_without_a_manual() -> None:
     there = ip_network("10.0.0.2/32")
     encryption = Encryption(
-        send={there: RoutePlan(destination=there, way=Via.TUNNEL, source=ip_address("10.0.0.1"))},
+        send={there: RoutePlan(destination=there, via=Via.TUNNEL, source=ip_address("10.0.0.1"))},
         hold=frozenset({ip_network("10.0.0.3/32")}),
         refuse=frozenset({ip_address("10.0.0.2")}),
         etcd=((ip_address("10.0.0.9"), 2379),),

@@ -59,7 +59,7 @@ def routes(topology: Topology, name: str) -> dict[str, tuple[str, str, str]]:
     """Internal IP -> way, next hop and source of the host's route to it."""
     every = {ip.ip for other in topology.snapshot.nodes.values() for ip in other.internal_ips}
     return {
-        str(network.network_address): (str(route.way), str(route.gateway or ""), str(route.source))
+        str(network.network_address): (str(route.via), str(route.gateway or ""), str(route.source))
         for network, route in host_plan(topology, name).routes.items()
         if network.num_addresses == 1 and network.network_address in every
     }
@@ -119,12 +119,12 @@ def test_nothing_is_routed_where_hosts_reach_it_over_their_own_links() -> None:
     assert str(entry.network) == "10.2.0.0/28"
     assert "a2 reaches these addresses over its own links" in entry.reason
     assert "if a2 should not, remove the route" in entry.remedy
-    assert entry.suspects == (), "of two hosts neither is the odd one"
+    assert entry.outliers == (), "of two hosts neither is the odd one"
 
 
 def test_a_host_that_differs_from_the_others_of_its_location_is_suspect_and_twin_networks_are_nobodys_mistake() -> None:
     def of(*nodes: Node) -> dict[str, tuple[str, ...]]:
-        return {str(entry.network): entry.suspects for entry in routed(*nodes).unrouted if entry.suspects}
+        return {str(entry.network): entry.outliers for entry in routed(*nodes).unrouted if entry.outliers}
 
     twins = [here(name, number, "b", f"10.1.0.{number}/24") for name, number in (("b1", 13), ("b2", 14))]
     assert routed(A1, A2, *twins).unrouted
@@ -143,7 +143,7 @@ def test_a_host_that_differs_from_the_others_of_its_location_is_suspect_and_twin
 
     mislabelled = here("a3", 5, "b", "10.1.0.3/24")
     assert of(A1, A2, B1, B2, mislabelled) == {"10.1.0.0/24": ("a3",)}
-    (entry,) = (entry for entry in routed(A1, A2, B1, B2, mislabelled).unrouted if entry.suspects)
+    (entry,) = (entry for entry in routed(A1, A2, B1, B2, mislabelled).unrouted if entry.outliers)
     assert entry.remedy.startswith(
         "of its location a3 alone is on that network: if its label is wrong, correct it (kgctl location set a3 a), or "
     )
@@ -154,18 +154,18 @@ def test_a_host_that_differs_from_the_others_of_its_location_is_suspect_and_twin
     assert of(A1, A2, *apart, mislabelled) == {}
     assert of(A1, B1, B2, mislabelled) == {}
     odd = [evolve(node, location="a's; $(x)") for node in (A1, A2)]
-    (entry,) = (entry for entry in routed(*odd, B1, B2, mislabelled).unrouted if entry.suspects)
+    (entry,) = (entry for entry in routed(*odd, B1, B2, mislabelled).unrouted if entry.outliers)
     assert """(kgctl location set a3 'a'"'"'s; $(x)')""" in entry.remedy
     odd = [evolve(node, location="-a") for node in (A1, A2)]
-    (entry,) = (entry for entry in routed(*odd, B1, B2, mislabelled).unrouted if entry.suspects)
+    (entry,) = (entry for entry in routed(*odd, B1, B2, mislabelled).unrouted if entry.outliers)
     assert "(kgctl location set -- a3 -a)" in entry.remedy
     homeless = [evolve(node, location="") for node in (A1, A2)]
-    (entry,) = (entry for entry in routed(*homeless, B1, B2, mislabelled).unrouted if entry.suspects)
+    (entry,) = (entry for entry in routed(*homeless, B1, B2, mislabelled).unrouted if entry.outliers)
     assert "(kgctl location unset a3)" in entry.remedy
     (entry,) = (
         entry
         for entry in routed(*homeless, B1, B2, evolve(mislabelled, default_location="b")).unrouted
-        if entry.suspects
+        if entry.outliers
     )
     assert "(--location on a3)" in entry.remedy
 
@@ -388,7 +388,7 @@ def test_nodes_of_one_location_are_not_sent_into_tunnels_for_each_other() -> Non
 def test_outside_peers_are_allowed_internal_ips_but_those_on_their_own_links() -> None:
     topology = routed(*SITES, peers=[peer("laptop", "10.99.0.1/32")])
     plan = peer_plan(topology, "laptop", links=[ip_network("10.2.0.0/24")])
-    assert plan.routes[ip_network("10.1.0.2/32")].way is Via.TUNNEL
+    assert plan.routes[ip_network("10.1.0.2/32")].via is Via.TUNNEL
     assert ip_network("10.2.0.2/32") not in plan.routes
     every = {network for value in plan.peers.values() for network in value.allowed_ips}
     assert ip_network("10.1.0.1/32") in every

@@ -432,7 +432,7 @@ def test_outside_peers_reach_every_internal_ip_that_is_routed(world: Snapshot) -
                         )
                         continue
                     (key,) = (key for key, one in plan.peers.items() if network in one.allowed_ips)
-                    assert (route.way, by_key[key]) == (Via.TUNNEL, segment.leader.name)
+                    assert (route.via, by_key[key]) == (Via.TUNNEL, segment.leader.name)
                     address = network.network_address
                     path = walk(plans, topology, segment.leader.name, address, sender=own)
                     end = path.hops[-1].target if path.hops else segment.leader.name
@@ -511,8 +511,8 @@ def test_what_every_plan_keeps_to(world: Snapshot) -> None:
             assert list(peer.allowed_ips) == sorted(peer.allowed_ips, key=network_key)
         for destination, route in plan.routes.items():
             assert destination == route.destination
-            assert (route.gateway is None) == (route.way is Via.TUNNEL)
-            if route.way is Via.IPIP:
+            assert (route.gateway is None) == (route.via is Via.TUNNEL)
+            if route.via is Via.IPIP:
                 assert route.gateway in plan.ipip_remotes
                 assert plan.ipip_local is not None
         for other, other_plan in all_plans(topology).items():

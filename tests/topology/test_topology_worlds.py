@@ -159,7 +159,7 @@ class TestWalk:
     def test_loop(self) -> None:
         plan = host_plan(self.topology, "a1")
         mesh = ip_network("10.4.0.0/16")
-        turned = evolve(plan.routes[mesh], way=Via.UNDERLAY, gateway=ip_address("10.0.0.2"))
+        turned = evolve(plan.routes[mesh], via=Via.UNDERLAY, gateway=ip_address("10.0.0.2"))
         looping = evolve(plan, routes={**plan.routes, mesh: turned})
         assert self.path("a1", "b2", a1=looping).endswith("dropped: it comes back to a1: a routing loop")
 

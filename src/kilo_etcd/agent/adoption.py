@@ -2,7 +2,7 @@
 
 Such an etcd may be empty, or older than some hosts. Each agent finds out by itself that it was adopted, and registers
 there; the first ones would take all others out of their kernels, and in again one by one. So the last plan stays until
-all nodes of the last known mesh are registered and its leaders stand again, for `LONGEST_SECONDS` at most: a node that
+all nodes of the cached snapshot are registered and its leaders stand again, for `LONGEST_SECONDS` at most: a node that
 is gone for good never comes. Pure; the caller gives the time.
 """
 

@@ -33,7 +33,7 @@ class PlanApplier:
 
     def __init__(self, device: kernel.Kernel) -> None:
         self.programmed: HostPlan | None = None
-        """What was last asked of the kernel: the plan, with first contacts in mind."""
+        """What was last asked of the kernel: the plan in its handshake order, and with the takeover checks."""
         self._device = device
         self._since: Mapping[str, float] = {}
         self._waiting: Mapping[str, int] = {}

@@ -71,7 +71,7 @@ class UnknownHost:
         # A tunnel without peers drops what its routes lead there. By them an agent that starts here with another key
         # knows that the device is its own.
         subnets = self._registration.subnets
-        routes = {subnet: RoutePlan(destination=subnet, way=Via.TUNNEL) for subnet in subnets}
+        routes = {subnet: RoutePlan(destination=subnet, via=Via.TUNNEL) for subnet in subnets}
         silent = HostPlan(
             node=self._name, listen_port=self._config.port, routes=routes, unreachable_routes=subnets
         )  # fmt: skip

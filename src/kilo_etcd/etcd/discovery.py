@@ -1,4 +1,4 @@
-"""Endpoints from DNS: the SRV records of a domain, found and judged as etcdctl does.
+"""Endpoints from DNS: the SRV records of a domain, looked up and chosen as etcdctl does.
 
 Two services are looked up, `_etcd-client-ssl._tcp` for endpoints with TLS and `_etcd-client._tcp` for those without;
 a service name is put behind each (`_etcd-client-ssl-NAME._tcp`). DNS is seldom authenticated. So unless the discovery
@@ -49,19 +49,19 @@ def service(discovery: Discovery, *, tls: bool) -> str:
     return f"_etcd-client{'-ssl' if tls else ''}{name}._tcp.{discovery.domain}"
 
 
-def judge(discovery: Discovery, secure: Iterable[SrvRecord], plain: Iterable[SrvRecord]) -> Discovered:
+def choose(discovery: Discovery, secure: Iterable[SrvRecord], plain: Iterable[SrvRecord]) -> Discovered:
     """The endpoints that these records give, those of the service with TLS and those of the one without."""
     # A target that is the root says that the service is not there (RFC 2782).
-    found = [EtcdEndpoint(r.target, r.port, True, discovery.server_name) for r in secure if r.target]
+    with_tls = [EtcdEndpoint(r.target, r.port, True, discovery.server_name) for r in secure if r.target]
     without_tls = [EtcdEndpoint(r.target, r.port, False) for r in plain if r.target]
     if discovery.insecure:
-        return Discovered(endpoints=tuple(dict.fromkeys([*found, *without_tls])))
+        return Discovered(endpoints=tuple(dict.fromkeys([*with_tls, *without_tls])))
     remarks = (
         f"{endpoint} of the SRV records of {service(discovery, tls=False)} is left out, since it is without TLS "
         "(--insecure-discovery takes it)"
         for endpoint in dict.fromkeys(without_tls)
     )
-    return Discovered(endpoints=tuple(dict.fromkeys(found)), remarks=tuple(remarks))
+    return Discovered(endpoints=tuple(dict.fromkeys(with_tls)), remarks=tuple(remarks))
 
 
 async def discover(discovery: Discovery) -> Discovered:
@@ -82,10 +82,12 @@ async def discover(discovery: Discovery) -> Discovered:
             reasons.append(f"{service(discovery, tls=tls)}: {answer}")
         else:
             records[tls] = answer
-    found = judge(discovery, records.get(True, ()), records.get(False, ()))
-    if not found.endpoints:
-        raise TransportFailed("; ".join((*reasons, *found.remarks)) or "its SRV records name no host", processed=False)
-    return found
+    discovered = choose(discovery, records.get(True, ()), records.get(False, ()))
+    if not discovered.endpoints:
+        raise TransportFailed(
+            "; ".join((*reasons, *discovered.remarks)) or "its SRV records name no host", processed=False
+        )
+    return discovered
 
 
 async def _srv_records(name: str) -> tuple[SrvRecord, ...] | str:

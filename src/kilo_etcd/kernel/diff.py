@@ -661,7 +661,7 @@ def _forward_rules(
 def _impossible(route: RoutePlan) -> str | None:
     if route.destination.prefixlen == 0:
         return f"{route.destination} is a default route: the mesh never takes it; name the networks themselves"
-    if route.way is Via.TUNNEL:
+    if route.via is Via.TUNNEL:
         return None
     if route.gateway is None:
         return f"the route to {route.destination} has no gateway, although it does not lead into the tunnel"
@@ -670,7 +670,7 @@ def _impossible(route: RoutePlan) -> str | None:
             f"{route.destination} cannot be reached via {route.gateway}: IPv6 needs an IPv6 gateway; "
             "give the node an IPv6 internal IP, or use --encapsulate wireguard"
         )
-    if route.way is Via.IPIP and (route.destination.version, route.gateway.version) != (4, 4):
+    if route.via is Via.IPIP and (route.destination.version, route.gateway.version) != (4, 4):
         return (
             f"{route.destination} cannot be reached via {route.gateway} encapsulated: IPIP carries IPv4 over IPv4 "
             "only; use --encapsulate never or --encapsulate wireguard"

@@ -154,7 +154,7 @@ class _Effect:
             case DeleteRoute(route=route):
                 if self._routes.get(route.destination) == route:
                     del self._routes[route.destination]
-                self._duplicates = [stray for stray in self._duplicates if stray != route]
+                self._duplicates = [other for other in self._duplicates if other != route]
             case SetForwarding(device=device) if device:
                 self._held_back = tuple(held for held in self._held_back if held != device)
             case SetForwarding(family=family):

@@ -20,7 +20,7 @@ and little more."""
 
 
 class Via(StrEnum):
-    """Which way a route leaves the host."""
+    """By what a route leaves the host."""
 
     TUNNEL = "tunnel"
     """The WireGuard interface: allowed IPs choose the peer."""
@@ -60,7 +60,7 @@ class RoutePlan:
     """One route in the main table, marked as ours by its protocol number."""
 
     destination: IPNetwork
-    way: Via
+    via: Via
     gateway: IPAddress | None = None
     """The next hop on the location's network for UNDERLAY and IPIP; None for TUNNEL."""
     source: IPAddress | None = None
@@ -248,4 +248,4 @@ class HostPlan:
     def leads_into_tunnel(self, address: IPAddress) -> bool:
         """Whether packets for an internal IP of another segment, which has a route of its own, go into the tunnel."""
         route = self.routes.get(ip_network(address))
-        return route is not None and route.way is Via.TUNNEL
+        return route is not None and route.via is Via.TUNNEL

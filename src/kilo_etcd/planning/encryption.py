@@ -179,15 +179,15 @@ class _EncryptionView:
         """Whether all tunnels are its leader's, and the host has one to that."""
         return self.leader.name != self.own.name and tunneled(self.own, self.leader)
 
-    def way(self, version: int, usable: Collection[IPAddress]) -> _Way | str:
+    def outbound(self, version: int, usable: Collection[IPAddress]) -> _Outbound | str:
         """How packets of a family go to a segment, or why they cannot. `usable`: own addresses that answers find."""
         leader, own = self.leader, self.own
-        way = NextHop(Via.TUNNEL) if leader.name == own.name else next_hop(own, leader, version)
-        if way is None or way.trouble:
-            why = "they share no address family" if way is None else way.trouble
+        hop = NextHop(Via.TUNNEL) if leader.name == own.name else next_hop(own, leader, version)
+        if hop is None or hop.trouble:
+            why = "they share no address family" if hop is None else hop.trouble
             return f"{own.name} does not reach its leader {leader.name} in IPv{version}: {why}"
-        if way.gateway in self.silent:
-            return f"its leader {leader.name} does not answer {own.name} at {way.gateway}"
+        if hop.gateway in self.silent:
+            return f"its leader {leader.name} does not answer {own.name} at {hop.gateway}"
         inner = [ip.ip for ip in own.internal_ips if ip.version == version and ip.ip in usable]
         source = next((address for address in (*inner, own.mesh_address(version)) if address is not None), None)
         if source is None:
@@ -195,20 +195,20 @@ class _EncryptionView:
                 f"{own.name} has no IPv{version} address that answers could be sent to; give it a mesh address in "
                 f"IPv{version}"
             )
-        return _Way(way, source)
+        return _Outbound(hop, source)
 
     def refuses_clear(self, version: int, answered: Collection[IPAddress]) -> bool:
         """Whether clear text in a family to the host itself is always wrong: all own
         addresses are sent through the tunnel, and its leader does not pass packets on plain."""
         if self.leader.name != self.own.name:
-            way = next_hop(self.leader, self.own, version)
-            if way is None or way.way is Via.UNDERLAY:
+            hop = next_hop(self.leader, self.own, version)
+            if hop is None or hop.via is Via.UNDERLAY:
                 return False
         return all(address in answered for address in own_addresses(self.own) if address.version == version)
 
 
 @frozen
-class _Way:
+class _Outbound:
     """How packets go, and from which address."""
 
     next_hop: NextHop
@@ -249,7 +249,7 @@ def _part(view: _EncryptionView, here: Place, there: Place, living: Living, old:
     sendable, answered = both_ways(here, there, view.own.name, addresses)
     usable = {address for address, present in view.addresses if present and address in answered}
     versions = frozenset(address.address.version for address in addresses)
-    ways = {version: view.way(version, usable) for version in versions}
+    outbounds = {version: view.outbound(version, usable) for version in versions}
     refuses_clear = {version: view.on and view.refuses_clear(version, answered) for version in versions}
     members = there.segment.members
     sends = pair.sent_to(members)
@@ -261,12 +261,12 @@ def _part(view: _EncryptionView, here: Place, there: Place, living: Living, old:
         if name in sends:
             if view.clear and view.exempts(address.address):
                 exempted.append(address.network)
-            way = ways[version]
-            if isinstance(way, _Way):
-                send.append(_route(address, way, before.get(id(address.network))))
+            outbound = outbounds[version]
+            if isinstance(outbound, _Outbound):
+                send.append(_route(address, outbound, before.get(id(address.network))))
             else:
                 hold.append(address.network)
-                text = f"nothing is sent to {address.address} of node {name} as long as all is encrypted: {way}"
+                text = f"nothing is sent to {address.address} of node {name} as long as all is encrypted: {outbound}"
                 problems.append(Problem(subject=name, text=text))
         if refuses_clear[version] and name in refused:
             refuse.append(address.address)
@@ -280,10 +280,11 @@ def _part(view: _EncryptionView, here: Place, there: Place, living: Living, old:
     )  # fmt: skip
 
 
-def _route(address: Address, way: _Way, old: RoutePlan | None) -> RoutePlan:
-    if old is not None and (old.way, old.gateway, old.source) == (way.next_hop.way, way.next_hop.gateway, way.source):
+def _route(address: Address, outbound: _Outbound, old: RoutePlan | None) -> RoutePlan:
+    hop, source = outbound.next_hop, outbound.source
+    if old is not None and (old.via, old.gateway, old.source) == (hop.via, hop.gateway, source):
         return old
-    return RoutePlan(destination=address.network, way=way.next_hop.way, gateway=way.next_hop.gateway, source=way.source)
+    return RoutePlan(destination=address.network, via=hop.via, gateway=hop.gateway, source=source)
 
 
 # -- all of it, as it follows changes ----------------------------------------------------------------------------------

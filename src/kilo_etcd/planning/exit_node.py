@@ -183,10 +183,10 @@ def exit_path(topology: Topology, name: str) -> ExitPath | Trouble:
 
 def _by_leader(own: Node, leader: Node) -> Iterator[RoutePlan]:
     for address in own.mesh_addresses:
-        way = next_hop(own, leader, address.version)
-        if way is not None and not way.trouble and way.way is not Via.TUNNEL:
+        hop = next_hop(own, leader, address.version)
+        if hop is not None and not hop.trouble and hop.via is not Via.TUNNEL:
             yield RoutePlan(
-                destination=ANYWHERE[address.version == 6], way=way.way, gateway=way.gateway, source=address
+                destination=ANYWHERE[address.version == 6], via=hop.via, gateway=hop.gateway, source=address
             )
 
 

@@ -45,7 +45,7 @@ def peer_plan(
     def route(networks: Collection[IPNetwork]) -> None:
         for network in networks:
             if network.version in own:
-                routes[network] = RoutePlan(destination=network, way=Via.TUNNEL, source=own[network.version])
+                routes[network] = RoutePlan(destination=network, via=Via.TUNNEL, source=own[network.version])
 
     route(topology.snapshot.subnets)
     for segment in sorted(topology.segments.values(), key=lambda segment: segment.leader.name):

@@ -189,7 +189,7 @@ def _merged(many: dict[K, V], few: dict[K, V]) -> dict[K, V]:
 
 
 @frozen
-class _Ways:
+class _NextHops:
     """Between a host and a neighbour: in IPv4 and in IPv6."""
 
     node: Node
@@ -203,8 +203,8 @@ class _Local:
     def __init__(self, topology: Topology, segment: Segment, own: Node, before: _Local | None) -> None:
         self.topology, self.segment, self.own = topology, segment, own
         self._sources = {version: own.mesh_address(version) for version in (4, 6)}
-        self._ways: dict[str, _Ways] = {}
-        self._ways_before = before._ways if before is not None and before.own is own else {}
+        self._next_hops: dict[str, _NextHops] = {}
+        self._next_hops_before = before._next_hops if before is not None and before.own is own else {}
         self.peers: dict[str, PeerPlan] = {}
         self.routes: dict[IPNetwork, RoutePlan] = {}
         self.problems: list[Problem] = []
@@ -242,7 +242,7 @@ class _Local:
         return self.role is _TunnelRole.BEHIND
 
     def _outward(self, version: int) -> NextHop | None:
-        """The way of everything that leaves the location."""
+        """The next hop of everything that leaves the location."""
         return NextHop(Via.TUNNEL) if self.leader is None else next_hop(self.own, self.leader, version)
 
     def _neighbours(self) -> Iterable[tuple[Node, Segment]]:
@@ -288,29 +288,29 @@ class _Local:
         members = (node for node in self.segment.members if node.name != self.own.name and not tunneled(self.own, node))
         return frozenset(ip.ip for node in members for ip in node.internal_ips if is_within(ip.ip, networks))
 
-    def _ways_of(self, node: Node) -> _Ways:
+    def _next_hops_of(self, node: Node) -> _NextHops:
         """To and from a neighbour; of two nodes that are the same objects they are the same."""
-        ways = self._ways.get(node.name) or self._ways_before.get(node.name)
-        if ways is None or ways.node is not node:
+        hops = self._next_hops.get(node.name) or self._next_hops_before.get(node.name)
+        if hops is None or hops.node is not node:
             own = self.own
             there = next_hop(own, node, 4), next_hop(own, node, 6)
-            ways = _Ways(node, there, (next_hop(node, own, 4), next_hop(node, own, 6)))
-        self._ways[node.name] = ways
-        return ways
+            hops = _NextHops(node, there, (next_hop(node, own, 4), next_hop(node, own, 6)))
+        self._next_hops[node.name] = hops
+        return hops
 
     def _neighbour(self, node: Node, addresses: tuple[IPNetwork, ...], networks: tuple[IPNetwork, ...]) -> None:
-        there = self._ways_of(node).there
+        there = self._next_hops_of(node).there
         hops = {version: there[version == 6] for version in self.families}
         for address in addresses:
-            way = hops.get(address.version)
+            hop = hops.get(address.version)
             outward = self.outward.get(address.version)
             # Where the mesh subnet's own route goes the same way, the tunnel's allowed IPs do the rest.
-            if not (way is not None and outward is not None and way.way is Via.TUNNEL is outward.way):
-                self._route(address, way)
+            if not (hop is not None and outward is not None and hop.via is Via.TUNNEL is outward.via):
+                self._route(address, hop)
         for network in networks:
             self._route(network, hops[network.version])
-        for version, way in hops.items():
-            if way is None:
+        for version, hop in hops.items():
+            if hop is None:
                 text = (
                     f"node {node.name} cannot be reached in IPv{version} inside the location: the two have no "
                     "internal IP in common that carries it; give both one, or use encapsulate wireguard"
@@ -321,23 +321,23 @@ class _Local:
                     )
                 )
                 self.problems.append(Problem(subject=node.name, text=text))
-            elif way.plain and not way.trouble:
+            elif hop.plain and not hop.trouble:
                 self.plain[node.name] = None
-            elif way.trouble:
-                text = f"node {node.name} cannot be reached in IPv{version} inside the location: {way.trouble}"
+            elif hop.trouble:
+                text = f"node {node.name} cannot be reached in IPv{version} inside the location: {hop.trouble}"
                 self.problems.append(Problem(subject=node.name, text=text))
-        way, own_ip = hops.get(4), self.own.internal_ip(4)
-        if way is not None and way.way is Via.IPIP and way.gateway is not None and own_ip is not None:
-            self.ipip_remotes.add(way.gateway)
+        hop, own_ip = hops.get(4), self.own.internal_ip(4)
+        if hop is not None and hop.via is Via.IPIP and hop.gateway is not None and own_ip is not None:
+            self.ipip_remotes.add(hop.gateway)
             self.ipip_local = own_ip.ip
 
     def _return(self, node: Node) -> None:
         """Send on what comes out of the tunnel for a member's internal IPs as the member sends what is for there."""
         for destination in self._reached_at(node):
-            way = self._ways_of(node).back[destination.version == 6]
-            if way is not None and way.way is not Via.UNDERLAY:
-                gateway = destination.network_address if way.way is Via.IPIP else None
-                self.returns[destination] = RoutePlan(destination=destination, way=way.way, gateway=gateway)
+            hop = self._next_hops_of(node).back[destination.version == 6]
+            if hop is not None and hop.via is not Via.UNDERLAY:
+                gateway = destination.network_address if hop.via is Via.IPIP else None
+                self.returns[destination] = RoutePlan(destination=destination, via=hop.via, gateway=gateway)
 
     def _reached_at(self, node: Node) -> list[IPNetwork]:
         """Where this host leads, the internal IPs of a member to which other segments send."""
@@ -357,10 +357,10 @@ class _Local:
             allowed_ips=tuple(sorted(allowed, key=network_key)),
         )
 
-    def _route(self, destination: IPNetwork, way: NextHop | None) -> None:
-        if way is not None:
+    def _route(self, destination: IPNetwork, hop: NextHop | None) -> None:
+        if hop is not None:
             self.routes[destination] = RoutePlan(
-                destination=destination, way=way.way, gateway=way.gateway, source=self._sources[destination.version]
+                destination=destination, via=hop.via, gateway=hop.gateway, source=self._sources[destination.version]
             )
 
 
@@ -453,27 +453,27 @@ def _follow(
     old_networks.update(network for peer in peers_gone.values() for network in peer.allowed_ips)
     for key in gone:
         problems.pop(key, None)
-    ways = dict(view.hops)
+    hops = dict(view.hops)
     sources = {version: own.mesh_address(version) for version in (4, 6)}
     links = Links.made_of(view.underlay)
 
     def route(networks: Iterable[IPNetwork]) -> None:
         for network in networks:
-            way = ways[network.version]
-            if way is not None:
+            hop = hops[network.version]
+            if hop is not None:
                 old_networks.discard(network)
                 routes[network] = RoutePlan(
-                    destination=network, way=way.way, gateway=way.gateway, source=sources[network.version]
+                    destination=network, via=hop.via, gateway=hop.gateway, source=sources[network.version]
                 )
 
     def route_internal(segment: Segment, networks: Iterable[IPNetwork]) -> None:
         come_now = internal_come[segment.key]
         hosts = {version: view.source(version, segment) for version in segment.internal_families}
         for network in networks if come_now is None else come_now.intersection(networks):
-            way, source = ways[network.version], hosts[network.version]
-            if way is not None and not way.trouble and source is not None:
+            hop, source = hops[network.version], hosts[network.version]
+            if hop is not None and not hop.trouble and source is not None:
                 old_networks.discard(network)
-                routes[network] = RoutePlan(destination=network, way=way.way, gateway=way.gateway, source=source)
+                routes[network] = RoutePlan(destination=network, via=hop.via, gateway=hop.gateway, source=source)
 
     def connect(peer: PeerPlan) -> None:
         # Behind another host's tunnel everything is allowed to that one peer; the others are known all the same.

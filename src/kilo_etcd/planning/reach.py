@@ -68,8 +68,8 @@ def targets_of(own: Node, node: Node, families: Collection[int]) -> tuple[Member
             for mesh_address in node.mesh_addresses
             if mesh_address.version in versions
         )
-    ways = (next_hop(own, node, version) for version in sorted(families))
-    gateways = (way.gateway for way in ways if way is not None and way.gateway is not None)
+    hops = (next_hop(own, node, version) for version in sorted(families))
+    gateways = (hop.gateway for hop in hops if hop is not None and hop.gateway is not None)
     return tuple(MemberAddress(node.name, gateway) for gateway in dict.fromkeys(gateways))
 
 
@@ -160,9 +160,11 @@ def _rerouted(
     if leader in tunneled:
         # A node with a tunnel of its own, and no route since the mesh's covers it too, is reached as before.
         for network in direct.keys() - plan.routes.keys() - lost.keys():
-            way = next((plan.routes[subnet] for subnet in topology.snapshot.subnets if _within(network, subnet)), None)
-            if way is not None:
-                routes[network] = evolve(way, destination=network)
+            subnet_route = next(
+                (plan.routes[subnet] for subnet in topology.snapshot.subnets if _within(network, subnet)), None
+            )
+            if subnet_route is not None:
+                routes[network] = evolve(subnet_route, destination=network)
     outward = {network.version: routes[network] for network in topology.snapshot.subnets if network in routes}
     refused = {}
     for network, target in lost.items():

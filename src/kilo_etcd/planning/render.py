@@ -34,7 +34,7 @@ def render(plan: HostPlan) -> str:
         lines.append("blocked " + ",".join(map(str, plan.blocked)))
     if plan.exit_route is not None:
         families = " ".join(f"ipv{version}" for version in sorted(plan.exit_route.families))
-        hops = "".join(f" via {route.gateway} {route.way}" for route in plan.exit_route.by) or " dev wg"
+        hops = "".join(f" via {route.gateway} {route.via}" for route in plan.exit_route.by) or " dev wg"
         bypass = ",".join(map(str, plan.exit_route.bypass)) or "nobody"
         lines.append(f"default{hops} {families or 'refused'} but not to {bypass}")
         if plan.exit_route.sources:
@@ -77,5 +77,5 @@ def _route(route: RoutePlan) -> str:
     text = f"route {route.destination}"
     if route.gateway is not None:
         text += f" via {route.gateway}"
-    text += {Via.TUNNEL: " dev wg", Via.UNDERLAY: "", Via.IPIP: " dev ipip"}[route.way]
+    text += {Via.TUNNEL: " dev wg", Via.UNDERLAY: "", Via.IPIP: " dev ipip"}[route.via]
     return text + (f" src {route.source}" if route.source is not None else "")

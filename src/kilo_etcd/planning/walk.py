@@ -158,7 +158,7 @@ class _Walker:
                 if route.source is None:
                     return evolve(path, dropped=f"{at} has no address to send from")
                 path = evolve(path, source=route.source)
-            step = self._tunnel(at, plan, path.source) if route.way is Via.TUNNEL else self._local(at, plan, route)
+            step = self._tunnel(at, plan, path.source) if route.via is Via.TUNNEL else self._local(at, plan, route)
             if isinstance(step, str):
                 return evolve(path, dropped=step)
             path = evolve(path, hops=(*path.hops, step))
@@ -218,7 +218,7 @@ class _Walker:
             route = self._route(at, plan, address)
             # Under `encrypted` WireGuard's own packets pass those by their mark.
             passed = plan.encryption is not None and route is not None and route.destination in plan.encryption.send
-            if route is not None and route.way is Via.TUNNEL and not passed:
+            if route is not None and route.via is Via.TUNNEL and not passed:
                 return f"{at} routes {address}, the endpoint of {target}, into the tunnel"
         if (why := hopeless(self.topology.snapshot.nodes[at], self.topology.snapshot.nodes[target])) is not None:
             return why
@@ -238,7 +238,7 @@ class _Walker:
         target = None if gateway is None else self._with_internal_ip(own, gateway)
         if gateway is None or target is None:
             return f"the gateway {gateway} of {at} is no node of its location"
-        if route.way is Via.UNDERLAY:
+        if route.via is Via.UNDERLAY:
             own_ip = own.internal_ip(gateway.version)
             if own_ip is None or gateway not in own_ip.network:
                 return f"the gateway {gateway} is not a neighbour of {at}"
@@ -248,7 +248,7 @@ class _Walker:
                 return f"{target.name} does not take IPIP from {at}"
             if gateway not in plan.ipip_remotes:
                 return f"{at} has no IPIP tunnel to {gateway}"
-        return Hop(source=at, target=target.name, medium=route.way)
+        return Hop(source=at, target=target.name, medium=route.via)
 
     def _with_internal_ip(self, own: Node, address: IPAddress) -> Node | None:
         for node in self.topology.snapshot.nodes.values():

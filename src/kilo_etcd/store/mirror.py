@@ -141,7 +141,7 @@ class Mirror:
         return self.connected and self.untrusted_reason is None
 
     def __repr__(self) -> str:
-        state = "suspect" if self.untrusted_reason else "connected" if self.connected else "disconnected"
+        state = "untrusted" if self.untrusted_reason else "connected" if self.connected else "disconnected"
         return f"<Mirror {self._keys.root} {state} revision={self._view.revision}>"
 
     def kv(self, key: str | bytes) -> KeyValue | None:

@@ -19,7 +19,7 @@ from kilo_etcd.topology.families import common_family, same_site
 class NextHop:
     """The next hop on a link; `trouble` says, as the end of a sentence, why it cannot work."""
 
-    way: Via
+    via: Via
     gateway: IPAddress | None = None
     trouble: str = ""
     plain: bool = False
@@ -32,7 +32,7 @@ def tunneled(own: Node, other: Node) -> bool:
 
 
 def next_hop(own: Node, other: Node, version: int) -> NextHop | None:
-    """The way of packets of family `version` from `own` to `other` of the same location; None: there is none."""
+    """The next hop of packets of family `version` from `own` to `other` of the same location; None: there is none."""
     if tunneled(own, other):
         return NextHop(Via.TUNNEL)
     for family in (4, 6) if version == 4 else (6,):

@@ -41,7 +41,7 @@ class Unrouted:
     """The segments that do not route it, or the nodes if not all of a segment do not; empty: no segment does."""
     reason: str
     remedy: str
-    suspects: tuple[str, ...] = ()
+    outliers: tuple[str, ...] = ()
     """Nodes that differ from the others of their location in this, so that what they have there, or their labels, may
     be a mistake. None: the addresses of two sites are alike, perhaps."""
 
@@ -361,7 +361,7 @@ def _entry(network: IPNetwork, link: _Link, having: Mapping[str, Segment]) -> Un
         reason=reason,
         remedy=f"{first}give one of them other addresses, or {REMEDY}; the hosts are to be "
         "reached at their mesh addresses",
-        suspects=reaching.suspects,
+        outliers=reaching.outliers,
     )
 
 
@@ -378,7 +378,7 @@ class _Reaching:
     perhaps_of: tuple[Node, str] | None
     """The one member of a larger location whose internal IP is there, and the location whose members all are."""
 
-    suspects: tuple[str, ...]
+    outliers: tuple[str, ...]
     """Nodes of larger locations that differ in this from all others there."""
 
     @classmethod
@@ -394,7 +394,7 @@ class _Reaching:
         whole_segments: list[Segment] = []
         lone_nodes: list[Node] = []
         by_a_route: list[str] = []
-        suspects: list[str] = []
+        outliers: list[str] = []
         strangers: list[Node] = []
         for segment in segments:
             nodes = [node for node in segment.members if addresses.any_in(stated(node))]
@@ -402,11 +402,13 @@ class _Reaching:
                 whole_segments.append(segment)
                 continue
             lone_nodes += nodes
-            strays = [node.name for node in nodes if not addresses.any_in(ip.network for ip in node.internal_ips)]
-            by_a_route += strays
+            by_route_here = [
+                node.name for node in nodes if not addresses.any_in(ip.network for ip in node.internal_ips)
+            ]
+            by_a_route += by_route_here
             if len(nodes) == 1 < len(segment.members) - 1:
-                suspects += strays
-                if not strays and _is_strange(nodes[0], segment.members):
+                outliers += by_route_here
+                if not by_route_here and _is_strange(nodes[0], segment.members):
                     strangers += nodes
         homes = [segment for segment in whole_segments if len(segment.members) > 1 and _all_are_on(network, segment)]
         perhaps_of = (strangers[0], homes[0].location) if len(strangers) == len(homes) == 1 else None
@@ -415,7 +417,7 @@ class _Reaching:
             lone_nodes=tuple(sorted(node.name for node in lone_nodes)),
             by_a_route=tuple(sorted(by_a_route)),
             perhaps_of=None if by_a_route else perhaps_of,
-            suspects=tuple(sorted(suspects if by_a_route or perhaps_of is None else [perhaps_of[0].name])),
+            outliers=tuple(sorted(outliers if by_a_route or perhaps_of is None else [perhaps_of[0].name])),
         )
 
     def __str__(self) -> str:

@@ -392,7 +392,7 @@ def programmed(observed: Observed, forwards: bool = True) -> HostPlan:
             if (way is Via.TUNNEL and not up) or (way is Via.IPIP and not ipip):
                 continue
             gateway = None if way is Via.TUNNEL else route.gateway
-            found[destination] = RoutePlan(destination=destination, way=way, gateway=gateway, source=route.source)
+            found[destination] = RoutePlan(destination=destination, via=way, gateway=gateway, source=route.source)
         return found
 
     def led(table: OwnTable, priority: int) -> tuple[dict[IPNetwork, RoutePlan], dict[IPNetwork, str]]:

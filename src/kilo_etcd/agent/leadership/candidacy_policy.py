@@ -77,7 +77,7 @@ def on_record(snapshot: Snapshot, name: str) -> bool:
 def is_standby(role: SegmentRole, plan: HostPlan) -> bool:
     """Whether a host's own packets leave by none of its tunnels, which are kept for the day when it leads: a member's,
     unless it reaches its location through the tunnel too (`--encapsulate wireguard`)."""
-    return role.kind is Role.MEMBER and all(route.way is not Via.TUNNEL for route in plan.routes.values())
+    return role.kind is Role.MEMBER and all(route.via is not Via.TUNNEL for route in plan.routes.values())
 
 
 HOLD_DOWN_SECONDS, HOLD_DOWN_MOST = 300.0, 3600.0

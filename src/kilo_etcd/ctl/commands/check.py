@@ -428,7 +428,7 @@ def _unrouted(examined: Examined) -> Iterator[Finding]:
     exempted = _exempted(examined) if in_clear else frozenset()
     of: dict[Severity, list[UnroutedRemark]] = {Severity.WARNING: [], Severity.NOTE: []}
     for remark in examined.report.unrouted:
-        harmless = remark.subject in exempted if in_clear else not remark.suspects
+        harmless = remark.subject in exempted if in_clear else not remark.outliers
         of[Severity.NOTE if harmless else Severity.WARNING].append(remark)
     for severity, remarks in of.items():
         unrouted = grouped_unrouted(remarks)

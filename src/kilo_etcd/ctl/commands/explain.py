@@ -21,7 +21,7 @@ from kilo_etcd.ctl.commands import complete
 from kilo_etcd.ctl.context import Failure, Mesh
 from kilo_etcd.ctl.output import output_option, show
 from kilo_etcd.ctl.reports.render import Table, clean, shown_location
-from kilo_etcd.ctl.reports.trace import Plans, Trace, Unknown, Way, ends, explain, internal_traces, met
+from kilo_etcd.ctl.reports.trace import Plans, Trace, TracedPath, Unknown, ends, explain, internal_traces, met
 from kilo_etcd.model import Snapshot
 from kilo_etcd.topology.unaware import unaware_problems
 
@@ -205,8 +205,8 @@ def _start(trace: Trace) -> str:
 
 def trace_tables(trace: Trace, snapshot: Snapshot) -> Iterator[Table]:
     """The steps there and back, as tables."""
-    for title, way in (("There", trace.there), ("Back", trace.back)):
-        if way is None or not (way.steps or way.dropped):
+    for title, path in (("There", trace.there), ("Back", trace.back)):
+        if path is None or not (path.steps or path.dropped):
             continue
         rows: list[tuple[str, ...]] = [
             (
@@ -217,19 +217,19 @@ def trace_tables(trace: Trace, snapshot: Snapshot) -> Iterator[Table]:
                 step.medium,
                 step.over,
             )
-            for number, step in enumerate(way.steps, 1)
+            for number, step in enumerate(path.steps, 1)
         ]
-        if way.dropped:
-            last = way.steps[-1].target if way.steps else way.start
-            rows.append((str(len(rows) + 1), _called(last, snapshot), "dropped", "", "", clean(way.dropped)))
+        if path.dropped:
+            last = path.steps[-1].target if path.steps else path.start
+            rows.append((str(len(rows) + 1), _called(last, snapshot), "dropped", "", "", clean(path.dropped)))
         columns: tuple[str, ...] = ("HOP", "FROM", "TO", "ENCRYPTED", "HOW", "TO ADDRESS")
         further = (
-            ("TABLE", [step.table for step in way.steps], trace.there.holder),
-            ("KERNEL'S ROUTE", [way.kernel_route, *("" for _ in way.steps[1:])], way.kernel_route),
+            ("TABLE", [step.table for step in path.steps], trace.there.holder),
+            ("KERNEL'S ROUTE", [path.kernel_route, *("" for _ in path.steps[1:])], path.kernel_route),
             (
                 "BUT",
-                [step.trouble if step.broken else "" for step in way.steps],
-                any(step.broken for step in way.steps),
+                [step.trouble if step.broken else "" for step in path.steps],
+                any(step.broken for step in path.steps),
             ),
         )
         for column, cells, shown in further:
@@ -272,7 +272,7 @@ def _called(name: str, snapshot: Snapshot) -> str:
 def explanation_json(explanation: Explanation) -> str:
     """The explanation as JSON; stable (docs/kgctl.md)."""
 
-    def way(value: Way | None) -> dict[str, Any] | None:
+    def path(value: TracedPath | None) -> dict[str, Any] | None:
         if value is None:
             return None
         return {
@@ -294,7 +294,7 @@ def explanation_json(explanation: Explanation) -> str:
     def traces_json(traces: tuple[Trace, ...]) -> list[dict[str, Any]]:
         return [
             {"works": trace.works, "answered": trace.answered if trace.tried else None, "says": trace_heading(trace),
-             "there": way(trace.there), "back": way(trace.back),
+             "there": path(trace.there), "back": path(trace.back),
              "unasked": trace.unasked or None}
             for trace in traces
         ]  # fmt: skip

@@ -196,10 +196,10 @@ def _tables(shown: Shown) -> list[Table]:
         )
         tables.append(Table("WireGuard peers it should have", ("PEER", "ENDPOINT", "ALLOWED IPS"), rows))
         routes = tuple(
-            (str(r.destination), r.way.value, str(r.gateway) if r.gateway is not None else NONE)
+            (str(r.destination), r.via.value, str(r.gateway) if r.gateway is not None else NONE)
             for r in shown.plan.routes.values()
         )
-        tables.append(Table("Routes it should have", ("TO", "WAY", "GATEWAY"), routes))
+        tables.append(Table("Routes it should have", ("TO", "VIA", "GATEWAY"), routes))
         tables += _encrypted_tables(shown.plan, shown.addresses)
     tables.append(Table("What is wrong", ("REMARK",), tuple((clean(text),) for text in shown.remarks)))
     return [table for table in tables if table.rows]
@@ -228,7 +228,7 @@ def _encrypted_tables(plan: HostPlan, addresses: tuple[OwnAddress, ...]) -> Iter
     rows = [
         (
             str(route.destination),
-            route.way.value,
+            route.via.value,
             NONE if route.gateway is None else str(route.gateway),
             NONE if route.source is None else str(route.source),
         )
@@ -238,7 +238,7 @@ def _encrypted_tables(plan: HostPlan, addresses: tuple[OwnAddress, ...]) -> Iter
         (str(network), "dropped: no way into the tunnel", NONE, NONE) for network in sorted(encryption.hold, key=str)
     ]
     yield Table(
-        f"Routes it should have in table {encrypted_table()}", ("TO", "WAY", "GATEWAY", "FROM"), tuple(sorted(rows))
+        f"Routes it should have in table {encrypted_table()}", ("TO", "VIA", "GATEWAY", "FROM"), tuple(sorted(rows))
     )
 
 
@@ -253,7 +253,7 @@ def _encrypted_json(shown: Shown) -> dict[str, Any] | None:
             for address in shown.addresses
         ],
         "routes": [
-            {"to": str(r.destination), "way": r.way.value, "gateway": str(r.gateway) if r.gateway else None,
+            {"to": str(r.destination), "via": r.via.value, "gateway": str(r.gateway) if r.gateway else None,
              "source": str(r.source) if r.source else None}
             for r in encryption.send.values()
         ],
@@ -277,7 +277,7 @@ def _json(shown: Shown) -> str:
                 for p in (sorted(plan.peers.values(), key=lambda p: p.name) if plan is not None else ())
             ],
             "routes": [
-                {"to": str(r.destination), "way": r.way.value, "gateway": str(r.gateway) if r.gateway else None}
+                {"to": str(r.destination), "via": r.via.value, "gateway": str(r.gateway) if r.gateway else None}
                 for r in (plan.routes.values() if plan is not None else ())
             ],
             "encrypted": _encrypted_json(shown),

@@ -24,7 +24,7 @@ from kilo_etcd.ctl.reports.narrow import narrow
 from kilo_etcd.ctl.reports.one_sided import echo_refused
 from kilo_etcd.ctl.reports.probed import unanswered
 from kilo_etcd.ctl.reports.report import DROPPED, contradictions
-from kilo_etcd.ctl.reports.trace import MEDIUM, Plans, Step, Trace, Way
+from kilo_etcd.ctl.reports.trace import MEDIUM, Plans, Step, Trace, TracedPath
 from kilo_etcd.model import InternalIPs, IPAddress, IPNetwork, is_within
 from kilo_etcd.model.hostplan import Via
 from kilo_etcd.planning.dropped import certainly_dropped, dropped_networks
@@ -178,8 +178,8 @@ def _in_one_of(networks: Iterable[IPNetwork], address: IPAddress | None) -> bool
 
 
 def _weighed(trace: Trace, source: str, check: _HopCheck) -> Trace:
-    there = _weighed_way(trace.there, check)
-    back = None if trace.back is None else _weighed_way(trace.back, check)
+    there = _weighed_path(trace.there, check)
+    back = None if trace.back is None else _weighed_path(trace.back, check)
     answer = check.live.answers.get(source)
     answered = answer is not None and there.destination in answer.reached
     unanswered = answer is not None and there.destination in answer.unreached
@@ -187,10 +187,7 @@ def _weighed(trace: Trace, source: str, check: _HopCheck) -> Trace:
     if (route := next(iter(routes), None)) is not None:
         there = evolve(there, kernel_route=route.route)
     # Somebody else may have answered.
-    strayed = any(
-        check.another_route(step.source, way.destination) for way in (there, back) if way is not None
-        for step in way.steps
-    )  # fmt: skip
+    strayed = any(step.foreign_route for path in (there, back) if path is not None for step in path.steps)
     # The route that takes them elsewhere is why.
     suspicion = f"none of the echo requests of {source} was answered" if unanswered and not strayed else ""
     return evolve(
@@ -199,24 +196,25 @@ def _weighed(trace: Trace, source: str, check: _HopCheck) -> Trace:
     )  # fmt: skip
 
 
-def _weighed_way(way: Way, check: _HopCheck) -> Way:
-    destination = _address(way.destination)
+def _weighed_path(path: TracedPath, check: _HopCheck) -> TracedPath:
+    destination = _address(path.destination)
     steps: list[Step] = []
-    for number, step in enumerate(way.steps, 1):
+    for number, step in enumerate(path.steps, 1):
         broken = check.broken(step)
-        forwards = _forwards(check.topology, way, number)
+        forwards = _forwards(check.topology, path, number)
         trouble = broken or check.suspicion(step.target, destination, forwards=forwards)
         if not trouble and not steps:
             trouble = check.suspicion(step.source, destination, forwards=False)
         if not trouble and step.medium == MEDIUM[Via.TUNNEL] and step.source in check.topology.snapshot.nodes:
             trouble = unanswered(check.topology, step.source, step.target)
-        if route := check.another_route(step.source, way.destination):
+        route = check.another_route(step.source, path.destination)
+        if route:
             trouble = f"the kernel of {step.source} sends it by another route than the agent's: {route}"
             broken = trouble if _ends_here(route) else ""
         elif not broken and (cut := next((n for n in (step.source, step.target) if check.cut(n, destination)), "")):
-            broken = trouble = f"the firewall of {cut} drops what is for {way.destination}, or the answers"
-        steps.append(evolve(step, trouble=trouble, broken=bool(broken)))
-    return evolve(way, steps=tuple(steps))
+            broken = trouble = f"the firewall of {cut} drops what is for {path.destination}, or the answers"
+        steps.append(evolve(step, trouble=trouble, broken=bool(broken), foreign_route=route))
+    return evolve(path, steps=tuple(steps))
 
 
 def _ends_here(route: str) -> bool:
@@ -224,10 +222,10 @@ def _ends_here(route: str) -> bool:
     return route.startswith("none: ") or route.split(" ")[1:2] == ["local"]
 
 
-def _forwards(topology: Topology, way: Way, number: int) -> bool:
+def _forwards(topology: Topology, path: TracedPath, number: int) -> bool:
     """Whether the host that the first `number` steps of a way lead to sends the packet on."""
-    destination, node = _address(way.destination), topology.snapshot.nodes.get(way.steps[number - 1].target)
-    return number < len(way.steps) or node is None or destination is None or not has_address(node, destination)
+    destination, node = _address(path.destination), topology.snapshot.nodes.get(path.steps[number - 1].target)
+    return number < len(path.steps) or node is None or destination is None or not has_address(node, destination)
 
 
 def _address(text: str) -> IPAddress | None:
@@ -251,11 +249,11 @@ def suspicions(
     forwarders = {
         step.target
         for trace in traces
-        for way in trace.ways
-        for number, step in enumerate(way.steps, 1)
-        if _forwards(topology, way, number)
+        for path in trace.paths
+        for number, step in enumerate(path.steps, 1)
+        if _forwards(topology, path, number)
     }
-    destinations = [_address(way.destination) for trace in traces for way in trace.ways]
+    destinations = [_address(path.destination) for trace in traces for path in trace.paths]
     far_ends = {trace.there.start for trace in traces}
     far_ends |= {trace.there.steps[-1].target for trace in traces if trace.there.steps}
     places = evidence(topology, statuses, live)
@@ -277,8 +275,8 @@ def suspicions(
     used = {
         frozenset((step.source, step.target))
         for trace in traces
-        for way in trace.ways
-        for step in way.steps
+        for path in trace.paths
+        for step in path.steps
         if step.medium == MEDIUM[Via.TUNNEL]
     }
     down = set()
@@ -294,7 +292,7 @@ def suspicions(
         return (loss for loss in losses if names is None or _is_about(loss.subject, topology, names))
 
     lost: list[Loss | Cause] = []
-    astray = {name for trace in traces for way in trace.ways for name in _astray(way, live)}
+    astray = {name for trace in traces for path in trace.paths for name in _astray(path, live)}
     if names is None or astray or any(_is_lost(trace, live) for trace in traces):
         all_losses: tuple[Loss | Cause, ...] = (
             *shown(places),
@@ -317,11 +315,11 @@ def _is_lost(trace: Trace, live: Live) -> bool:
     return answer is not None and trace.there.destination in answer.unreached
 
 
-def _astray(way: Way, live: Live) -> Iterator[str]:
+def _astray(path: TracedPath, live: Live) -> Iterator[str]:
     """The hosts on a way whose kernels send the packet elsewhere."""
-    for name in dict.fromkeys(step.source for step in way.steps):
+    for name in dict.fromkeys(step.source for step in path.steps):
         answer = live.answers.get(name)
-        if answer is not None and any(route.foreign and route.address == way.destination for route in answer.routes):
+        if answer is not None and any(route.foreign and route.address == path.destination for route in answer.routes):
             yield name
 
 

@@ -71,7 +71,7 @@ def _not_routed(topology: Topology, address: IPAddress, holder: Node, source: No
         return f"the leader of its segment, {there.leader.name}, does not reach {holder.name} there"
     if (network := here.links.holding(address)) is not None:
         for entry in topology.unrouted:
-            if entry.suspects and address in entry.network and named(here) in entry.not_from:
+            if entry.outliers and address in entry.network and named(here) in entry.not_from:
                 return f"{entry.reason}; {entry.remedy}"
         return f"{source.name} or a host of its segment reaches {network} over its own links; {REMEDY}"
     if address.version in here.called and host_network(address) in there.front:

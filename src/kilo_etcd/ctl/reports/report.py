@@ -100,7 +100,7 @@ class UnroutedRemark(Remark):
     """The nodes that have this one address."""
     not_from: tuple[str, ...] = ()
     """The segments that do not route it, or the nodes if not all of a segment do not; empty: no segment does."""
-    suspects: tuple[str, ...] = ()
+    outliers: tuple[str, ...] = ()
     """Nodes that may have the network, or their labels, by mistake."""
 
     @property
@@ -481,7 +481,7 @@ def unrouted_remarks(topology: Topology) -> Iterator[UnroutedRemark]:
             text=f"{unrouted.reason}; {unrouted.remedy}",
             nodes=unrouted.nodes,
             not_from=unrouted.not_from,
-            suspects=unrouted.suspects,
+            outliers=unrouted.outliers,
         )
 
 
@@ -526,7 +526,7 @@ def grouped_unrouted(remarks: Iterable[UnroutedRemark]) -> tuple[UnroutedRemark,
             text=text,
             nodes=tuple(dict.fromkeys(name for remark in group for name in remark.nodes)),
             not_from=not_from,
-            suspects=tuple(dict.fromkeys(name for remark in group for name in remark.suspects)),
+            outliers=tuple(dict.fromkeys(name for remark in group for name in remark.outliers)),
         )
         for (text, not_from), group in alike.items()
     )

@@ -57,11 +57,13 @@ class Step:
     """What is known against this hop, in a clause; empty: nothing."""
     broken: bool = False
     """`trouble` is that packets do not arrive by it; else it is only that they may not."""
+    foreign_route: str = ""
+    """The route, not the agent's, by which the kernel of `source` sends it; empty: it is not known to."""
 
 
 @frozen(kw_only=True)
-class Way:
-    """A packet's way in one direction."""
+class TracedPath:
+    """A packet's path in one direction."""
 
     source: str
     destination: str
@@ -96,8 +98,8 @@ class Way:
 class Trace:
     """There and back in one family. `back` is None where the far end is not ours to ask."""
 
-    there: Way
-    back: Way | None = None
+    there: TracedPath
+    back: TracedPath | None = None
     unasked: str = ""
     """Why `back` is None, in a sentence."""
     answered: bool = False
@@ -112,16 +114,16 @@ class Trace:
     """Why it may not work, besides what is known against single hops."""
 
     @property
-    def ways(self) -> tuple[Way, ...]:
+    def paths(self) -> tuple[TracedPath, ...]:
         """There, and back if that is known."""
         return (self.there,) if self.back is None else (self.there, self.back)
 
     @property
     def works(self) -> bool:
         """Whether nothing is known against it, in either direction."""
-        if any(way.dropped for way in self.ways):
+        if any(path.dropped for path in self.paths):
             return False
-        return self.answered or not (self.suspicion or any(way.lost or way.suspicion for way in self.ways))
+        return self.answered or not (self.suspicion or any(path.lost or path.suspicion for path in self.paths))
 
 
 class Plans(Mapping[str, HostPlan]):
@@ -296,7 +298,7 @@ def _trace(topology: Topology, plans: Plans, source: str, own: IPAddress, destin
     if not routed and destination not in nodes[source].mesh_addresses:
         return _outward(topology, plans, source, destination)
     path = walk(plans, topology, source, destination, sender=own)
-    there = _way(path, source, own, destination, topology, plans)
+    there = _traced_path(path, source, own, destination, topology, plans)
     end = path.hops[-1].target if path.hops else source
     if path.dropped:
         return Trace(there=there, unasked="what does not arrive is not answered")
@@ -308,13 +310,13 @@ def _trace(topology: Topology, plans: Plans, source: str, own: IPAddress, destin
     if destination in (ip.ip for ip in nodes[end].internal_ips):
         there = evolve(there, holder=end)
     back = walk(plans, topology, end, own, sender=destination)
-    return Trace(there=there, back=_way(back, end, destination, own, topology, plans))
+    return Trace(there=there, back=_traced_path(back, end, destination, own, topology, plans))
 
 
-def _way(
+def _traced_path(
     path: Path, start: str, own: IPAddress, destination: IPAddress, topology: Topology, plans: Plans, leaves: str = ""
-) -> Way:  # fmt: skip
-    return Way(
+) -> TracedPath:  # fmt: skip
+    return TracedPath(
         source=f"{start} ({own})" if has_address(topology.snapshot.nodes[start], own) else f"{own} at {start}",
         destination=str(destination),
         start=start,
@@ -378,7 +380,9 @@ def _outward(topology: Topology, plans: Plans, source: str, destination: IPAddre
     if node.exit_node and not _stays(topology, plans, node, destination):
         return _by_exit_node(topology, plans, node, destination)
     leaves, misdelivered = _by_own_table(topology, node, destination)
-    there = Way(source=source, destination=str(destination), start=source, leaves=leaves, misdelivered=misdelivered)
+    there = TracedPath(
+        source=source, destination=str(destination), start=source, leaves=leaves, misdelivered=misdelivered
+    )
     return Trace(there=there, unasked="what is outside the mesh is not known here")
 
 
@@ -500,9 +504,9 @@ def _by_exit_node(topology: Topology, plans: Plans, node: Node, destination: IPA
     exit_node, version = node.exit_node, destination.version
 
     def refused(why: str, path: Path | None = None) -> Trace:
-        there = Way(source=node.name, destination=str(destination), start=node.name, dropped=why)
+        there = TracedPath(source=node.name, destination=str(destination), start=node.name, dropped=why)
         if path is not None and own is not None:
-            there = _way(path, node.name, own, destination, topology, plans)
+            there = _traced_path(path, node.name, own, destination, topology, plans)
         return Trace(there=there, unasked="what does not arrive is not answered")
 
     own = node.mesh_address(version)
@@ -524,12 +528,12 @@ def _by_exit_node(topology: Topology, plans: Plans, node: Node, destination: IPA
             return refused(why)
     if (why := _blocked(topology, nodes[exit_node], destination)) is not None:
         return refused(why)
-    there = _way(
+    there = _traced_path(
         path, node.name, own, destination, topology, plans,
         leaves=f"{exit_node} sends it on to the internet in its own name",
     )  # fmt: skip
     back = walk(plans, topology, exit_node, own, sender=at_exit)
-    return Trace(there=there, back=_way(back, exit_node, at_exit, own, topology, plans))
+    return Trace(there=there, back=_traced_path(back, exit_node, at_exit, own, topology, plans))
 
 
 def _blocked(topology: Topology, exit_node: Node, destination: IPAddress) -> str | None:
@@ -547,8 +551,8 @@ def _blocked(topology: Topology, exit_node: Node, destination: IPAddress) -> str
 
 
 def met(traces: tuple[Trace, ...]) -> frozenset[str]:
-    """The names on the way."""
-    steps = (step for trace in traces for way in trace.ways for step in way.steps)
+    """The names on the path."""
+    steps = (step for trace in traces for path in trace.paths for step in path.steps)
     return frozenset(name for step in steps for name in (step.source, step.target))
 
 
@@ -560,9 +564,9 @@ def ends(traces: tuple[Trace, ...], topology: Topology) -> tuple[str, ...]:
     mesh = [str(address) for node in nodes for address in node.mesh_addresses]
     own = {str(address) for node in nodes for address in own_addresses(node)}
     theirs = [
-        way.destination
+        path.destination
         for trace in traces
-        for way in trace.ways
-        if way.destination in own or is_offered(topology, ip_address(way.destination))
+        for path in trace.paths
+        if path.destination in own or is_offered(topology, ip_address(path.destination))
     ]
     return tuple(dict.fromkeys((*mesh, *theirs)))

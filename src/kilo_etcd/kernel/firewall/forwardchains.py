@@ -151,7 +151,7 @@ class ForwardChains:
     def refusals(self, plan: HostPlan, devices: Collection[str]) -> tuple[Refusal, ...]:
         """What drops all of TCP or UDP that this host itself exchanges with the mesh. `devices`: those by which it
         reaches its location's network. OSError."""
-        ways = {route.way for route in plan.routes.values()}
+        ways = {route.via for route in plan.routes.values()}
         used = {self._interface} if Via.TUNNEL in ways or plan.forwarding else set()
         used |= {ipip_name(self._interface)} if plan.ipip_remotes else set()
         used |= set(devices) if Via.UNDERLAY in ways else set()
@@ -191,7 +191,7 @@ class ForwardChains:
 
 
 def _reaches_members(plan: HostPlan) -> bool:
-    return any(route.way is not Via.TUNNEL for route in plan.routes.values())
+    return any(route.via is not Via.TUNNEL for route in plan.routes.values())
 
 
 def destinations(plan: HostPlan, interface: str, devices: Collection[str]) -> Iterator[Destination]:
@@ -200,7 +200,7 @@ def destinations(plan: HostPlan, interface: str, devices: Collection[str]) -> It
     subnets = _subnets(plan)
     reaches = _reaches_members(plan)
     near = tuple(devices) if reaches else ()
-    leads = any(route.way is Via.TUNNEL and route.destination in subnets for route in plan.routes.values())
+    leads = any(route.via is Via.TUNNEL and route.destination in subnets for route in plan.routes.values())
     for network in plan.behind:
         incoming = (*((interface,) if leads else ()), *near)
         yield Destination(network=network, ways=tuple((name, UNKNOWN_DEVICE) for name in incoming), behind=True)
@@ -210,7 +210,7 @@ def destinations(plan: HostPlan, interface: str, devices: Collection[str]) -> It
     for network, route in plan.routes.items():
         if network in subnets or network.prefixlen == 0 or any(overlap(network, other) for other in plan.masquerade):
             continue
-        if route.way is not Via.TUNNEL:
+        if route.via is not Via.TUNNEL:
             member = any(overlap(network, subnet) for subnet in subnets)
             yield Destination(network=network, ways=outward, member=member, by_forward=not reaches)
         # An address alone may be one of very many internal IPs.

@@ -198,7 +198,7 @@ def _internal_ips(plan: HostPlan, own: Collection[IPAddress]) -> dict[IPAddress,
     near = {
         route.destination.network_address: route.source
         for route in plan.routes.values()
-        if route.way is Via.TUNNEL and route.source in own and route.destination.prefixlen == 128
+        if route.via is Via.TUNNEL and route.source in own and route.destination.prefixlen == 128
     }
     send = () if plan.encryption is None else plan.encryption.send
     return {**near, **{network.network_address: None for network in send if network.version == 6}}

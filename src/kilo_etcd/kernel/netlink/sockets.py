@@ -137,7 +137,7 @@ class Socket:
         """The kernel does them in their order and tells of each that it refuses; only the last asks for an
         acknowledgement."""
         last = len(batch) - 1
-        first = self._post(batch, last)
+        first = self._submit(batch, last)
         results: list[NetlinkError | None] = [None] * len(batch)
         place = -1
         while place != last:
@@ -150,7 +150,7 @@ class Socket:
     def transact(self, batch: Sequence[NetlinkMessage]) -> None:
         """Send netfilter's messages between a begin and an end, done all or none. NetlinkError: the first refusal."""
         last = len(batch) - 2
-        first = self._post(batch, last)
+        first = self._submit(batch, last)
         while True:
             for kind, flags, sequence, _, body in messages(self._receive()):
                 if kind == _ERROR and 0 <= sequence - first <= last + 1:
@@ -173,7 +173,7 @@ class Socket:
         return answers
 
     def _ask(self, requests: Sequence[NetlinkMessage], read: Callable[[bytes], T]) -> list[T | NetlinkError]:
-        first = self._post(requests)
+        first = self._submit(requests)
         answers: dict[int, T | NetlinkError] = {}
         while len(answers) < len(requests):
             for kind, flags, sequence, _, body in messages(self._receive()):
@@ -208,7 +208,7 @@ class Socket:
 
     def _dump(self, message: NetlinkMessage, bodies: list[bytes]) -> bool:
         """Whether nothing changed meanwhile."""
-        expected = self._post([evolve(message, flags=message.flags | DUMP)])
+        expected = self._submit([evolve(message, flags=message.flags | DUMP)])
         interrupted = 0
         while True:
             for kind, flags, sequence, _, body in messages(self._receive()):
@@ -223,7 +223,7 @@ class Socket:
                     raise error
                 return not interrupted
 
-    def _post(self, batch: Sequence[NetlinkMessage], acknowledged: int = -1) -> int:
+    def _submit(self, batch: Sequence[NetlinkMessage], acknowledged: int = -1) -> int:
         """Send messages at once; the number of the first one, which the others follow. `acknowledged` is the place of
         the one that the kernel is to acknowledge."""
         if self._sequence > _HIGHEST:

@@ -99,14 +99,14 @@ def _routes(plan: HostPlan, interface: str, protocol: int) -> Iterator[Route]:
 
 def route_of(planned: RoutePlan, interface: str, protocol: int, table: int = MAIN_TABLE) -> Route:
     """The route that a plan's route asks for; an underlay route names no device: the kernel finds it."""
-    way = planned.way
+    via = planned.via
     return Route(
         destination=planned.destination,
-        gateway=None if way is Via.TUNNEL else planned.gateway,
-        device=interface if way is Via.TUNNEL else ipip_name(interface) if way is Via.IPIP else "",
+        gateway=None if via is Via.TUNNEL else planned.gateway,
+        device=interface if via is Via.TUNNEL else ipip_name(interface) if via is Via.IPIP else "",
         source=planned.source,
         protocol=protocol,
-        onlink=way is Via.IPIP,
+        onlink=via is Via.IPIP,
         table=table,
     )
 
