@@ -43,10 +43,15 @@ BUSY = 4.0
 all down. It costs nothing where the condition comes true. In virtual time a deadline is kept to the second."""
 
 
-def examples(count: int, least: int = 1) -> int:
-    """How many examples hypothesis makes of `count`: KILO_EXAMPLES per cent of them (all; `make test-fast`: 10), and
-    not fewer than `least`. So with rounds of a test, and with seconds of virtual time in which nothing may happen."""
+def scaled(count: int, least: int = 1) -> int:
+    """KILO_EXAMPLES per cent of `count` (all; `make test-fast`: 10), and not less than `least`: rounds of a test, or
+    seconds of virtual time in which nothing may happen."""
     return max(least, count * int(os.environ.get("KILO_EXAMPLES", "100")) // 100)
+
+
+def examples(count: int) -> int:
+    """How many examples hypothesis makes where it makes `count` in `make test`."""
+    return scaled(count)
 
 
 async def eventually(

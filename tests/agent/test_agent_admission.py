@@ -9,7 +9,7 @@ from ipaddress import ip_address, ip_interface
 import pytest
 import trio
 
-from helpers import eventually, examples
+from helpers import eventually, scaled
 from kilo_etcd.agent.leader_hints.admission import (
     BURST,
     MOST_NODES,
@@ -142,7 +142,7 @@ def test_a_node_costs_less_than_a_kilobyte_however_much_it_asks() -> None:
     admission = Admission()
     tracemalloc.start()
     try:
-        nodes = examples(500)
+        nodes = scaled(500)
         for number in range(nodes):
             for count in range(50):
                 admission.answers(number.to_bytes(8), stamp(int(WALL), count), now=float(count), wall=WALL)

@@ -11,7 +11,7 @@ import trio
 from agent_world import World, running
 from attrs import evolve
 
-from helpers import eventually, examples
+from helpers import eventually, scaled
 from kilo_etcd.etcd.api import Config
 from kilo_etcd.kernel.routing.exit_node import exit_table
 from kilo_etcd.kernel.state import DefaultRoute, DeleteLink, HostAddress, ObservedPeer
@@ -66,7 +66,7 @@ async def test_the_annotation_turns_the_exit_node_on_and_off_live(world: World) 
         assert ANYWHERE in observed.peers[EXIT].allowed_ips
         assert ANYWHERE not in observed.routes
         writes, netlink = world.writes(), world.daemon.kernel.writes
-        await trio.sleep(examples(600, 120))
+        await trio.sleep(scaled(600, 120))
         assert (world.writes(), world.daemon.kernel.writes) == (writes, netlink), "steady"
 
         # Another address of the host's: answers from there stay outside too.
@@ -126,7 +126,7 @@ async def test_an_exit_node_that_dies_is_named_until_it_answers(world: World) ->
         for _ in range(20):
             traffic(world, sent=5000, received=4000)
             await trio.sleep(PERIOD)
-        await trio.sleep(examples(3600, 600))
+        await trio.sleep(scaled(3600, 600))
         assert errors(world) == [], "what is idle is not suspected"
         traffic(world, sent=148)
         await trio.sleep(PATIENCE - PERIOD)

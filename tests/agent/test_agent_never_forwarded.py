@@ -12,7 +12,7 @@ from simulation.clockwork import freezable, seeded
 from simulation.host import SimulatedHost, in_memory
 from simulation.world import KEYS, Shape, World
 
-from helpers import eventually, examples
+from helpers import eventually, scaled
 from kilo_etcd.runtime.logs import setup_logging
 
 pytestmark = pytest.mark.autojump
@@ -100,7 +100,7 @@ async def test_it_is_replaced_although_the_next_in_line_has_just_started() -> No
 async def test_where_nobody_forwards_each_is_demoted_once_in_a_hold_down() -> None:
     async with world(3, 1, broken=("a-1", "a-2", "a-3")) as made:
         seen: list[str] = []
-        seconds = examples(1000, 400)
+        seconds = scaled(1000, 400)
         for _ in range(seconds):
             now = leader(made, "a")
             if now != "nobody" and (not seen or seen[-1] != now):
@@ -120,7 +120,7 @@ async def test_it_stays_where_the_far_end_is_what_is_broken_from_the_start(what:
         await trio.sleep(10)
         first = leader(made, "a")
         seen = {first}
-        for _ in range(examples(600, 120)):
+        for _ in range(scaled(600, 120)):
             await trio.sleep(1)
             seen.add(leader(made, "a"))
         assert seen == {first}

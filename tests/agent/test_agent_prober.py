@@ -16,7 +16,7 @@ import trio
 from agent_world import World, running
 from attrs import evolve
 
-from helpers import eventually, examples
+from helpers import eventually, scaled
 from kilo_etcd.agent.daemon import Daemon
 from kilo_etcd.agent.diagnostics import QUIET_SECONDS
 from kilo_etcd.agent.leadership import candidacy_policy
@@ -230,7 +230,7 @@ async def test_if_a_path_is_open_again_for_all_no_takeover_check_counts(mesh: Wo
     async with running(mesh) as daemon:
         await settle(mesh)
         candidacy = mesh.etcd.data[b"/kilo/by/g1/elections/gcp"].create_revision
-        turns = examples(40, 8)
+        turns = scaled(40, 8)
         for turn in range(turns):
             mesh.host.reach = lambda address: address != HOME
             mesh.host.shakes = lambda key: False
@@ -279,7 +279,7 @@ async def test_an_answer_by_way_of_the_successor_takes_nothing_back(mesh: World)
     async with running(mesh) as daemon:
         await settle(mesh)
         mesh.host.reach = reach
-        moments = examples(20, 7)
+        moments = scaled(20, 7)
         for moment in range(moments):
             says(mesh, "g2", candidacy, leader_reachable=True)
             await eventually(lambda: report(mesh) is not None, DETECTED, every=0.01)
@@ -318,7 +318,7 @@ async def test_a_link_that_loses_a_fifth_of_its_packets_causes_no_probe_report(m
     async with running(mesh) as daemon:
         await settle(mesh)
         revision = mesh.etcd.revision
-        await trio.sleep(examples(3600, 600))
+        await trio.sleep(scaled(3600, 600))
         assert mesh.etcd.revision == revision
         assert daemon.state.role is not None
         assert daemon.state.role.leader == "g1"
@@ -374,7 +374,7 @@ async def test_a_report_without_a_baseline_that_nobody_confirms_is_taken_back_an
         enter_candidacy(mesh, "g2", CandidateClass.REST)
         await eventually(lambda: report(mesh) is None, OPEN_SECONDS + 2, every=0.1)
         made: list[float] = []
-        turns = examples(12_000, 4_000)
+        turns = scaled(12_000, 4_000)
         for _ in range(turns):
             if report(mesh) is not None and (not made or trio.current_time() - made[-1] > OPEN_SECONDS + 1):
                 made.append(trio.current_time())

@@ -16,7 +16,7 @@ from simulation import KEYS, Shape, in_memory, seeded
 from simulation import World as Simulated
 from simulation.host import SimulatedAgent
 
-from helpers import eventually, examples
+from helpers import eventually, scaled
 from kilo_etcd.agent.leader_hints.admission import stamp
 from kilo_etcd.agent.leader_hints.hints import PeerMessage, digest, sender_of, unpack
 from kilo_etcd.agent.probing.reachability import (
@@ -322,7 +322,7 @@ async def test_a_member_that_answers_is_routed_within_a_moment_and_asked_rarely(
         asked, revision, writes = wire.asked, mesh.etcd.revision, daemon.kernel.writes
         wire.answers = False
         mesh.etcd.delete("/kilo/by/g1/elections/gcp")  # It is down.
-        seconds = examples(7200)
+        seconds = scaled(7200)
         await trio.sleep(seconds)
         assert asked + 2 < wire.asked < asked + 20 + seconds / 40
         assert routed(mesh), "who is down later keeps its route"
@@ -377,7 +377,7 @@ async def test_a_member_that_never_answers_is_not_routed_and_is_named_until_it_a
         assert daemon.state.plan is not None
         revision, writes = mesh.etcd.revision, daemon.kernel.writes
         asked = wire.asked
-        seconds = examples(3600, 600)
+        seconds = scaled(3600, 600)
         await trio.sleep(seconds)
         assert mesh.logged(NEVER) == 1
         assert seconds / LONGEST - 5 < wire.asked - asked < seconds / LONGEST + 30

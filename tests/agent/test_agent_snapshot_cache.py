@@ -19,7 +19,7 @@ import pytest
 import trio
 from attrs import evolve
 
-from helpers import eventually, examples
+from helpers import eventually, scaled
 from kilo_etcd import kernel
 from kilo_etcd.agent import cachefile, discover, snapshot_cache
 from kilo_etcd.agent.cachefile import FILE, Identity, Unusable, load, save
@@ -245,7 +245,7 @@ async def test_a_host_boots_into_its_cached_snapshot_and_follows_when_etcd_is_ba
         route = world.host.observed.routes[ip_network("10.4.0.0/16")]
         world.host.tamper([DeleteRoute(route)])
         await eventually(world.programmed, 30, every=0.1)
-        await trio.sleep(examples(3600))
+        await trio.sleep(scaled(3600))
         assert world.disk.path.stat().st_mtime_ns == before
         # etcd is back, as it was: nothing is torn down, nothing written to the kernel.
         written = len(world.host.history)
@@ -342,10 +342,10 @@ async def test_an_agent_goes_on_with_whatever_a_cache_may_hold(world: World, val
     world.reboot()
     world.etcd.down()
     async with running(world, mtu=1200):
-        await trio.sleep(examples(600, 120))
+        await trio.sleep(scaled(600, 120))
         assert world.logged("the cached snapshot is in force") + world.logged("the cached snapshot cannot be used") == 1
         world.etcd.up()
-        await trio.sleep(examples(600, 120))
+        await trio.sleep(scaled(600, 120))
 
 
 @pytest.mark.autojump
@@ -484,7 +484,7 @@ async def test_bursts_are_written_once_and_a_full_disk_is_tried_again(
         await eventually(world.programmed, 30, every=0.1)
         await trio.sleep(60)
         before = len(written)
-        await trio.sleep(examples(600, 120))
+        await trio.sleep(scaled(600, 120))
         assert len(written) == before
         for number in range(100):
             last = world.etcd.put("/kilo/locations/h2", f"place-{number}")
@@ -525,7 +525,7 @@ async def test_a_host_boots_into_its_cached_snapshot_if_etcd_refuses_it(world: W
     world.client.refuse(error)
     async with running(world) as daemon:
         await eventually(world.programmed, 1, every=0.1)
-        await trio.sleep(examples(600, 120))
+        await trio.sleep(scaled(600, 120))
         assert world.programmed()
         # Said once, with etcd's own error, where people look.
         assert world.logged("the cached snapshot is in force") == 1
@@ -568,7 +568,7 @@ async def test_a_host_that_boots_follows_an_etcd_that_takes_no_writes(
         record = NodeRecord(public_key="C" + "A" * 42 + "=", endpoint=Endpoint.parse("198.51.100.8:51820"))
         world.etcd.put(KEYS.node("h3"), encode(record))
         await eventually(lambda: len(world.host.observed.peers) == 2, 5, every=0.1)
-        await trio.sleep(examples(600, 120))
+        await trio.sleep(scaled(600, 120))
         assert KEYS.status("h1") not in world.etcd
         assert world.logged(str(error)) <= 3
         world.client.mend()

@@ -13,7 +13,7 @@ import trio
 from agent_world import PRIVATE, World, running
 from attrs import evolve
 
-from helpers import eventually, examples
+from helpers import eventually, scaled
 from kilo_etcd.agent.nat.nat_traversal import PATIENCE
 from kilo_etcd.agent.nat.wireguard_monitor import WireGuardMonitor
 from kilo_etcd.kernel import KernelError
@@ -135,7 +135,7 @@ async def test_a_phone_that_roams_all_the_time_does_not_storm_etcd(world: World)
         await eventually(lambda: PHONE in world.host.observed.peers, 10, every=0.1)
         await trio.sleep(10)
         before, chance = world.etcd.revision, random.Random(1)
-        turns = examples(600, 150)
+        turns = scaled(600, 150)
         for _ in range(turns):
             world.host.receive_from(PHONE, endpoint=Endpoint(SEEN.host, chance.randrange(1024, 65536)))
             await trio.sleep(3)

@@ -17,7 +17,7 @@ import yaml
 from click.testing import CliRunner
 
 import kilo_etcd
-from helpers import examples
+from helpers import scaled
 from kilo_etcd.agent.options import all_flags
 from kilo_etcd.base.quoting import SECRET, shown, shown_name, shown_path
 from kilo_etcd.ctl.formats.manifest import read_peers
@@ -151,7 +151,7 @@ def test_nor_does_a_refusal_of_a_manifest(secret: str) -> None:
         for value in wrong(secret)
     ]
     # Of many documents each secret has its share in make test-fast, each another one.
-    step = max(1, len(documents) // examples(len(documents), 60))
+    step = max(1, len(documents) // scaled(len(documents), 60))
     documents = documents[SECRETS.index(secret) % step :: step]
     texts = [text for document in documents for text in (json.dumps(document), yaml.safe_dump(document))]
     texts += [
