@@ -160,8 +160,8 @@ class _Renewals:
             if not peer.in_use or node is None:
                 continue
             # Where one behind NAT was heard it may be found still, and it may have no reason to begin.
-            found = endpoint is not None and endpoint.public
-            if begins(own, node, peer) or (found and must_come(own, node, peer)):
+            heard = endpoint is not None and endpoint.public
+            if begins(own, node, peer) or (heard and must_come(own, node, peer)):
                 trigger += node.mesh_addresses[:1]
             elif not must_come(own, node, peer):
                 wait.append(key)

@@ -67,14 +67,14 @@ class EtcdMembers:
         if not self._trusted():
             return  # It was learnt while the list was on its way.
         self._once.clear("etcd member list", "etcd's members can be listed again")
-        found = usable(members, self._config.etcd)
-        self._once.errors("etcd members left out", found.remarks, level="warning")
-        await self._write(found.endpoints)
-        if not found.endpoints or found.endpoints == self.endpoints:
+        usable_members = usable(members, self._config.etcd)
+        self._once.errors("etcd members left out", usable_members.remarks, level="warning")
+        await self._write(usable_members.endpoints)
+        if not usable_members.endpoints or usable_members.endpoints == self.endpoints:
             return
-        self.endpoints = found.endpoints
-        self._client.prefer(found.endpoints)
-        self._log.info("etcd endpoints follow the member list", endpoints=",".join(found.endpoints))
+        self.endpoints = usable_members.endpoints
+        self._client.prefer(usable_members.endpoints)
+        self._log.info("etcd endpoints follow the member list", endpoints=",".join(usable_members.endpoints))
 
     async def _write(self, endpoints: tuple[str, ...]) -> None:
         """Have the copy be of these; a copy that a list without usable members contradicts is removed."""

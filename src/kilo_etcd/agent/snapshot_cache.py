@@ -121,14 +121,14 @@ class SnapshotCache:
             return StateFound(self.trouble)
         private_key = disk.private_key
         restore = not self._key_unusable
-        found: StateFound = await disk.run(lambda: look(disk.state_dir, private_key, restore=restore))
-        self._key_unusable = found.unusable
+        state: StateFound = await disk.run(lambda: look(disk.state_dir, private_key, restore=restore))
+        self._key_unusable = state.unusable
         gone = self._noted is not None and not await disk.run(lambda: os.path.exists(disk.path))
         if gone:
             self._due.set()
-        if found.trouble is None and (gone or self.trouble is not None):
+        if state.trouble is None and (gone or self.trouble is not None):
             await self.flush()
-        return found if found.trouble is not None else evolve(found, trouble=self.trouble)
+        return state if state.trouble is not None else evolve(state, trouble=self.trouble)
 
     async def run(self) -> None:
         """Write what is noted, the newest only, until cancelled."""

@@ -90,6 +90,6 @@ def reason(errors: str, status: int) -> str:
     lines = errors.strip().splitlines()
     if not lines:
         return f"it ended with exit status {status} and without a word"
-    said = re.sub(r"^(kg|Error): ", "", lines[-1].strip())
+    message = re.sub(r"^(kg|Error): ", "", lines[-1].strip())
     places = _PLACE.findall(errors)
-    return f"{said} ({places[-1][0]}, line {places[-1][1]})" if places else said
+    return f"{message} ({places[-1][0]}, line {places[-1][1]})" if places else message

@@ -273,18 +273,18 @@ class Channel:
 
     async def _look_up(self, discovery: Discovery, over: trio.Event) -> None:
         try:
-            found = await discover(discovery)
+            discovered = await discover(discovery)
         except TransportFailed as failure:
             self._look_up_failure = failure
         else:
             self._look_up_failure = None
-            if set(found.endpoints) != set(self._first):
-                self._first = found.endpoints
+            if set(discovered.endpoints) != set(self._first):
+                self._first = discovered.endpoints
                 self._replaced()
-            for remark in found.remarks:
+            for remark in discovered.remarks:
                 if remark not in self._remarks:
                     self._on_remark(remark)
-            self._remarks = found.remarks
+            self._remarks = discovered.remarks
         finally:
             self._looking_up = None
             self._looked_up_at = trio.current_time()

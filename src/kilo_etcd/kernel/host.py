@@ -573,9 +573,9 @@ class Host:
             beside = () if route.default is None else self._uplinks_beside(route.default)
             of_object = [index for index, _ in self._objects.get(route.object, ())]
             hops = {**dict.fromkeys((*route.devices, *of_object, *beside), route.mtu), **hops}
-        found = [(link, mtu) for hop, mtu in hops.items() if (link := self._egress_link(hop)) is not None]
-        self.egress.update(link.index for link, _ in found)
-        return min(min(mtu, link.mtu) if mtu else link.mtu for link, mtu in found)
+        links = [(link, mtu) for hop, mtu in hops.items() if (link := self._egress_link(hop)) is not None]
+        self.egress.update(link.index for link, _ in links)
+        return min(min(mtu, link.mtu) if mtu else link.mtu for link, mtu in links)
 
     def _egress_link(self, index: int) -> Link | None:
         """The device; None if it is one of ours, or the loopback device."""

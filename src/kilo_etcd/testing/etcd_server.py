@@ -346,12 +346,12 @@ class EtcdCluster:
 
     async def add(self) -> EtcdServer:
         """A further member, healthy, with the options of the others."""
-        one = next(member for member in self.members if member.running)
+        running = next(member for member in self.members if member.running)
         client_port, peer_port = _free_ports(2)
-        name, peer = f"member-{client_port}-{one.token}", f"http://127.0.0.1:{peer_port}"
+        name, peer = f"member-{client_port}-{running.token}", f"http://127.0.0.1:{peer_port}"
         for attempt in range(100):
             try:
-                await one.etcdctl("member", "add", name, f"--peer-urls={peer}")
+                await running.etcdctl("member", "add", name, f"--peer-urls={peer}")
                 break
             except subprocess.CalledProcessError:
                 # It wants all members to have been connected for some seconds.
@@ -360,7 +360,7 @@ class EtcdCluster:
                 await trio.sleep(0.2)
         cluster = ",".join(f"{each.name}=http://127.0.0.1:{each.peer_port}" for each in self.members)
         new = evolve(
-            one, name=name, client_port=client_port, peer_port=peer_port, cluster=f"{cluster},{name}={peer}",
+            running, name=name, client_port=client_port, peer_port=peer_port, cluster=f"{cluster},{name}={peer}",
             process=None,
         )  # fmt: skip
         self.members.append(new)

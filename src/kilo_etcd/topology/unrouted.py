@@ -437,8 +437,8 @@ class _Numbers:
 
     @classmethod
     def of(cls, addresses: Iterable[IPAddress]) -> _Numbers:
-        found = list(addresses)
-        return cls(found[0].version if found else 0, sorted(map(int, found)))
+        items = list(addresses)
+        return cls(items[0].version if items else 0, sorted(map(int, items)))
 
     def any_in(self, networks: Iterable[IPNetwork]) -> bool:
         for network in networks:

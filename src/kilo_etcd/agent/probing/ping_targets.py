@@ -77,10 +77,10 @@ def offered_to_try(
     topology: Topology, plan: HostPlan, addresses: Iterable[IPAddress]
 ) -> dict[IPAddress, RoutePlan | None]:  # fmt: skip
     """Those of some addresses that are in offered networks to which a plan has a route, with that route."""
-    found = {
+    routes = {
         address: longest_match(plan.routes.items(), address) for address in addresses if is_offered(topology, address)
     }
-    return {address: route for address, route in found.items() if route is not None}
+    return {address: route for address, route in routes.items() if route is not None}
 
 
 def _sample(name: str, living: Container[str], nodes: Iterable[Node], number: int) -> list[Node]:

@@ -593,11 +593,11 @@ def _packets(examined: Examined, silence: Silence, places: Evidence) -> Iterator
         explained=lambda one, other: led_anew(one, other) or refused(one, other),
     ):  # fmt: skip
         yield Finding(severity=Severity.ERROR, subject=loss.subject, text=loss.text, remedy=loss.next_steps)
-    for severity, found in (
+    for severity, milder in (
         (Severity.WARNING, (*unsteady(topology, places.in_part), *narrow(topology, live))),
         (Severity.NOTE, limited(places.in_part)),
     ):
-        for loss in found:
+        for loss in milder:
             yield Finding(severity=severity, subject=loss.subject, text=loss.text, remedy=loss.remedy)
 
 
@@ -733,8 +733,8 @@ def bounded(findings: Iterable[Finding]) -> Iterator[Finding]:
 def mesh_findings(mesh: Mesh) -> tuple[Finding, ...]:
     """What `kgctl check` finds. Failure: etcd cannot be asked at all."""
     remarks: list[str] = []
-    found = findings(mesh.ask(lambda client, keys: examine(client, keys, mesh.etcd), on_remark=remarks.append))
-    return (*found, *(Finding(severity=Severity.NOTE, subject="etcd", text=sentence) for sentence in remarks))
+    of_mesh = findings(mesh.ask(lambda client, keys: examine(client, keys, mesh.etcd), on_remark=remarks.append))
+    return (*of_mesh, *(Finding(severity=Severity.NOTE, subject="etcd", text=sentence) for sentence in remarks))
 
 
 async def _members(client: Client, config: Config) -> tuple[MemberState, ...]:
@@ -785,13 +785,13 @@ async def _asked(client: Client, config: Config) -> tuple[tuple[str, ...], froze
     if not config.more_endpoints:
         return given, frozenset()
     # The copy may be older than the list.
-    found = Usable(endpoints=config.more_endpoints)
+    members = Usable(endpoints=config.more_endpoints)
     with suppress(EtcdError):
         listed = usable(await client.members(), config)
-        found = listed if listed.endpoints else found
-    others = tuple(text for text in given if _url(text, config) not in found.endpoints)
+        members = listed if listed.endpoints else members
+    others = tuple(text for text in given if _url(text, config) not in members.endpoints)
     # A given endpoint may be how a member is reached whose own URL is of no use.
-    return (*found.endpoints, *others), frozenset() if found.remarks else frozenset(others)
+    return (*members.endpoints, *others), frozenset() if members.remarks else frozenset(others)
 
 
 def _url(endpoint: str, config: Config) -> str:

@@ -63,7 +63,7 @@ class _Tried:
     @property
     def tried(self) -> frozenset[str]:
         """The hosts that have sent something."""
-        return frozenset(one for one, _ in (*self.good, *self.bad))
+        return frozenset(sender for sender, _ in (*self.good, *self.bad))
 
     def cut(self, one: str, other: str) -> bool:
         """Whether packets between the two are known to be lost and the findings say so."""
@@ -111,7 +111,7 @@ def losses(
         answered = sorted(one for one, other in tried.good if other == sender)
         # Packets arrive there, and its answers do here; who does not answer it answers others: so it is what it sends.
         others_reach = any(one != sender and other in targets for one, other in tried.good)
-        if len(targets) > 1 and answered and others_reach and not any(one == sender for one, _ in tried.good):
+        if len(targets) > 1 and answered and others_reach and not any(asker == sender for asker, _ in tried.good):
             remaining = {pair for pair in remaining if pair[0] != sender}
             result.append(_unanswered_sender(sender, targets, answered))
     for target in sorted({pair[1] for pair in remaining}):
@@ -120,7 +120,7 @@ def losses(
             continue
         if all(_explained(topology, asker, target, down) for asker in askers):
             continue
-        reaches = any(one == target for one, _ in tried.good)
+        reaches = any(sender == target for sender, _ in tried.good)
         if len(askers) < 2 and not reaches:
             continue  # It may as well be the one that asks.
         families = frozenset(version for asker in askers for version in tried.bad[asker, target])
@@ -348,8 +348,8 @@ def _by_leader(
     for leader, lost in sorted(blamed.items()):
         own = {node.name for node in topology.segment_of(leader).members}
         out, back = [pair for pair in lost if pair[0] in own], [pair for pair in lost if pair[0] not in own]
-        near = sorted({one for one, _ in out} | {other for _, other in back})
-        far = sorted({other for _, other in out} | {one for one, _ in back})
+        near = sorted({sender for sender, _ in out} | {receiver for _, receiver in back})
+        far = sorted({receiver for _, receiver in out} | {sender for sender, _ in back})
         source, target = lost[0]
         way = (
             f"between {some(near)} and {some(far)}"

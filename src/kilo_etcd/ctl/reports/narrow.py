@@ -134,18 +134,18 @@ def _largest(topology: Topology, live: Live, sender: str, target: str) -> int:
     return min(sizes, default=0)
 
 
-def _smaller(topology: Topology, live: Live, one: str, others: list[str], size: int, largest: int) -> str:
+def _smaller(topology: Topology, live: Live, host: str, others: list[str], size: int, largest: int) -> str:
     """What to do about the ways between a host and others on which no packet of `size` bytes arrives, and those of
     `largest` bytes do. If that is 0 it is not known; then the sentence says how to find it out, through the tunnel,
     where nothing has to be subtracted."""
     other = others[0]
     by_node = tunnels(topology, live)
-    ends = [end for node, far in ((one, other), (other, one)) for end in by_node.get(node, ()) if end.other == far]
+    ends = [end for node, far in ((host, other), (other, host)) for end in by_node.get(node, ()) if end.other == far]
     outer = {6 if end.endpoint.startswith("[") else 4 for end in ends if end.endpoint}
     version = outer.pop() if len(outer) == 1 else None
     address = topology.snapshot.nodes[other].mesh_addresses[0]
     six = any(
-        address.version == 6 for node in (one, *others) for address in topology.snapshot.nodes[node].mesh_addresses
+        address.version == 6 for node in (host, *others) for address in topology.snapshot.nodes[node].mesh_addresses
     )
     needed = f"{SMALLEST_MTU[6]}, which the mesh's IPv6 needs: the way has to carry"
     needed += f" {SMALLEST_MTU[6] + _OVERHEAD[version or 6]} bytes"
@@ -156,12 +156,12 @@ def _smaller(topology: Topology, live: Live, one: str, others: list[str], size: 
     if largest:
         if six and largest < SMALLEST_MTU[6]:
             return f"{largest} is less than {needed}; {otherwise.removeprefix('or ')}"
-        hosts = "both ends" if len(others) == 1 else f"{one}, {some(others)}"
+        hosts = "both ends" if len(others) == 1 else f"{host}, {some(others)}"
         return f"give {hosts} {largest} as --mtu (KILO_MTU) and restart the agents; {otherwise}"
     less = f"less than {size + _OVERHEAD[version]} bytes" if version else "less than their tunnels take it to"
     overhead = str(_OVERHEAD[version]) if version else "60 in IPv4, less 80 in IPv6"
     return (
-        f"the way carries {less}: find on {one} the largest N for which `ping -M do -s N {address}` is answered, give "
+        f"the way carries {less}: find on {host} the largest N for which `ping -M do -s N {address}` is answered, give "
         f"both ends N + {_ECHO_HEADERS[address.version]} as --mtu (KILO_MTU){f' (not under {needed})' if six else ''} "
         f"and restart the agents (if you know the path MTU: that less {overhead}); {otherwise}"
     )

@@ -124,13 +124,13 @@ def new_packets(new: bool, untracked: bool) -> Condition:
 
 
 def _or(answers: Iterable[bool | None]) -> bool | None:
-    found = set(answers)
-    return True if True in found else None if None in found else False
+    distinct = set(answers)
+    return True if True in distinct else None if None in distinct else False
 
 
 def _and(answers: Iterable[bool | None]) -> bool | None:
-    found = set(answers)
-    return False if False in found else None if None in found else True
+    distinct = set(answers)
+    return False if False in distinct else None if None in distinct else True
 
 
 @frozen(kw_only=True)

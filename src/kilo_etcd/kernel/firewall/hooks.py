@@ -82,15 +82,15 @@ def _rules_from(device: sockets.Socket, base: replies.FoundBase, most: float) ->
 
     @cache
     def all_sets() -> dict[str, FoundSet]:
-        found: dict[str, FoundSet] = {}
+        sets: dict[str, FoundSet] = {}
 
         def keep(body: bytes) -> None:
             if (item := replies.read_set(body, table)) is not None:
                 name, flags, length = item
-                found[name] = FoundSet(flags=flags, key_length=length, members=partial(members_of, name))
+                sets[name] = FoundSet(flags=flags, key_length=length, members=partial(members_of, name))
 
         device.dump(requests.get_sets(table, family), keep)
-        return found
+        return sets
 
     result: dict[str, tuple[FilterRule, ...]] = {}
     missing = deque([base.name])

@@ -178,8 +178,8 @@ def read_base(body: bytes) -> FoundBase | None:
     if kind == "nat" and name == "prerouting":
         # All chains that translate are passed at one place, whatever their own priorities.
         priority = formats.NF_PRIORITIES["dstnat"]
-    one, several = hook.get("NFTA_HOOK_DEV"), hook.get("NFTA_HOOK_DEVS")
-    devices = elements(several) if several is not None else () if one is None else (one,)
+    name_of_one, several = hook.get("NFTA_HOOK_DEV"), hook.get("NFTA_HOOK_DEVS")
+    devices = elements(several) if several is not None else () if name_of_one is None else (name_of_one,)
     return FoundBase(
         family=family,
         table=text(result, "NFTA_CHAIN_TABLE"),
@@ -399,17 +399,17 @@ def _adds_only(data: bytes) -> bool:
 _Member = tuple[tuple[Condition, ...], Found]
 
 
-def _looked_up(registers: _Registers, register: bytes, found: FoundSet | None) -> list[_Member] | None:
+def _looked_up(registers: _Registers, register: bytes, searched: FoundSet | None) -> list[_Member] | None:
     """The members of a set, each with what a packet must fulfil to be it. None: it cannot be told."""
-    if found is None or found.flags & _VOLATILE:
+    if searched is None or searched.flags & _VOLATILE:
         return None
-    key = registers.key(register, found.key_length)
-    if not key or (members := found.members()) is None:
+    key = registers.key(register, searched.key_length)
+    if not key or (members := searched.members()) is None:
         return None
     known = sum(-(-loaded.length // 4) for _, loaded in key)
-    rest = () if known == -(-found.key_length // 4) else (_UNKNOWN,)
+    rest = () if known == -(-searched.key_length // 4) else (_UNKNOWN,)
     result = []
-    for low, high, member in _ranges(members, found.flags):
+    for low, high, member in _ranges(members, searched.flags):
         tests = [_within(loaded, low[at : at + loaded.length], high[at : at + loaded.length]) for at, loaded in key]
         result.append(((*tests, *rest, *_limited(member)), member))
     # It counts only for those that no other member takes.

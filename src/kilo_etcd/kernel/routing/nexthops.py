@@ -26,19 +26,22 @@ def read(sock: sockets.Socket) -> Mapping[int, Hops]:
     """The objects, if routes are told without what they say: number -> next hops."""
     if not sysctl.nexthops_by_number():
         return {}
-    found: list[FoundNexthop] = []
+    nexthops: list[FoundNexthop] = []
     try:
-        sock.dump(get_nexthops(), lambda body: found.append(read_nexthop(body)))
+        sock.dump(get_nexthops(), lambda body: nexthops.append(read_nexthop(body)))
     except NetlinkError as error:
         if error.errno != errno.EOPNOTSUPP:
             raise
-    return resolve(found)
+    return resolve(nexthops)
 
 
-def resolve(found: list[FoundNexthop]) -> Mapping[int, Hops]:
+def resolve(nexthops: list[FoundNexthop]) -> Mapping[int, Hops]:
     """The next hops of each object. A group's are those of its members, which are no groups."""
-    single = {one.number: ((one.index, one.gateway),) for one in found if not one.members}
-    groups = {one.number: tuple(hop for member in one.members for hop in single.get(member, ())) for one in found}
+    single = {nexthop.number: ((nexthop.index, nexthop.gateway),) for nexthop in nexthops if not nexthop.members}
+    groups = {
+        nexthop.number: tuple(hop for member in nexthop.members for hop in single.get(member, ()))
+        for nexthop in nexthops
+    }
     return {**groups, **single}
 
 

@@ -155,9 +155,9 @@ class LeasedKeys:
         """Take note of `kvs`, of which `revision` or a later one knows, at places that are this host's alone: held and
         not wanted they are deleted, unless they are written once more before that."""
         async with self._lock:
-            found = {kv.key.decode(): kv for kv in kvs}
-            self._deleted_at = {key: at for key, at in self._deleted_at.items() if at > revision or key in found}
-            new = {key: kv for key, kv in found.items() if kv.mod_revision > self._deleted_at.get(key, 0)}
+            by_key = {kv.key.decode(): kv for kv in kvs}
+            self._deleted_at = {key: at for key, at in self._deleted_at.items() if at > revision or key in by_key}
+            new = {key: kv for key, kv in by_key.items() if kv.mod_revision > self._deleted_at.get(key, 0)}
             for key in new.keys() - self.values.keys():
                 self._note_change(key)
                 self.values[key], self._since[key] = new[key].value, new[key].mod_revision
