@@ -721,6 +721,16 @@ def test_explain_does_not_take_for_good_what_the_agents_status_names_too(mesh: M
     assert "hold what they should" not in output
 
 
+def test_check_names_agents_that_have_not_applied_a_deletion(mesh: Mesh) -> None:
+    def behind() -> set[str]:
+        every = json.loads(mesh.run("check", "-o", "json").stdout)
+        return {finding["subject"] for finding in every if "it has applied revision" in finding["text"]}
+
+    assert behind() == set()
+    mesh.etcd.delete("/kilo/peers/laptop")
+    assert behind() == set(mesh.snapshot.nodes)
+
+
 def test_check_names_what_probers_report_only_if_it_finds_no_cause(mesh: Mesh) -> None:
     def found() -> list[tuple[str, str, str]]:
         every = json.loads(mesh.run("check", "-o", "json").stdout)

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+import math
+from collections.abc import Iterable, Mapping, Sequence
 
 from attrs import evolve
 
-from kilo_etcd.etcd.api import Client, Compacted, Event, KeyValue, Unavailable, prefix_end
+from kilo_etcd.etcd.api import Client, Compacted, Event, KeyValue, Unavailable, Watch, prefix_end
 from kilo_etcd.model import RejectedRecord, Snapshot
 from kilo_etcd.store.history import last_good
 from kilo_etcd.store.keys import Keys, LocationKey, StatusKey
@@ -73,28 +74,46 @@ async def newest_change(client: Client, keys: Keys, newest: int, now: int) -> in
 
     if not 0 < newest < now:
         return newest
-    start, at_most = newest, HISTORY_TIMEOUT
+    start: int | None = newest
+    patience = math.inf
     with trio.move_on_after(HISTORY_TIMEOUT):
-        while True:
-            try:
-                async with client.watch_prefix(keys.root, start_revision=start) as watch:
-                    while True:
-                        with trio.move_on_after(at_most) as silence:
-                            batch = await watch.__anext__()
-                        if silence.cancelled_caught and at_most == SILENCE:
-                            return newest
-                        if not batch.events:
-                            continue
-                        newest = last_change(newest, batch.events, now)
-                        revisions = {event.kv.mod_revision for event in batch.events}
-                        if len(revisions) < MOST_REVISIONS or max(revisions) >= now:
-                            return newest
-                        at_most = SILENCE
-            except Compacted as error:
-                start, at_most = error.compact_revision, SILENCE
-                if start > now:
-                    return newest
+        while start is not None and start <= now:
+            newest, start = await _last_since(client, keys, start, newest, now, patience)
+            patience = SILENCE
+        return newest
     raise Unavailable(f"etcd has not sent the changes since revision {newest} within {HISTORY_TIMEOUT:g} s; retry")
+
+
+async def _last_since(
+    client: Client, keys: Keys, start: int, newest: int, now: int, patience: float
+) -> tuple[int, int | None]:  # fmt: skip
+    """The last change from revision `start` on, else `newest`; and from where to read once more, if etcd has compacted
+    what it was asked for. `patience`: for how many seconds there may be no event before it is taken that there is none.
+    """
+    try:
+        async with client.watch_prefix(keys.root, start_revision=start) as watch:
+            while events := await _next_events(watch, patience):
+                newest = last_change(newest, events, now)
+                revisions = {event.kv.mod_revision for event in events}
+                if len(revisions) < MOST_REVISIONS or max(revisions) >= now:
+                    break
+                patience = SILENCE
+    except Compacted as error:
+        return newest, error.compact_revision
+    return newest, None
+
+
+async def _next_events(watch: Watch, patience: float) -> Sequence[Event]:
+    """The events of the next batch that has some; none: there was no batch for so many seconds."""
+    import trio
+
+    while True:
+        with trio.move_on_after(patience) as silence:
+            batch = await watch.__anext__()
+        if silence.cancelled_caught:
+            return ()
+        if batch.events:
+            return batch.events
 
 
 async def statuses(client: Client, keys: Keys) -> Mapping[str, StatusRecord]:

@@ -63,7 +63,7 @@ from kilo_etcd.ctl.reports.report import (
 )
 from kilo_etcd.ctl.reports.trace import Plans
 from kilo_etcd.ctl.trust import distrust
-from kilo_etcd.etcd.api import Client, Config, EtcdError
+from kilo_etcd.etcd.api import Client, Config, EtcdError, Unavailable
 from kilo_etcd.etcd.endpoint import parse_endpoint
 from kilo_etcd.model import InternalIPs, IPNetwork
 from kilo_etcd.runtime.etcd_members import Usable, usable
@@ -805,10 +805,14 @@ async def examine(client: Client, keys: Keys, config: Config) -> Examined:
     before = build_topology((await operator.snapshot(client, keys))[0])
     live = await gather(client, keys, living.keys(), tries=TRIES)
     snapshot, view = await operator.snapshot(client, keys)
+    newest = newest_revision(view, keys)
+    with suppress(Unavailable):
+        # Who has not applied a deletion still has a peer or a label that is gone.
+        newest = await operator.newest_change(client, keys, newest, view.header.revision)
     # Last: what the agents have found out while they were asked explains what they have lost, and none is behind.
     statuses = {name: status for name, status in (await operator.statuses(client, keys)).items() if name in living}
     topology = build_topology(snapshot)
-    newest, registered = newest_revision(view, keys), registered_names(view, keys)
+    registered = registered_names(view, keys)
     return Examined(
         members=members,
         uncompacted=await _uncompacted(client, keys, snapshot.revision),

@@ -60,9 +60,9 @@ class Looked:
 
 async def look(client: Client, keys: Keys) -> Looked:
     """Look at all that etcd holds of the mesh now."""
-    # Statuses first: an agent can only have got further since, so nobody is called behind for our slowness.
-    statuses = await operator.statuses(client, keys)
     snapshot, view = await operator.snapshot(client, keys)
+    # Last: an agent can only have got further since, so nobody is called behind for our slowness.
+    statuses = await operator.statuses(client, keys)
     registered = registered_names(view, keys)
     return Looked(
         topology=build_topology(snapshot),
