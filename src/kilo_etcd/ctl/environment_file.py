@@ -77,8 +77,16 @@ def use_environment_file(context: click.Context) -> None:
         text = error.format_message() if isinstance(error, click.UsageError) else str(error)
         raise click.UsageError(f"{PATH}: {text}", context) from None
     context.meta[_USED] = True
-    if variables.get("KILO_ENDPOINTS_FROM_CLUSTER", "").lower() in ("1", "true", "t", "yes", "y", "on"):
+    if _is_on(variables.get("KILO_ENDPOINTS_FROM_CLUSTER", "")):
         context.meta[_STATE_DIR] = Path(variables.get("KILO_STATE_DIR") or DEFAULT_STATE_DIR)
+
+
+def _is_on(value: str) -> bool:
+    """Whether a variable of `kg` switches something on. What it does not understand `kg` refuses itself."""
+    try:
+        return bool(value and click.BOOL(value))
+    except click.BadParameter:
+        return False
 
 
 _USED, _STATE_DIR = "kilo_etcd.environment_file", "kilo_etcd.state_dir"

@@ -229,6 +229,12 @@ def written_by(key: ParsedKey | None) -> str | None:
     return key.node if isinstance(key, NodeKey | AddressKey | ResponseKey) else ends_with(key)
 
 
+def record_endings(name: str) -> tuple[str, str]:
+    """What the keys of the records of a node and of an outside peer of this name end with, under any prefix."""
+    keys = Keys()
+    return keys.node(name).removeprefix(keys.prefix), keys.peer(name).removeprefix(keys.prefix)
+
+
 @frozen
 class Keys:
     """The keys under one prefix.

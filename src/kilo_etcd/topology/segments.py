@@ -193,9 +193,9 @@ class Topology:
         """The families (4, 6) in which packets travel."""
         return self.allocation.versions.union(subnet.version for subnet in self.snapshot.subnets)
 
-    @property
+    @cached_property
     def unrouted(self) -> tuple[Unrouted, ...]:
-        """The internal IPs that are not routed, or not everywhere, and why. Looked up each time, for people."""
+        """The internal IPs that are not routed, or not everywhere, and why: for people. Looked up when it is asked."""
         return unrouted(self)
 
     def __repr__(self) -> str:

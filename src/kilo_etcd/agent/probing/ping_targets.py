@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import heapq
 from collections.abc import Container, Iterable
-from zlib import crc32
 
+from kilo_etcd.agent.probing.probe_assignment import order_by_chance
 from kilo_etcd.model import IPAddress, Node
 from kilo_etcd.model.hostplan import HostPlan, RoutePlan
 from kilo_etcd.planning.walk import longest_match
@@ -85,6 +85,4 @@ def offered_to_try(
 
 def _sample(name: str, living: Container[str], nodes: Iterable[Node], number: int) -> list[Node]:
     """So many of the nodes, those that are `living` first."""
-    return heapq.nsmallest(
-        number, nodes, key=lambda node: (node.name not in living, crc32(f"{name} {node.name}".encode()))
-    )
+    return heapq.nsmallest(number, nodes, key=lambda node: (node.name not in living, order_by_chance(name, node)))

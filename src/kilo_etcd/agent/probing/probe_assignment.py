@@ -213,6 +213,11 @@ def _candidacy(topology: Topology, segment: Segment) -> int | None:
     return None if best is None else best.create_revision
 
 
+def order_by_chance(name: str, node: Node) -> int:
+    """Where a node stands for host `name` in an order by chance, always the same: each host has one of its own."""
+    return crc32(f"{name} {node.name}".encode())
+
+
 def _targets(topology: Topology, segment: Segment, own: Node, reported: Collection[str]) -> tuple[Node, ...]:
     """Those `reported` first, then candidates, which are known to live; else in an order by chance, but always the
     same: many hosts do not all try the same few."""
@@ -225,11 +230,7 @@ def _targets(topology: Topology, segment: Segment, own: Node, reported: Collecti
         heapq.nsmallest(
             KNOWN,
             far,
-            key=lambda node: (
-                node.name not in reported,
-                node.name not in living,
-                crc32(f"{own.name} {node.name}".encode()),
-            ),
+            key=lambda node: (node.name not in reported, node.name not in living, order_by_chance(own.name, node)),
         )
     )
 

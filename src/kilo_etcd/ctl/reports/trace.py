@@ -10,7 +10,6 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from ipaddress import ip_address, ip_network
-from urllib.parse import quote
 
 from attrs import evolve, frozen
 
@@ -26,6 +25,7 @@ from kilo_etcd.planning.plan import host_plan
 from kilo_etcd.planning.reach import MemberAddress, Silent, withhold
 from kilo_etcd.planning.route_filter import filter_routes
 from kilo_etcd.planning.walk import Hop, Path, longest_match, walk
+from kilo_etcd.store.keys import record_endings
 from kilo_etcd.store.records import StatusRecord
 from kilo_etcd.topology.inclear import endpoints_in_clear
 from kilo_etcd.topology.internal import endpoints_of
@@ -255,15 +255,16 @@ def _in_mesh(snapshot: Snapshot, address: IPAddress) -> bool:
     return is_within(address, snapshot.subnets)
 
 
-def _record_of(name: str) -> str:
-    """What the key of a node's record ends with."""
-    return f"/by/{quote(name, safe='')}/node"
+def _why_rejected(snapshot: Snapshot, name: str, *, or_peer: bool = False) -> str | None:
+    """Why the record of a node, or that of a peer, is not in force; None: there is none that is rejected."""
+    of_node, of_peer = record_endings(name) if name else ("", "")
+    endings = (of_node, of_peer) if or_peer else of_node
+    return next((record.reason for record in snapshot.rejected if name and record.key.endswith(endings)), None)
 
 
 def _no_node(snapshot: Snapshot, name: str) -> str:
-    for aside in snapshot.rejected:
-        if aside.key.endswith(_record_of(name)):
-            return f"node {name} is not in force: {aside.reason}"
+    if (reason := _why_rejected(snapshot, name)) is not None:
+        return f"node {name} is not in force: {reason}"
     if name in snapshot.peers:
         return f"{name} is a peer; explain starts at a node, so ask the other way round: the answer's way is shown too"
     return f"there is no node {name}; kgctl status lists them"
@@ -283,9 +284,8 @@ def _destinations(snapshot: Snapshot, target: str) -> tuple[IPAddress, ...]:
     try:
         return (ip_address(target),)
     except ValueError:
-        for aside in snapshot.rejected:
-            if aside.key.endswith((_record_of(target), f"/peers/{quote(target, safe='')}")):
-                raise Unknown(f"{target} is not in force: {aside.reason}") from None
+        if (reason := _why_rejected(snapshot, target, or_peer=True)) is not None:
+            raise Unknown(f"{target} is not in force: {reason}") from None
         raise Unknown(f"{target} is no node, no peer and no address; kgctl status lists them") from None
 
 
