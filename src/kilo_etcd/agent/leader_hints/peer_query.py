@@ -181,7 +181,7 @@ class PeerQuery:
         secret: Callable[[str], bytes | None],
         *,
         etcd_away: Callable[[], bool],
-        on_heard: Callable[[LeaderHints], object],
+        on_hints: Callable[[LeaderHints], object],
         sources: Callable[[], Collection[IPAddress]] = lambda: (),
         wall: Callable[[], float] = time.time,
     ) -> None:
@@ -199,7 +199,7 @@ class PeerQuery:
         self._secret = secret
         self._secrets: dict[str, bytes | None] = {}
         self._etcd_away = etcd_away
-        self._on_heard = on_heard
+        self._on_hints = on_hints
         self.reachability: Reachability | None = None
         self._leader_history = LeaderHistory()
         self._topology: Topology | None = None
@@ -249,7 +249,7 @@ class PeerQuery:
         shown = self._topology is not None and self._topology.snapshot.revision >= self._hints.revision
         if shown or now - self._back_since > FORGET_SECONDS:
             self._back_since, self._hints = None, LeaderHints()
-            self._on_heard(self._hints)
+            self._on_hints(self._hints)
 
     async def _ask(self) -> None:
         topology = self._topology
@@ -362,7 +362,7 @@ class PeerQuery:
         leaders = {**self._hints.leaders, **hints.leaders}
         if leaders != self._hints.leaders:
             self._hints = LeaderHints(hints.revision, leaders)
-            self._on_heard(self._hints)
+            self._on_hints(self._hints)
 
     def _nodes_by_digest(self) -> dict[bytes, Node]:
         if self._by_digest is None:
