@@ -43,7 +43,7 @@ class PeerQueryService:
         self.peer_query = (
             None
             if secret is None or transport is None
-            else PeerQuery(name, transport, secret, etcd_away=etcd_away, on_heard=self._hear, sources=sources)
+            else PeerQuery(name, transport, secret, etcd_away=etcd_away, on_hints=self._hear, sources=sources)
         )
 
     def follow(self, topology: Topology) -> Snapshot:
