@@ -51,9 +51,9 @@ class ObstacleWatch:
             # A plan that does not forward says nothing about what drops packets: what was found stays.
             if forwards:
                 with suppress(OSError, kernel.KernelError):
-                    found = [obstacle for obstacle in await self._kernel.obstacles() if obstacle.certain]
-                    cut = tuple(obstacle for obstacle in found if obstacle.networks)
-                    dropping = tuple(obstacle.text for obstacle in found if not obstacle.networks)
+                    obstacles = [obstacle for obstacle in await self._kernel.obstacles() if obstacle.certain]
+                    cut = tuple(obstacle for obstacle in obstacles if obstacle.networks)
+                    dropping = tuple(obstacle.text for obstacle in obstacles if not obstacle.networks)
                     if obstructed and not dropping:
                         # The reason for the demotion is gone.
                         self._on_cleared()
@@ -61,7 +61,7 @@ class ObstacleWatch:
             # The demoted leader's operator has to know what to mend, although others forward now.
             concerned = plan.sends or self._demoted()
             in_force = obstructed if forwards and concerned else ()
-            networks = tuple(one.text for one in cut if forwards and (concerned or not one.leading))
+            networks = tuple(obstacle.text for obstacle in cut if forwards and (concerned or not obstacle.leading))
             if (in_force, networks) != self._noted:
                 self._noted = in_force, networks
                 self._note(in_force, networks)

@@ -22,14 +22,14 @@ async def watch_state_directory(
     sentence on what is wrong, when it is another one (None: nothing is)."""
     trouble: str | None = None
     while True:
-        found = await cache.look()
-        if found.restored:
+        look = await cache.look()
+        if look.restored:
             log().warning(
                 "the private key was gone from the state directory, and was written there again; to have a new one "
                 "made, stop the agent, remove it, and start the agent"
             )
-        usable(found.trouble is None)
-        if found.trouble != trouble:
-            trouble = found.trouble
+        usable(look.trouble is None)
+        if look.trouble != trouble:
+            trouble = look.trouble
             note(trouble)
         await trio.sleep(PERIOD_SECONDS)

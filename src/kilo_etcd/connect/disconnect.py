@@ -84,21 +84,21 @@ def chosen(
 ) -> ConnectionFile | None:
     """Which of the connections is meant; None: the one of an interface of which nothing is known. `prefix`: None if
     it was not given. Failure."""
-    found = [
+    matching = [
         connection
         for connection in known
         if peer in (None, connection.peer)
         and interface in (None, connection.interface)
         and prefix in (None, connection.prefix)
     ]
-    if len(found) > 1:
-        each = "; ".join(_named(one) for one in found)
-        raise Failure(f"this machine has {len(found)} connections: {each}; name one by --interface")
-    if found:
-        return found[0]
+    if len(matching) > 1:
+        each = "; ".join(_named(connection) for connection in matching)
+        raise Failure(f"this machine has {len(matching)} connections: {each}; name one by --interface")
+    if matching:
+        return matching[0]
     # What nothing is known of is told by its interface alone.
     meant = interface or (None if prefix is None else interface_for(prefix))
-    if other := next((one for one in known if one.interface == meant), None):
+    if other := next((connection for connection in known if connection.interface == meant), None):
         raise Failure(
             f"the connection of {meant} is another one: {_named(other)}; kgctl disconnect --interface {meant} ends it"
         )
@@ -110,8 +110,8 @@ def chosen(
     return None
 
 
-def _named(one: ConnectionFile) -> str:
-    return f"peer {clean(one.peer)} of {clean(one.prefix)} ({clean(one.interface)})"
+def _named(connection: ConnectionFile) -> str:
+    return f"peer {clean(connection.peer)} of {clean(connection.prefix)} ({clean(connection.interface)})"
 
 
 async def _disconnect(mesh: Mesh, peer: str | None, interface: str | None, prefix_given: bool) -> None:
@@ -204,17 +204,17 @@ class ConnectionStatus:
 
 
 async def _status(output: str) -> None:
-    found = [await _look(connection) for connection in _known()]
+    statuses = [await _look(connection) for connection in _known()]
     if output == "json":
-        click.echo(json.dumps([_as_data(one) for one in found], indent=2))
+        click.echo(json.dumps([_as_data(status) for status in statuses], indent=2))
     else:
-        show((_table(found),))
-    if not found or any(one.state == "crashed" for one in found):
-        for one in found:
-            if one.state == "crashed":
+        show((_table(statuses),))
+    if not statuses or any(status.state == "crashed" for status in statuses):
+        for status in statuses:
+            if status.state == "crashed":
                 click.echo(
-                    f"kgctl: the connection of {one.known.interface} has ended and left something here: "
-                    f"kgctl disconnect --interface {one.known.interface} removes it",
+                    f"kgctl: the connection of {status.known.interface} has ended and left something here: "
+                    f"kgctl disconnect --interface {status.known.interface} removes it",
                     err=True,
                 )
         raise click.exceptions.Exit(1)
@@ -249,15 +249,15 @@ async def _look(connection: ConnectionFile) -> ConnectionStatus:
     )
 
 
-def _table(found: Sequence[ConnectionStatus]) -> Table:
+def _table(statuses: Sequence[ConnectionStatus]) -> Table:
     rows = tuple(
         (
-            clean(one.known.interface), clean(one.known.peer), clean(one.known.prefix), one.state,
-            ", ".join(one.addresses) or NONE, clean(one.known.exit_node or NONE),
-            NONE if one.peers is None else f"{one.answering} of {one.peers}",
-            NONE if one.handshake is None else f"{one.handshake:.0f} s ago",
+            clean(status.known.interface), clean(status.known.peer), clean(status.known.prefix), status.state,
+            ", ".join(status.addresses) or NONE, clean(status.known.exit_node or NONE),
+            NONE if status.peers is None else f"{status.answering} of {status.peers}",
+            NONE if status.handshake is None else f"{status.handshake:.0f} s ago",
         )
-        for one in found
+        for status in statuses
     )  # fmt: skip
     return Table(
         "Connections",
@@ -268,11 +268,11 @@ def _table(found: Sequence[ConnectionStatus]) -> Table:
     )
 
 
-def _as_data(one: ConnectionStatus) -> dict[str, Any]:
-    known = one.known
+def _as_data(status: ConnectionStatus) -> dict[str, Any]:
+    known = status.known
     return {
-        "interface": known.interface, "peer": known.peer, "prefix": known.prefix, "state": one.state,
+        "interface": known.interface, "peer": known.peer, "prefix": known.prefix, "state": status.state,
         "publicKey": known.public_key, "process": known.process if known.runs else None, "since": known.since,
-        "addresses": list(one.addresses), "exitNode": known.exit_node, "leaders": one.peers,
-        "leadersAnswer": one.answering, "secondsSinceHandshake": one.handshake,
+        "addresses": list(status.addresses), "exitNode": known.exit_node, "leaders": status.peers,
+        "leadersAnswer": status.answering, "secondsSinceHandshake": status.handshake,
     }  # fmt: skip

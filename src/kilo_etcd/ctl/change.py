@@ -168,7 +168,7 @@ def carry_out_all(
             elif len(group) == 1:
                 left.append(group[0][0])
             else:
-                groups.extendleft([one] for one in reversed(group))
+                groups.extendleft([half] for half in reversed(group))
 
     mesh.ask(write)
     for name in left:

@@ -407,10 +407,10 @@ class Host:
 
     def _own_addresses(self) -> OwnAddresses:
         self._read_links()
-        found = self._read_addresses()
+        addresses = self._read_addresses()
         return OwnAddresses(
-            everywhere=frozenset(item.address.ip for item in found),
-            for_services=frozenset(item.address for item in found if item.for_services),
+            everywhere=frozenset(item.address.ip for item in addresses),
+            for_services=frozenset(item.address for item in addresses if item.for_services),
             balanced=ipvs.read(),
         )
 
@@ -758,7 +758,7 @@ class Host:
         link = observed.link
         if self.protocol == ROUTE_PROTOCOL or (self._public_key and observed.public_key == self._public_key):
             return False
-        names = {index: found.name for index, found in self.links.items()}
+        names = {index: link.name for index, link in self.links.items()}
         policy = routing.read(self._route, self.interface, ROUTE_PROTOCOL, names)
         in_tables = (
             route for table in policy.tables.values() for route in (*table.routes.values(), *table.last.values())

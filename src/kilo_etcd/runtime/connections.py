@@ -103,8 +103,8 @@ def read_all(directory: Path = RUNTIME_DIR) -> tuple[ConnectionFile, ...]:
     except FileNotFoundError:
         return ()
     form = re.compile(rf"connection\.(.+)\.{_namespace()}\.json")
-    found = (read(match[1], directory) for name in names if (match := form.fullmatch(name)))
-    return tuple(connection for connection in found if connection is not None)
+    readings = (read(match[1], directory) for name in names if (match := form.fullmatch(name)))
+    return tuple(connection for connection in readings if connection is not None)
 
 
 def _decoded(content: bytes) -> ConnectionFile | None:

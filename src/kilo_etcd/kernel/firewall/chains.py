@@ -256,10 +256,10 @@ def _follow_translation(
         if rule.translates:
             return True, True
         if rule.verdict in ("jump", "goto"):
-            found, ended = _follow_translation(chain.chains.get(rule.target, ()), chain, packet, depth + 1)
-            if found or (matched and (ended or rule.verdict == "goto")):
+            may, ended = _follow_translation(chain.chains.get(rule.target, ()), chain, packet, depth + 1)
+            if may or (matched and (ended or rule.verdict == "goto")):
                 # A goto that ends without a verdict takes the packet past the rest of this chain, not of those before.
-                return found, ended
+                return may, ended
         elif rule.verdict in ("accept", "drop", "return") and matched:
             return False, rule.verdict != "return"
     return False, False
@@ -475,8 +475,8 @@ def translation_from_iptables(printed: str | None, version: int) -> BaseChain:
     nothing was printed), all may be translated."""
     lines = (printed or "").splitlines()
     place = version, "nat", "PREROUTING", "prerouting", NF_PRIORITIES["dstnat"]
-    found = _base_chain(lines, *place) if len(lines) <= _MOST_LINES else None
-    return found or _iptables_chain(*place, rules=(FilterRule(verdict="unknown", translates=True),))
+    chain = _base_chain(lines, *place) if len(lines) <= _MOST_LINES else None
+    return chain or _iptables_chain(*place, rules=(FilterRule(verdict="unknown", translates=True),))
 
 
 def _base_chain(
@@ -498,8 +498,8 @@ def _base_chain(
     if policy is None:
         return None
     complete = {name: tuple(rules) for name, rules in chains.items()}
-    found = _iptables_chain(version, table, base, hook, priority, rules=complete.get(base, ()))
-    return evolve(found, drops=policy == "DROP", chains=complete)
+    chain = _iptables_chain(version, table, base, hook, priority, rules=complete.get(base, ()))
+    return evolve(chain, drops=policy == "DROP", chains=complete)
 
 
 def _iptables_chain(

@@ -67,36 +67,36 @@ def destination_obstacles(
             continue
         all_dropped = any(packet.protocol in UNTESTED and drops(chain, packet) for packet in sent)
         tests = AddressTests(chain)
-        in_mesh = [found for networks in tests.networks if (found := networks.partly_in(subnets)).by_version]
+        in_mesh = [partial for networks in tests.networks if (partial := networks.partly_in(subnets)).by_version]
         of_members = Index(in_mesh)
         answers: dict[object, tuple[str, ...]] = {}
         groups: dict[tuple[tuple[str, ...], bool], list[IPNetwork]] = {}
-        for one in to:
-            if (all_dropped and not one.behind) or (one.member and not in_mesh):
+        for destination in to:
+            if (all_dropped and not destination.behind) or (destination.member and not in_mesh):
                 continue
-            if one.by_forward and chain.hook != "forward":
+            if destination.by_forward and chain.hook != "forward":
                 continue
             # Of very many members most are the same to a chain.
-            relation = (of_members if one.member else tests.index).of(one.network)
+            relation = (of_members if destination.member else tests.index).of(destination.network)
             # By protocol, whether new packets are as they were sent, and answers as they were given.
             genuine = tuple(
                 (name, place is None or chain.place <= place, place is None)
                 for name in _PROTOCOLS
-                for place in (one.translated.get(name),)
+                for place in (destination.translated.get(name),)
             )
-            alike = one.ways, one.network.version, one.member, genuine, relation
+            alike = destination.ways, destination.network.version, destination.member, genuine, relation
             if alike not in answers:
-                back, there = (tests.narrowed(side, one.network) for side in ("saddr", "daddr"))
+                back, there = (tests.narrowed(side, destination.network) for side in ("saddr", "daddr"))
                 answers[alike] = tuple(
                     name
                     for name, new, answered in genuine
                     if any(
                         drops(there if packet.new else back, packet)
-                        for packet in _packets_to(one, name, subnets, new=new, answered=answered)
+                        for packet in _packets_to(destination, name, subnets, new=new, answered=answered)
                     )
                 )
             if dropped := answers[alike]:
-                groups.setdefault((dropped, one.behind), []).append(one.network)
+                groups.setdefault((dropped, destination.behind), []).append(destination.network)
         for (protocols, behind), networks in groups.items():
             kind = "" if len(protocols) == 2 else f"{SHOWN[protocols[0]]} "
             result.append(
@@ -141,7 +141,7 @@ class AddressTests:
         by_test: dict[int, list[tuple[str, _Placed]]] = {}
         for name, rules in self._groups.items():
             for placed in enumerate(rules):
-                tests = (one for one in placed[1].conditions if one.kind == side and one.equal)
+                tests = (condition for condition in placed[1].conditions if condition.kind == side and condition.equal)
                 if (test := next(tests, None)) is None:
                     always[name].append(placed)
                 else:
@@ -177,10 +177,10 @@ def _may_drop(chain: BaseChain) -> bool:
 
 
 def _packets_to(
-    one: Destination, protocol: str, subnets: tuple[IPNetwork, ...], *, new: bool, answered: bool
+    to: Destination, protocol: str, subnets: tuple[IPNetwork, ...], *, new: bool, answered: bool
 ) -> Iterator[Packet]:
-    network = one.network
-    for near, far in one.ways:
+    network = to.network
+    for near, far in to.ways:
         if new:
             yield Packet(network.version, near, far, subnets, protocol, destination=network)
         if answered:
@@ -212,17 +212,17 @@ class OwnAddresses:
     @cached_property
     def _services(self) -> tuple[IPInterface, ...]:
         """Without those that every host has."""
-        return tuple(one for one in self.for_services if not (one.ip.is_loopback or one.ip.is_link_local))
+        return tuple(held for held in self.for_services if not (held.ip.is_loopback or held.ip.is_link_local))
 
     @cached_property
     def _held(self) -> Networks:
-        return Networks.of(one.network for one in self._services)
+        return Networks.of(address.network for address in self._services)
 
     @cached_property
     def _numbers(self) -> dict[int, list[int]]:
         """The addresses for services that are balanced, in order."""
-        found = {one.ip for one in self._services} & self.balanced
-        return {version: sorted(int(one) for one in found if one.version == version) for version in (4, 6)}
+        services = {address.ip for address in self._services} & self.balanced
+        return {version: sorted(int(ip) for ip in services if ip.version == version) for version in (4, 6)}
 
 
 def translated(
@@ -231,13 +231,13 @@ def translated(
     """The destinations, with the place from where on their packets may be others. `chains`: all that forwarded packets
     pass."""
     translating = [_Translation(chain) for chain in chains if _may_translate(chain)]
-    for one in to:
-        local = own.may_be(one.network)
+    for destination in to:
+        local = own.may_be(destination.network)
         places: dict[str, list[Place]] = {name: [_ROUTING] if local else [] for name in _PROTOCOLS}
         for each in translating:
-            for name in each.of(one, subnets, local=local):
+            for name in each.of(destination, subnets, local=local):
                 places[name].append(each.chain.place)
-        yield evolve(one, translated={name: min(found) for name, found in places.items() if found})
+        yield evolve(destination, translated={name: min(several) for name, several in places.items() if several})
 
 
 class _Translation:
@@ -248,18 +248,18 @@ class _Translation:
         self._tests = AddressTests(chain)
         self._known: dict[object, tuple[str, ...]] = {}
 
-    def of(self, one: Destination, subnets: tuple[IPNetwork, ...], *, local: bool) -> tuple[str, ...]:
+    def of(self, to: Destination, subnets: tuple[IPNetwork, ...], *, local: bool) -> tuple[str, ...]:
         """The protocols of which it may translate packets for a destination. `local`: this may be the host itself."""
-        version, at = one.network.version, None if local else False
-        alike = one.ways, version, local, self._tests.index.of(one.network)
+        version, at = to.network.version, None if local else False
+        alike = to.ways, version, local, self._tests.index.of(to.network)
         if alike not in self._known:
-            narrowed = self._tests.narrowed("daddr", one.network)
+            narrowed = self._tests.narrowed("daddr", to.network)
             self._known[alike] = tuple(
                 name
                 for name in _PROTOCOLS
                 if any(
-                    translates(narrowed, Packet(version, near, far, subnets, name, destination=one.network, local=at))
-                    for near, far in one.ways
+                    translates(narrowed, Packet(version, near, far, subnets, name, destination=to.network, local=at))
+                    for near, far in to.ways
                 )
             )
         return self._known[alike]

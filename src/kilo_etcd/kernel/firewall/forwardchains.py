@@ -54,7 +54,7 @@ class _Found:
     """If no packet had its destination translated."""
     translating: tuple[BaseChain, ...] = ()
     own: OwnAddresses | None = None
-    found: tuple[Obstacle, ...]
+    obstacles: tuple[Obstacle, ...]
 
 
 class ForwardChains:
@@ -124,18 +124,19 @@ class ForwardChains:
             return ()
         last, subnets = self._by_destination, _subnets(plan)
         if last is None or last.plan is not plan or last.devices != devices or not _same(last.chains, chains):
-            found = destination_obstacles(chains, destinations(plan, self._interface, devices), sent, subnets)
-            last = _Found(plan=plan, devices=devices, chains=chains, untranslated=found, found=found)
+            obstacles = destination_obstacles(chains, destinations(plan, self._interface, devices), sent, subnets)
+            last = _Found(plan=plan, devices=devices, chains=chains, untranslated=obstacles, obstacles=obstacles)
             self._by_destination = last
         if not last.untranslated:
             return ()
         translating, own = self._translating(), self._own()
         if not _same(last.translating, translating) or last.own != own:
             named = {network for obstacle in last.untranslated for network in obstacle.networks}
-            to = (one for one in destinations(plan, self._interface, devices) if one.network in named)
-            found = destination_obstacles(chains, translated(to, translating, own, subnets), sent, subnets)
-            last = self._by_destination = evolve(last, translating=translating, own=own, found=found)
-        return last.found
+            every = destinations(plan, self._interface, devices)
+            to = (destination for destination in every if destination.network in named)
+            obstacles = destination_obstacles(chains, translated(to, translating, own, subnets), sent, subnets)
+            last = self._by_destination = evolve(last, translating=translating, own=own, obstacles=obstacles)
+        return last.obstacles
 
     def _translating(self) -> tuple[BaseChain, ...]:
         """The chains that may translate the destinations of forwarded packets. All that packets pass are among them: a

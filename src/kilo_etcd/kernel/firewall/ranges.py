@@ -72,14 +72,14 @@ class Networks:
         ours: dict[int, list[tuple[int, int]]] = {}
         for subnet in subnets:
             ours.setdefault(subnet.version, []).append(bounds(subnet))
-        found = {}
+        merged = {}
         for version, ranges in self.by_version.items():
             wanted = ours.get(version, ())
             met = {pair for subnet in wanted for pair in ranges.met_by(*subnet)}
             some = {pair for pair in met if not all(pair[0] <= low and high <= pair[1] for low, high in wanted)}
             if some:
-                found[version] = _merged(some)
-        return Networks(found)
+                merged[version] = _merged(some)
+        return Networks(merged)
 
 
 def bounds(network: IPNetwork) -> tuple[int, int]:

@@ -66,13 +66,11 @@ def own_rules(rules: Iterable[RoutingRule], interface: str) -> frozenset[Routing
         exit_node.rule_priorities(interface),
     )
     for priorities in pairs:
-        found = [rule for rule in rules if rule.priority in priorities]
-        own = any(rule.table in tables for rule in found)
-        others = any(rule.table not in tables and rule.table != MAIN_TABLE for rule in found)
+        near = [rule for rule in rules if rule.priority in priorities]
+        own = any(rule.table in tables for rule in near)
+        others = any(rule.table not in tables and rule.table != MAIN_TABLE for rule in near)
         # Both may have those that lead to the main table: the kernel has them once.
-        kept.update(
-            rule for rule in found if rule.table in tables or (rule.table == MAIN_TABLE and (own or not others))
-        )
+        kept.update(rule for rule in near if rule.table in tables or (rule.table == MAIN_TABLE and (own or not others)))
     return frozenset(kept)
 
 
