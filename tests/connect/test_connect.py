@@ -23,7 +23,7 @@ from kilo_etcd.connect import registration as registration_module
 from kilo_etcd.connect.connection import Edges, Names, PeerConnection, Settings
 from kilo_etcd.connect.registration import LEASE_SECONDS, DesiredPeer, Gone, PeerRegistration
 from kilo_etcd.ctl.context import Failure
-from kilo_etcd.etcd.api import Compare, Op, PermissionDenied, Put, TxnResult, Unavailable
+from kilo_etcd.etcd.api import Compare, Delete, Op, PermissionDenied, Put, TxnResult, Unavailable
 from kilo_etcd.kernel.routing.exit_node import exit_table
 from kilo_etcd.kernel.state import Change, DeleteLink, DeleteRoute, HostAddress, SetPeer
 from kilo_etcd.model import CandidateClass, Endpoint, IPAddress
@@ -97,6 +97,10 @@ class World:
 
     def record(self) -> PeerRecord:
         return decode_peer(self.etcd.get(RECORD) or b"")
+
+    def record_names(self) -> set[str]:
+        """The peers that have a record."""
+        return {key.removeprefix("/kilo/peers/") for key in self.etcd.keys("/kilo/peers/")}
 
     async def look(self) -> HostFacts:
         await trio.lowlevel.checkpoint()
@@ -387,10 +391,105 @@ async def test_a_record_that_is_put_anew_keeps_what_an_operator_has_added_to_it(
         preshared_key=base64.b64encode(bytes(32)).decode(),
     )
     await world.client.put(RECORD, encode(added), lease=held.lease)
-    await registration.renew()
+    assert await registration.renew()
     anew = world.etcd.data[RECORD.encode()]
     assert decode_peer(anew.value) == added
     assert anew.version == 1
+
+
+async def test_a_record_that_a_younger_one_would_take_a_network_from_is_put_anew_all_the_same(world: World) -> None:
+    off = 3600.0
+    world.host.clock = lambda: trio.current_time() + off
+    async with connected(world):
+        await trio.sleep(30)
+        held = world.etcd.data[RECORD.encode()]
+        shared = ip_network("192.168.9.0/24")
+        record = evolve(world.record(), allowed_ips=(*world.record().allowed_ips, shared))
+        await world.client.put(RECORD, encode(record), lease=held.lease)
+        other = PeerRecord(public_key=key_of(99), allowed_ips=(ip_network("10.77.0.9/32"), shared))
+        world.etcd.put("/kilo/peers/other", encode(other))
+        await trio.sleep(10)
+        off = 0.0
+        await trio.sleep(60)
+        anew = world.etcd.data[RECORD.encode()]
+        assert anew.create_revision > held.create_revision
+        assert (decode_peer(anew.value), anew.lease) == (record, held.lease)
+        assert world.leaders() == {1, 3}
+    assert world.record_names() == {"other"}
+
+
+async def test_a_record_that_was_put_without_a_lease_is_not_said_to_be_put_anew(world: World) -> None:
+    off = 3600.0
+    world.host.clock = lambda: trio.current_time() + off
+    async with connected(world):
+        await trio.sleep(30)
+        # As `etcdctl put` does.
+        await world.client.put(
+            RECORD, encode(evolve(world.record(), preshared_key=base64.b64encode(bytes(32)).decode()))
+        )
+        await trio.sleep(30)
+        before, resets = world.etcd.data[RECORD.encode()], len(world.resets())
+        off = 0.0
+        await trio.sleep(60)
+        assert world.etcd.data[RECORD.encode()] == before
+        # The nodes have its sessions still, and would drop its handshakes.
+        assert len(world.resets()) == resets
+        assert world.logged("this machine's clock went back") == 1
+        assert world.logged("kgctl peer remove laptop") == 1
+        assert world.logged("new WireGuard peer") == 0
+
+
+@pytest.mark.parametrize("lost", [Put, Delete])
+async def test_a_record_is_put_anew_once_although_an_answer_of_etcd_gets_lost(
+    world: World, lost: type[Put | Delete], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    await world.build()
+    registration = PeerRegistration(world.client, KEYS, DesiredPeer(name="laptop", public_key=PUBLIC), lambda: None)
+    await registration.register()
+    before, transact, left = world.etcd.data[RECORD.encode()], world.client.txn, 1
+
+    async def txn(compare: Any, success: Any) -> TxnResult:
+        nonlocal left
+        gone = RECORD not in world.etcd
+        result = await transact(compare, success)
+        if left and isinstance(success[0], lost) and (lost is Delete or gone):
+            left -= 1
+            raise Unavailable("the connection broke")
+        return result
+
+    monkeypatch.setattr(world.client, "txn", txn)
+    with pytest.raises(Unavailable):
+        await registration.renew()
+    assert registration.renewing
+    assert await registration.renew()
+    assert not registration.renewing
+    anew = world.etcd.data[RECORD.encode()]
+    assert anew.create_revision > before.create_revision
+    assert (anew.value, anew.lease, anew.version) == (before.value, before.lease, 1)
+    assert registration.revision == anew.create_revision
+
+
+async def test_a_lease_that_ends_while_the_record_is_put_anew_has_it_registered_again(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    await world.build()
+    registration = PeerRegistration(world.client, KEYS, DesiredPeer(name="laptop", public_key=PUBLIC), lambda: None)
+    await registration.register()
+    before, transact = world.etcd.data[RECORD.encode()], world.client.txn
+
+    async def txn(compare: Any, success: Any) -> TxnResult:
+        result = await transact(compare, success)
+        if isinstance(success[0], Delete):
+            await world.etcd.client().revoke_lease(before.lease)
+        return result
+
+    with monkeypatch.context() as patched:
+        patched.setattr(world.client, "txn", txn)
+        assert await registration.renew(), "whoever puts the record again puts another one"
+    assert not registration.renewing
+    assert RECORD not in world.etcd
+    assert await registration.mend(None)
+    assert world.etcd.data[RECORD.encode()].value == before.value
 
 
 async def test_an_etcd_that_takes_no_writes_keeps_the_record(world: World) -> None:
@@ -875,7 +974,7 @@ async def test_a_name_that_was_taken_over_once_is_not_taken_again_when_the_clock
 
     with pytest.raises(BaseExceptionGroup) as caught:
         await connect()
-    assert caught.group_contains(Failure, match="is registered with another public key", depth=None)
+    assert caught.group_contains(Failure, match="another machine has taken the name", depth=None)
     assert world.record().public_key == key_of(99)
 
 

@@ -227,23 +227,29 @@ class PeerConnection:
             set_back.read(activity, now=now)
             # Not each time that it goes back: the sessions are interrupted.
             if set_back.epoch(None, now=now) is not None:
-                renews = self.registration.removes
-                self.log.warning(
-                    "this machine's clock went back; the nodes make it a new WireGuard peer"
-                    if renews
-                    else "this machine's clock went back; the nodes drop its handshakes as replays until kgctl peer "
-                    f"remove {self.desired.name} and add, or until the clock has caught up",
-                    by=shown_duration(round(set_back.seconds)),
-                )
-            if renews and self.mirror.connected and self.mirror.untrusted_reason is None:
+                renews = True
+                self.log.warning("this machine's clock went back", by=shown_duration(round(set_back.seconds)))
+            follows = self.mirror.connected and self.mirror.untrusted_reason is None
+            if renews and (follows or not self.registration.removes):
                 with suppress(etcd.EtcdError):
-                    await self.registration.renew()
-                    renews = False
-                    # The nodes have forgotten its sessions too, as soon as they know the new record.
-                    with suppress(etcd.EtcdError):
-                        await applied(self.client, self.keys, timeout=KNOWN_SECONDS)
-                    self._reset |= self.plan.peers.keys()
-                    self._nudge(fresh=True)
+                    renewed, renews = await self.registration.renew(), False
+                    await self._begin_anew(self.plan, renewed=renewed)
+
+    async def _begin_anew(self, plan: HostPlan, *, renewed: bool) -> None:
+        """The clock has gone back, and the nodes forget this machine's handshakes and sessions if `renewed`."""
+        if not renewed:
+            self.log.warning(
+                "the nodes drop this machine's handshakes as replays until its clock has caught up, since its record "
+                "is not under this command's lease; if they are to forget them now, end this command, kgctl peer "
+                f"remove {self.desired.name} (and add, if it was added), and connect again"
+            )
+            return
+        self.log.info("the nodes make this machine a new WireGuard peer")
+        # They do as soon as they know the new record.
+        with suppress(etcd.EtcdError):
+            await applied(self.client, self.keys, timeout=KNOWN_SECONDS)
+        self._reset |= plan.peers.keys()
+        self._nudge(fresh=True)
 
     # -- what wakes the reconciler ---------------------------------------------------------------------------
 

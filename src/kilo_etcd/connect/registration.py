@@ -237,6 +237,8 @@ class PeerRegistration:
         """Whether the record is being put anew, and may not stand there meanwhile."""
         self._former: PeerRecord | None = None
         """The record that this run has put, or has found in its place since."""
+        self._taken_away: KeyValue | None = None
+        """The record that is to be put back, as it stood before this run took it away."""
 
     @property
     def removes(self) -> bool:
@@ -278,7 +280,8 @@ class PeerRegistration:
             held = {key: view.kv(key) for key in puts}
             # This uses the view up.
             if trouble := new_trouble(before, after(view, puts, [])):
-                raise Failure("; ".join(trouble) + "; nothing was written")
+                what = "nothing was written" if self._former is None else "the record was not put again"
+                raise Failure(f"{'; '.join(trouble)}; {what}")
             try:
                 revision = await self._write(puts, held, decision)
             except LeaseNotFound:
@@ -319,6 +322,7 @@ class PeerRegistration:
             if not (await self._client.txn([compare[record]], [Delete(record)])).succeeded:
                 await self._take_back(compare[key] for key in new)
                 return 0
+            self._former = _readable(former)
             compare[record] = absent(record)
         result = await self._client.txn(
             [*compare.values()],
@@ -345,33 +349,63 @@ class PeerRegistration:
         index = await look(self._client, self._keys)
         return all(index.holder(address) == ("peer", self._desired.name) for address in addresses)
 
-    async def renew(self) -> None:
-        """Put the record anew, if this run has put it: the nodes take its key for a new peer's then, and forget its
-        handshakes. Failure; EtcdError: call again, since it may be gone."""
+    async def renew(self) -> bool:
+        """Take the record away and put the same one back, if it is under this run's lease: the nodes take its key for
+        a new peer's then, and forget its handshakes. Whether they do. Gone; EtcdError: call again, since it may be
+        gone. What it has of networks that a younger record wants too may go to that one."""
         if not self.removes:
-            return
+            return False
         key = self._keys.peer(self._desired.name)
-        held = await self._client.get(key)
-        if held is not None and held.lease == self._lease.id:
+        while True:
+            held = await self._client.get(key)
+            if held is None:
+                if self._taken_away is None:
+                    # It has ended with its lease, and `mend` puts it again.
+                    return True
+                if await self._put_back(key, self._taken_away):
+                    return True
+                continue
+            self._check_key(held)
+            if not held.lease or held.lease != self._lease.id:
+                self._taken_away, self.renewing = None, False
+                return False
+            if self._taken_away is not None and held.create_revision > self._taken_away.create_revision:
+                # The answer to the put got lost.
+                self._put_anew(held.mod_revision)
+                return True
             self._former = _readable(held) or self._former
             # etcd whose disk is full deletes, and puts nothing: then the record is better left as it is.
             put = await self._client.txn([unchanged(held)], [Put(key, held.value, lease=held.lease)])
             if put.succeeded:
                 # In between it is not there, and nobody else has taken it away.
-                self.renewing = True
+                self._taken_away, self.renewing = held, True
                 await self._client.txn([Compare(key, CompareTarget.MOD, Is.EQUAL, put.header.revision)], [Delete(key)])
-        self.renewing = True
-        self._desired = evolve(self._desired, replace=False)
-        await self.register()
-        self.renewing = False
+
+    async def _put_back(self, key: str, taken_away: KeyValue) -> bool:
+        """Whether the record stands again. False: somebody has put one, or its lease has ended."""
+        try:
+            put = await self._client.txn([absent(key)], [Put(key, taken_away.value, lease=taken_away.lease)])
+        except LeaseNotFound:
+            self._lease.mark_unconfirmed()
+            self._taken_away, self.renewing = None, False
+            return False
+        if put.succeeded:
+            self._put_anew(put.header.revision)
+        return put.succeeded
+
+    def _put_anew(self, revision: int) -> None:
+        self.revision, self._taken_away, self.renewing = revision, None, False
+
+    def _check_key(self, held: KeyValue) -> None:
+        record = _readable(held)
+        if record is not None and record.public_key != self._desired.public_key:
+            raise Gone(f"peer {self._desired.name} has another public key now: another machine has taken the name")
 
     async def mend(self, held: KeyValue | None) -> bool:
         """Put the record back where it went with its lease; whether it was. `held` is what stands there as of
         `revision` or later. Gone if somebody else did it; Failure, EtcdError."""
         if held is not None:
-            record = _readable(held)
-            if record is not None and record.public_key != self._desired.public_key:
-                raise Gone(f"peer {self._desired.name} has another public key now: another machine has taken the name")
+            self._check_key(held)
         if self.removes and not await self._lease.lives():
             # What the caller was allowed to replace once it may not replace forever.
             self._desired = evolve(self._desired, replace=False)
