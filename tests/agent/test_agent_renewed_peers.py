@@ -180,6 +180,36 @@ def test_a_laptop_whose_record_is_another_one_is_made_anew() -> None:
     assert peers.look(activity(4.0, silence=22, key=PHONE), now=4.0) == {PHONE}
 
 
+def test_an_agent_that_starts_makes_a_peer_anew_whose_clock_has_not_caught_up_when_its_session_has_ended() -> None:
+    """The other end may have begun the session that there is, so that it does not show that this host's WireGuard takes
+    the peer's own handshakes."""
+
+    def started(clock: float) -> RenewedPeers:
+        peers = RenewedPeers()
+        peers.follow(snapshot(3, clock=int(clock)), plan(KEY), now=0.0)
+        peers.follow(snapshot(3, clock=int(clock)), plan(KEY), now=0.5)
+        return peers
+
+    ahead = started(NOW + 86400)
+    assert ahead.look(activity(1.0, silence=20), now=1.0) == frozenset()
+    assert ahead.look(activity(3.0, silence=22), now=3.0) == frozenset(), "it works"
+    assert ahead.due(3.0) == 3.0 + OVERDUE_SECONDS - 22
+    late = 3.0 + OVERDUE_SECONDS - 22
+    assert ahead.look(activity(late, silence=OVERDUE_SECONDS), now=late) == {KEY}
+    assert ahead.look(activity(late + 300, silence=300), now=late + 300) == frozenset(), "once"
+    # It catches up before the session ends, or has long since.
+    for clock in (NOW + 100, NOW - 5):
+        caught_up = started(clock)
+        for now in (1.0, 3.0, late):
+            assert caught_up.look(activity(now, silence=19 + now), now=now) == frozenset()
+        assert caught_up.due(late) == float("inf")
+    # Nor is one made anew that is new.
+    ahead = started(NOW + 86400)
+    for now in (1.0, 3.0):
+        new = PeerActivity(time=NOW + now, peers={KEY: ObservedPeer(public_key=KEY)})
+        assert ahead.look(new, now=now) == frozenset()
+
+
 def test_what_is_no_news_makes_nothing_anew() -> None:
     peers = RenewedPeers()
     peers.follow(snapshot(3), plan(KEY), now=0.0)
@@ -239,9 +269,9 @@ def gone_back(seconds: float, *, was_at: float, now: float, seen: bool = True) -
     return PeerActivity(time=now, set_back=seconds, was_at=was_at, seen=seen)
 
 
-def nobody(*names: str, heard: float | None = None) -> UnansweredPeers:
-    """Nodes that do not answer, and when there was a handshake with them."""
-    return UnansweredPeers(names, heard={} if heard is None else dict.fromkeys(names, heard))
+def nobody(*names: str) -> UnansweredPeers:
+    """Nodes that do not answer."""
+    return UnansweredPeers(names)
 
 
 def test_a_clock_that_went_back_is_told_of_as_long_as_it_matters() -> None:
@@ -289,12 +319,15 @@ def test_a_jump_that_is_seen_is_told_although_the_clock_was_further_ahead_before
     assert clock.epoch(int(NOW), now=2.0) == NOW + 1
 
 
-def test_a_node_with_which_there_was_a_handshake_since_is_silent_for_another_reason() -> None:
-    clock, later = SetBack(), 10 + SESSION_SECONDS
-    clock.note(gone_back(86400.0, was_at=NOW, now=10.0), now=10.0)
-    assert clock.sentence(unanswered=nobody("b", heard=9.0), now=later) is not None
-    assert clock.sentence(unanswered=nobody("b", heard=11.0), now=later) is None
-    assert clock.sentence(unanswered=nobody("b"), now=later) is not None, "there was none at all"
+def test_a_node_that_has_begun_a_session_since_and_does_not_answer_is_named_with_the_clock() -> None:
+    """Its handshake does not show that it takes this host's."""
+    clock, accounts = SetBack(), PeerAccounts()
+    clock.note(gone_back(86400.0, was_at=NOW + 86400, now=NOW), now=0.0)
+    for now in range(40, 300, 5):
+        read = activity(now, silence=now - 40, sent=1000 + now, received=1148)
+        unanswered = accounts.look(snapshot(None), plan(KEY), read)
+    assert unanswered.nodes == ("b",)
+    assert "clock went back by 24 h" in (clock.sentence(unanswered=unanswered, now=300.0) or "")
 
 
 def test_the_sentence_says_when_the_others_make_the_host_anew() -> None:

@@ -31,15 +31,13 @@ _NOBODY = UnansweredPeers()
 
 @define
 class SetBack:
-    """Times `now` are seconds of one monotonic clock, those of readings of the readings' clock."""
+    """Times are seconds of one monotonic clock."""
 
     seconds: float = field(default=0.0, init=False)
     """By how much the clock was behind when that was last noted."""
     _known: float = field(default=0.0, init=False)
     """By how much it was behind then, or less since."""
     _since: float = field(default=-inf, init=False)
-    _read_at: float = field(default=0.0, init=False)
-    """`_since` on the readings' clock."""
     _was_at: float = field(default=0.0, init=False)
     _seen: bool = field(default=False, init=False)
     _silent_before: frozenset[str] = field(default=frozenset(), init=False)
@@ -58,7 +56,7 @@ class SetBack:
 
     def note(self, activity: PeerActivity, *, unanswered: UnansweredPeers = _NOBODY, now: float) -> None:
         """The clock went back, as this reading says. `unanswered` are those that did not answer before either."""
-        self.seconds, self._since, self._read_at = activity.set_back, now, activity.time
+        self.seconds, self._since = activity.set_back, now
         self._was_at, self._seen = activity.was_at, activity.seen or (self._untold and self._seen)
         self._silent_before, self._untold = frozenset(unanswered.nodes), True
 
@@ -82,13 +80,13 @@ class SetBack:
         return self._untold or now - self._since < min(self.seconds, LONGEST)
 
     def sentence(self, *, unanswered: UnansweredPeers = _NOBODY, now: float) -> str | None:
-        """What to say of it; None: it does not matter. `unanswered` are those that do not answer: one with which there
-        was a handshake since is silent for another reason, and so is one that was before."""
+        """What to say of it; None: it does not matter. `unanswered` are those that do not answer: one that did not
+        answer before either is silent for another reason. One with which there was a handshake since may have begun it,
+        and drops this host's all the same."""
         passed = now - self._since
         if passed >= min(self.seconds, LONGEST):
             return None
-        silent = (name for name in unanswered.nodes if unanswered.heard.get(name, -inf) < self._read_at)
-        if passed >= SESSION_SECONDS and self._silent_before.issuperset(silent):
+        if passed >= SESSION_SECONDS and self._silent_before.issuperset(unanswered.nodes):
             return None
         when = "within 3 min"
         if self._untold:

@@ -10,7 +10,7 @@ Pure: readings come in, names go out.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection
 
 from attrs import define, field, frozen
 
@@ -34,8 +34,6 @@ class UnansweredPeers:
     peers: tuple[str, ...] = ()
     """Outside peers: a laptop that sleeps is one."""
     waiting: bool = False
-    heard: Mapping[str, float] = field(factory=dict, eq=False)
-    """Node -> its last handshake, on the readings' clock; of those nodes with which there was one."""
 
 
 @define
@@ -53,7 +51,6 @@ class PeerAccounts:
         silent: set[str] = set()
         nodes: list[str] = []
         peers: list[str] = []
-        heard: dict[str, float] = {}
         waiting = False
         for key, planned in plan.peers.items():
             peer = activity.peers.get(key)
@@ -73,9 +70,7 @@ class PeerAccounts:
                     peers.append(planned.name)
                     continue
                 nodes.append(planned.name)
-                if peer.last_handshake:
-                    heard[planned.name] = peer.last_handshake
             elif sending >= 0:
                 waiting = True
         self._accounts, self._silent = accounts, frozenset(silent)
-        return UnansweredPeers(tuple(sorted(nodes)), tuple(sorted(peers)), waiting, heard)
+        return UnansweredPeers(tuple(sorted(nodes)), tuple(sorted(peers)), waiting)

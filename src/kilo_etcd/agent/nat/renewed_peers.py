@@ -54,6 +54,8 @@ class _Renewed:
     """What had come from it then."""
     overdue: float = inf
     """When its session, which works, should have been renewed."""
+    until: float = inf
+    """When its clock has caught up, on the readings' clock; infinite: that is not known."""
 
 
 @define
@@ -76,7 +78,12 @@ class RenewedPeers:
                 # without a lease is somebody else's, who knows nothing of the peer's clock.
                 epochs[key] = _Epochs(peer.registered_revision if peer.leased else 0)
         for key, epoch in list(epochs.items()):
-            before = self._epochs.get(key, epoch)
+            before = self._epochs.get(key)
+            if before is None:
+                if epoch.clock:
+                    # This agent has begun since, and the one before may have waited for the session's end.
+                    self._pending[key] = _Renewed(now, device=False, until=epoch.clock)
+                continue
             # One that fell and rises again is none that was not heard of.
             epochs[key] = evolve(epoch, clock=max(epoch.clock, before.clock))
             device = epoch.device > before.device
@@ -103,6 +110,10 @@ class RenewedPeers:
         for key, renewed in list(self._pending.items()):
             peer = activity.peers.get(key)
             if peer is None:
+                continue
+            new = not peer.last_handshake and not peer.rx_bytes
+            if activity.time >= renewed.until or (new and renewed.until < inf):
+                del self._pending[key]
                 continue
             if renewed.looked > now:
                 self._pending[key] = evolve(renewed, looked=now, received=peer.rx_bytes)
