@@ -18,7 +18,7 @@ from kilo_etcd.agent.nat.renewed_peers import OVERDUE_SECONDS, QUIET_SECONDS, Re
 from kilo_etcd.kernel.state import HostAddress, ObservedPeer, PeerActivity, SetPeer
 from kilo_etcd.model import SESSION_SECONDS, Endpoint, Node, Peer, Snapshot
 from kilo_etcd.model.hostplan import HostPlan, PeerPlan
-from kilo_etcd.planning.handshake_order import STAGES
+from kilo_etcd.planning.handshake_order import MOST_TRIGGERED, STAGES
 from kilo_etcd.runtime.host_facts import HostFacts
 from kilo_etcd.runtime.set_back import FIRST_PAUSE, SetBack
 from kilo_etcd.runtime.unanswered_peers import LASTING, PATIENCE, PeerAccounts, UnansweredPeers
@@ -416,6 +416,40 @@ async def test_an_agent_makes_a_peer_anew_that_has_begun_anew(
         assert resets(world) == before + 1
         assert len(triggered) == 1, "the host that waited sends a packet through the session, to see that it works"
         assert world.logged("another program changed") == 0
+
+
+@pytest.mark.autojump
+async def test_each_of_many_peers_that_have_begun_anew_at_once_is_begun_with(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    many = MOST_TRIGGERED + 44
+    keys = [base64.b64encode(bytes([60 + number // 250, number % 250]) * 16).decode() for number in range(many)]
+
+    def put(epoch: int | None) -> None:
+        for number, key in enumerate(keys):
+            host = f"{number // 250}.{number % 250 + 1}"
+            record = NodeRecord(
+                public_key=key, endpoint=Endpoint.parse(f"203.1.{host}:51820"), location=f"l{number}",
+                handshake_epoch=epoch,
+            )  # fmt: skip
+            world.etcd.put(f"/kilo/by/n{number}/addresses/10.4.2{host}", "")
+            world.etcd.put(f"/kilo/by/n{number}/node", encode(record))
+
+    other(world)
+    put(None)
+    async with running(world):
+        await eventually(lambda: set(keys) <= world.host.observed.peers.keys(), 30, every=0.1)
+        for key in keys:
+            world.host.receive_from(key)
+        await trio.sleep(60)
+        triggered: list[list[object]] = []
+        monkeypatch.setattr(apply, "trigger_handshakes", lambda addresses: triggered.append(list(addresses)))
+        put(1)
+        await trio.sleep(20)
+        made_anew = {change.public_key for change in world.host.history if isinstance(change, SetPeer) and change.reset}
+        assert made_anew == set(keys)
+        assert len({address for addresses in triggered for address in addresses}) == many
+        assert max(map(len, triggered)) <= MOST_TRIGGERED
 
 
 @pytest.mark.autojump

@@ -150,11 +150,10 @@ class _Renewals:
 
     @classmethod
     def of(cls, renewed: Collection[str], report: kernel.ApplyReport, plan: HostPlan, topology: Topology) -> _Renewals:
-        if len(renewed) > MOST_TRIGGERED:
-            return cls()
         own, trigger, wait = topology.snapshot.nodes[plan.node], list[IPAddress](), list[str]()
         set_to = {change.public_key: change.endpoint for change in report.changes if isinstance(change, SetPeer)}
-        for key in sorted(renewed & plan.peers.keys()):
+        # If the kernel refused changes for a while there may be more; traffic begins with the others.
+        for key in sorted(renewed & plan.peers.keys())[:MOST_TRIGGERED]:
             peer, endpoint = plan.peers[key], set_to.get(key)
             node = topology.snapshot.nodes.get(peer.name)
             if not peer.in_use or node is None:

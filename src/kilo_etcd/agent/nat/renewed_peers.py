@@ -24,6 +24,7 @@ from attrs import define, evolve, field, frozen
 from kilo_etcd.kernel.state import PeerActivity
 from kilo_etcd.model import Snapshot
 from kilo_etcd.model.hostplan import HostPlan
+from kilo_etcd.planning.handshake_order import MOST_TRIGGERED
 
 QUIET_SECONDS = 1.2
 """How long a host that has begun anew has for a handshake: it looks itself after two seconds whether there was one
@@ -35,6 +36,9 @@ it sends after 120 seconds, and with what it receives after 165 (whitepaper sect
 
 _GRACE = 1.0
 """Seconds by which a handshake may come before the news that its host had for it."""
+
+_NEXT = 0.5
+"""Seconds until more are made anew if there are too many at once."""
 
 
 @frozen
@@ -105,8 +109,8 @@ class RenewedPeers:
         return min((time for time in times if time > now), default=inf)
 
     def look(self, activity: PeerActivity, *, now: float) -> frozenset[str]:
-        """The public keys of the peers to make anew now."""
-        reset = set()
+        """The public keys of the peers to make anew now: no more than handshakes are triggered at once."""
+        reset: set[str] = set()
         for key, renewed in list(self._pending.items()):
             peer = activity.peers.get(key)
             if peer is None:
@@ -122,8 +126,11 @@ class RenewedPeers:
             works = silence <= now - renewed.since + _GRACE or peer.rx_bytes != renewed.received
             lost = renewed.device and not works and now - renewed.looked >= QUIET_SECONDS
             if silence >= OVERDUE_SECONDS or lost:
-                reset.add(key)
-                del self._pending[key]
+                if len(reset) < MOST_TRIGGERED:
+                    reset.add(key)
+                    del self._pending[key]
+                else:
+                    self._pending[key] = evolve(renewed, overdue=now + _NEXT)
             else:
                 device = renewed.device and not works
                 self._pending[key] = evolve(renewed, device=device, overdue=now + OVERDUE_SECONDS - silence)
