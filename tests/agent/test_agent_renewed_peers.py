@@ -18,6 +18,7 @@ from kilo_etcd.agent.nat.renewed_peers import OVERDUE_SECONDS, QUIET_SECONDS, Re
 from kilo_etcd.kernel.state import HostAddress, ObservedPeer, PeerActivity, SetPeer
 from kilo_etcd.model import SESSION_SECONDS, Endpoint, Node, Peer, Snapshot
 from kilo_etcd.model.hostplan import HostPlan, PeerPlan
+from kilo_etcd.model.node import LATEST_CLOCK_EPOCH
 from kilo_etcd.planning.handshake_order import MOST_TRIGGERED, STAGES
 from kilo_etcd.runtime.host_facts import HostFacts
 from kilo_etcd.runtime.set_back import FIRST_PAUSE, SetBack
@@ -305,6 +306,15 @@ def test_an_epoch_is_told_once_and_never_again_for_the_same_jump() -> None:
     clock = SetBack()
     clock.note(gone_back(1800.0, was_at=NOW + 0.6, now=1.0, seen=False), now=1.0)
     assert clock.epoch(int(NOW), now=1.0) is None
+
+
+def test_an_epoch_is_a_date_that_others_take_however_far_ahead_the_clock_was() -> None:
+    clock = SetBack()
+    clock.note(gone_back(1e12, was_at=1e12, now=1.0), now=1.0)
+    assert clock.epoch(None, now=1.0) == LATEST_CLOCK_EPOCH
+    clock = SetBack()
+    clock.note(gone_back(1e12, was_at=1e12, now=1.0, seen=False), now=1.0)
+    assert clock.epoch(LATEST_CLOCK_EPOCH, now=1.0) is None, "that is told"
 
 
 def test_a_jump_that_is_seen_is_told_although_the_clock_was_further_ahead_before_another_one() -> None:

@@ -118,6 +118,12 @@ def whole(value: object) -> int:
     return value
 
 
+def date(value: object) -> int:
+    if whole(value) >= 2**32:
+        raise ValueError(f"{short(value)} is no date")
+    return whole(value)
+
+
 def number(value: object) -> int:
     return -1 if value == -1 and not isinstance(value, bool) else whole(value)
 
@@ -265,7 +271,7 @@ READERS: dict[type, dict[str, Callable[[object], Any]]] = {
         "underlay": items(network),
         "encryption": or_nothing(one_of(EncryptionStage)),
         "handshakeEpoch": or_nothing(whole),
-        "clockEpoch": or_nothing(whole),
+        "clockEpoch": or_nothing(date),
         "subnets": items(network),
         "location": label,
         "port": port,

@@ -190,6 +190,15 @@ def test_an_unknown_field_of_a_newer_kgctl_is_named_and_the_peer_stays() -> None
     assert list(world.aside.values()) == ["allowedIps: no such field; allowedIPs is probably meant"]
 
 
+@pytest.mark.parametrize(("epoch", "read"), [(2**32 - 1, 2**32 - 1), (2**32, None), (10**18, None)])
+def test_a_clock_epoch_that_is_no_date_is_named_and_the_node_stays(epoch: int, read: int | None) -> None:
+    world = World()
+    world.node("a", "10.4.0.1", clock_epoch=epoch)
+    assert world.view.snapshot().nodes["a"].clock_epoch == read
+    reason = f"clockEpoch: {epoch} is no date of a clock (Unix seconds, at most 4294967295)"
+    assert list(world.aside.values()) == ([] if read else [f"{reason}; the rest of the record is in force"])
+
+
 @pytest.mark.parametrize(
     "field", ['"encryption":"paused"', '"encryption":["sends"]', '"acceptsSince":-1', '"acceptsSince":"x"']
 )

@@ -9,6 +9,9 @@ from kilo_etcd.model.candidate import CandidateClass
 from kilo_etcd.model.endpoint import Endpoint
 from kilo_etcd.model.settings import DEFAULT_LOCATION, DEFAULT_PORT, Encapsulate, EncryptionStage
 
+LATEST_CLOCK_EPOCH = 2**32 - 1
+"""In the year 2106. A greater one would be a mistake, and no later one would be news until all agents start again."""
+
 
 @frozen(kw_only=True)
 class StatedNode:
@@ -30,7 +33,8 @@ class StatedNode:
     by its clock. None: it has not been new since the host is a node."""
     clock_epoch: int | None = None
     """Greater than before: the host's clock went back, and others are to forget its handshakes when their sessions end.
-    At least the date that the clock had before (Unix seconds), so that an agent that starts knows what it has told."""
+    At least the date that the clock had before (Unix seconds), so that an agent that starts knows what it has told; at
+    most `LATEST_CLOCK_EPOCH`."""
     subnets: tuple[IPNetwork, ...] = ()
     location: str = DEFAULT_LOCATION
     port: int = DEFAULT_PORT

@@ -16,6 +16,7 @@ from attrs import define, field
 from kilo_etcd.kernel.handshake_clock import SET_BACK
 from kilo_etcd.kernel.state import PeerActivity
 from kilo_etcd.model import SESSION_SECONDS
+from kilo_etcd.model.node import LATEST_CLOCK_EPOCH
 from kilo_etcd.runtime.parsing import shown_duration
 from kilo_etcd.runtime.unanswered_peers import UnansweredPeers
 from kilo_etcd.store.status_texts import CLOCK_WENT_BACK
@@ -65,7 +66,7 @@ class SetBack:
         if not self._untold or now < self._raised + self._pause:
             return None
         self._untold = False
-        epoch, former = round(self._was_at), former or 0
+        epoch, former = min(round(self._was_at), LATEST_CLOCK_EPOCH), former or 0
         # One second: what is read of the same handshake twice differs by a rounding.
         told = former >= epoch - 1 and not self._seen
         if now - self._since >= self.seconds or told:
@@ -73,7 +74,7 @@ class SetBack:
         again = now - self._raised < 2 * self._pause
         self._raised, self._pause = now, min(2 * self._pause, MOST_PAUSE) if again else FIRST_PAUSE
         # The clock may have been further ahead at some time than it was before this jump.
-        return max(epoch, former + 1)
+        return min(max(epoch, former + 1), LATEST_CLOCK_EPOCH)
 
     def matters(self, *, now: float) -> bool:
         """Whether there is to be an epoch or a sentence, or may be before long."""

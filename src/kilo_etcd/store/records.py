@@ -44,7 +44,7 @@ from kilo_etcd.model import (
     IPNetwork,
     parse_value,
 )
-from kilo_etcd.model.node import StatedNode
+from kilo_etcd.model.node import LATEST_CLOCK_EPOCH, StatedNode
 
 MAX_VALUE = 64 * 1024
 """Bytes. etcd takes 1.5 MiB; no record of ours comes near, and every agent would have to hold and read it."""
@@ -500,6 +500,12 @@ def _whole_number(value: object, _type: object = None) -> int:
     return value
 
 
+def _clock_epoch(value: object) -> int:
+    if _whole_number(value) > LATEST_CLOCK_EPOCH:
+        raise ValueError(f"{shown(value)} is no date of a clock (Unix seconds, at most {LATEST_CLOCK_EPOCH})")
+    return _whole_number(value)
+
+
 def _port(value: object) -> int:
     if isinstance(value, bool) or not isinstance(value, int) or not 0 < value < 65536:
         raise ValueError(f"{shown(value)} is no port (1 to 65535)")
@@ -617,6 +623,7 @@ _BY_NAME: Mapping[str, Callable[[object], Any]] = {
     "preshared_key": _or_none(check_key),
     "location": _label,
     "port": _port,
+    "clock_epoch": _or_none(_clock_epoch),
     "persistent_keepalive": lambda value: parse_keepalive(_whole_number(value)),
     "former_names": _items(_name),
     "duplicate_of": _items(_name),
