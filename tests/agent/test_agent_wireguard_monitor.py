@@ -42,7 +42,7 @@ def public(world: World) -> None:
     )
 
 
-def home(world: World, keepalive: int = 25) -> None:
+def home(world: World, keepalive: int = 25, epoch: int | None = None) -> None:
     """Another host, behind another NAT."""
     record = NodeRecord(
         public_key=HOME,
@@ -50,6 +50,7 @@ def home(world: World, keepalive: int = 25) -> None:
         internal_ips=(ip_interface("192.168.7.2/24"),),
         location="home",
         persistent_keepalive=keepalive,
+        handshake_epoch=epoch,
     )
     world.etcd.put("/kilo/by/home/addresses/10.4.0.77", "")
     world.etcd.put("/kilo/by/home/node", encode(record))
@@ -348,3 +349,28 @@ async def test_a_device_that_cannot_be_read_for_a_while_is_read_again(
         world.host.receive_from(HOME, endpoint=SEEN)
         await eventually(lambda: told(world) == {"home": str(SEEN)}, 60, every=0.1)
         assert failures == []
+
+
+@pytest.mark.parametrize(("gap", "again", "records"), [(3, SEEN, 0), (12, SEEN, 0), (12, MOVED, 1), (1000, SEEN, 1)])
+async def test_where_a_host_is_seen_stays_published_while_it_is_made_anew(
+    world: World, gap: int, again: Endpoint, records: int
+) -> None:
+    """A boot takes `gap` seconds from the record to the first handshake."""
+    public(world)
+    home(world)
+    async with running(world):
+        await eventually(lambda: HOME in world.host.observed.peers, 10, every=0.1)
+        world.host.receive_from(HOME, endpoint=SEEN)
+        await eventually(lambda: told(world) == {"home": str(SEEN)}, 20, every=0.1)
+        await trio.sleep(100)
+        home(world, epoch=1)
+        await eventually(lambda: not world.host.observed.peers[HOME].last_handshake, 5, every=0.1)
+        before = world.etcd.revision
+        await trio.sleep(min(gap, 60))
+        if gap < 60:
+            assert told(world) == {"home": str(SEEN)}
+            world.host.receive_from(HOME, endpoint=again)
+            await trio.sleep(20)
+        assert told(world) == ({"home": str(again)} if gap < 60 else {})
+        written = [event for event in world.etcd._log if event.kv.mod_revision > before]
+        assert sum(b"/endpoints/" in event.kv.key for event in written) == records

@@ -13,7 +13,7 @@ Pure: readings and times come in, records and times go out.
 from __future__ import annotations
 
 import random
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 
 from attrs import define, field, frozen
 
@@ -27,6 +27,9 @@ OBSERVERS = 3
 
 STALE = 240.0
 """Seconds since the last handshake after which a host has gone: with keepalive there is one every three minutes."""
+
+MADE_ANEW = 30.0
+"""Seconds that a peer which this host has made anew has for its next handshake until it counts as gone."""
 
 FIRST_PAUSE, LONGEST_PAUSE, QUIET = 5.0, 80.0, 300.0
 """Seconds between two records on one node or peer: at first, at most, and how long it takes to begin anew."""
@@ -75,6 +78,25 @@ def observed_here(watched: Mapping[str, Watched], activity: PeerActivity) -> dic
         address = peer.endpoint.address
         if address is not None and address.version in subject.versions and peer.endpoint.public:
             result[subject.name] = ObservedEndpointRecord(public_key=key, endpoint=peer.endpoint)
+    return result
+
+
+def kept(
+    watched: Mapping[str, Watched],
+    activity: PeerActivity,
+    published: Mapping[str, ObservedEndpointRecord],
+    made_anew: Collection[str],
+) -> dict[str, ObservedEndpointRecord]:
+    """What stays published of the peers of these public keys, which were made anew a moment ago: a peer that is new to
+    WireGuard has had no handshake, which says nothing of where it is."""
+    result = {}
+    for key in made_anew:
+        subject, peer = watched.get(key), activity.peers.get(key)
+        record = None if subject is None else published.get(subject.name)
+        if subject is None or peer is None or record is None or peer.last_handshake:
+            continue
+        if (record.public_key, record.endpoint) == (key, peer.endpoint):
+            result[subject.name] = record
     return result
 
 

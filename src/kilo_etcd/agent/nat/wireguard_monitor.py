@@ -15,7 +15,15 @@ from attrs import frozen
 
 from kilo_etcd import kernel
 from kilo_etcd.agent.nat.nat_traversal import Attempts, partners
-from kilo_etcd.agent.nat.observed_endpoints import PublishSchedule, Watched, observed_here, to_publish, to_watch
+from kilo_etcd.agent.nat.observed_endpoints import (
+    MADE_ANEW,
+    PublishSchedule,
+    Watched,
+    kept,
+    observed_here,
+    to_publish,
+    to_watch,
+)
 from kilo_etcd.agent.nat.renewed_peers import RenewedPeers
 from kilo_etcd.kernel.state import PeerActivity
 from kilo_etcd.model import Node, Snapshot
@@ -101,6 +109,8 @@ class WireGuardMonitor:
         self._attempts = Attempts()
         self._accounts = PeerAccounts()
         self._renewed = RenewedPeers()
+        self._made_anew: dict[str, float] = {}
+        """The public keys of those that it has had made anew of late, and when."""
         self._reported: tuple[str, ...] = ()
         self._unanswered = UnansweredPeers()
         self._followed: _Followed | None = None
@@ -162,7 +172,11 @@ class WireGuardMonitor:
             self._on_set_back()
         if renewed := self._renewed.look(activity, now=now):
             self._renew(renewed)
-        desired = to_publish(observed_here(watched, activity), snapshot, self._name, published)
+            self._made_anew |= dict.fromkeys(renewed, now)
+        if self._made_anew:
+            self._made_anew = {key: then for key, then in self._made_anew.items() if now - then < MADE_ANEW}
+        seen = observed_here(watched, activity) | kept(watched, activity, published, self._made_anew)
+        desired = to_publish(seen, snapshot, self._name, published)
         ready, due = self._schedule.ready(desired, published, now=now, nodes=len(snapshot.nodes))
         if ready != published:
             await self._session.put_observed_endpoints(ready)
