@@ -293,6 +293,17 @@ def test_a_clock_that_went_back_is_told_of_as_long_as_it_matters() -> None:
     assert clock.sentence(unanswered=nobody("b"), now=30 * day) is None, "by then it is something else"
 
 
+def test_a_clock_that_has_caught_up_while_the_host_slept_is_of_no_interest() -> None:
+    clock = SetBack()
+    assert clock.read(gone_back(3600.0, was_at=NOW + 3600, now=NOW), now=10.0)
+    assert clock.epoch(None, now=10.0) is not None
+    assert clock.matters(now=20.0)
+    # The monotonic clock stands still in sleep.
+    assert not clock.read(gone_back(0.0, was_at=NOW + 18000, now=NOW + 18000), now=20.0)
+    assert clock.sentence(now=20.0) is None
+    assert not clock.matters(now=20.0)
+
+
 def test_an_epoch_is_told_once_and_never_again_for_the_same_jump() -> None:
     clock = SetBack()
     assert clock.epoch(None, now=0.0) is None

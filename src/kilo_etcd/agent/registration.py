@@ -134,7 +134,7 @@ class HostRegistration:
                     )
                     self._keep(record, () if alike else reasons)
             except (etcd.EtcdError, NameTaken) as error:
-                self._once.warning("addresses", "the changed addresses are not registered yet", error=str(error))
+                self._once.warning("addresses", "the changed record is not registered yet", error=str(error))
             except (OSError, kernel.KernelError, descriptors.OutOfDescriptors) as error:
                 self._once.warning(
                     "addresses", "the host's addresses cannot be read", error=descriptors.shortage(error) or str(error)

@@ -37,7 +37,7 @@ class SetBack:
     seconds: float = field(default=0.0, init=False)
     """By how much the clock was behind when that was last noted."""
     _known: float = field(default=0.0, init=False)
-    """By how much it was behind then, or less since."""
+    """By how much it was behind then, or less since: nothing once it has caught up, be it asleep."""
     _since: float = field(default=-inf, init=False)
     _was_at: float = field(default=0.0, init=False)
     _seen: bool = field(default=False, init=False)
@@ -51,13 +51,12 @@ class SetBack:
         self._known = min(self._known, activity.set_back)
         if activity.set_back - self._known < SET_BACK:
             return False
-        self._known = activity.set_back
         self.note(activity, unanswered=unanswered, now=now)
         return True
 
     def note(self, activity: PeerActivity, *, unanswered: UnansweredPeers = _NOBODY, now: float) -> None:
         """The clock went back, as this reading says. `unanswered` are those that did not answer before either."""
-        self.seconds, self._since = activity.set_back, now
+        self.seconds, self._known, self._since = activity.set_back, activity.set_back, now
         self._was_at, self._seen = activity.was_at, activity.seen or (self._untold and self._seen)
         self._silent_before, self._untold = frozenset(unanswered.nodes), True
 
@@ -69,7 +68,7 @@ class SetBack:
         epoch, former = min(round(self._was_at), LATEST_CLOCK_EPOCH), former or 0
         # One second: what is read of the same handshake twice differs by a rounding.
         told = former >= epoch - 1 and not self._seen
-        if now - self._since >= self.seconds or told:
+        if self._caught_up(now) or told:
             return None
         again = now - self._raised < 2 * self._pause
         self._raised, self._pause = now, min(2 * self._pause, MOST_PAUSE) if again else FIRST_PAUSE
@@ -78,14 +77,17 @@ class SetBack:
 
     def matters(self, *, now: float) -> bool:
         """Whether there is to be an epoch or a sentence, or may be before long."""
-        return self._untold or now - self._since < min(self.seconds, LONGEST)
+        return self._untold or not (self._caught_up(now) or now - self._since >= LONGEST)
+
+    def _caught_up(self, now: float) -> bool:
+        return self._known <= 0 or now - self._since >= self.seconds
 
     def sentence(self, *, unanswered: UnansweredPeers = _NOBODY, now: float) -> str | None:
         """What to say of it; None: it does not matter. `unanswered` are those that do not answer: one that did not
         answer before either is silent for another reason. One with which there was a handshake since may have begun it,
         and drops this host's all the same."""
         passed = now - self._since
-        if passed >= min(self.seconds, LONGEST):
+        if self._caught_up(now) or passed >= LONGEST:
             return None
         if passed >= SESSION_SECONDS and self._silent_before.issuperset(unanswered.nodes):
             return None

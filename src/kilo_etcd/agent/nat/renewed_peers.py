@@ -7,7 +7,7 @@ forgotten, and its session with it.
 
 So a host raises an epoch in its record (`model.node.StatedNode`) when its device is new, or when its clock went back,
 and each other host makes the peer anew once, as soon as that costs nothing. If the device is new, the session is dead
-as soon as nothing comes through it since the news. In either case one is dead, or nobody uses it, that is so old that
+as soon as nothing comes through it since the news. In either case a session older than 170 s is dead or unused:
 WireGuard would have renewed it if it worked and packets went through. A session that works stays until nobody uses it:
 there is no telling which end began it, and if this host did, the next handshake from the other end is dropped still.
 
@@ -88,8 +88,9 @@ class RenewedPeers:
                     # This agent has begun since, and the one before may have waited for the session's end.
                     self._pending[key] = _Renewed(now, device=False, until=epoch.clock)
                 continue
-            # One that fell and rises again is none that was not heard of.
-            epochs[key] = evolve(epoch, clock=max(epoch.clock, before.clock))
+            # A clock epoch that falls and rises to the same value is no news.
+            if before.clock > epoch.clock:
+                epochs[key] = evolve(epoch, clock=before.clock)
             device = epoch.device > before.device
             # Less: etcd was restored, or is another one, and nobody's clock went back.
             if device or epoch.clock > before.clock:
