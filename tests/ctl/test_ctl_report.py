@@ -815,7 +815,9 @@ def test_labels_that_would_only_do_harm_are_refused(label: str) -> None:
 def test_a_field_that_is_not_known_is_a_warning_and_its_record_is_not_said_to_be_rejected() -> None:
     reason = "colour: no such field is known; a peer has publicKey; the rest of the record is in force"
     found = report(evolve(WORLD, rejected=(RejectedRecord("/kilo/peers/laptop", reason),)), {}, newest=40)
-    assert [(finding.severity, finding.text) for finding in _records(found)] == [(Severity.WARNING, reason)]
+    (finding,) = _records(found)
+    assert (finding.severity, finding.text) == (Severity.WARNING, reason)
+    assert finding.remedy == "etcdctl get /kilo/peers/laptop; upgrade the agents, or take the field out"
 
 
 def test_ten_thousand_rejected_records_are_counted_and_the_first_are_shown() -> None:
@@ -920,6 +922,13 @@ def test_check_names_an_unanswered_host_unless_an_error_about_packets_does() -> 
     assert [(finding.severity, finding.subject) for finding in found(Live())] == [(Severity.WARNING, "a3")]
     down = Live(answers={"a3": DiagnosticsResponse(), "b1": DiagnosticsResponse()})
     assert [finding.severity for finding in found(down)] == [Severity.ERROR]
+    # An error hides no other pair of a host that it names.
+    told["b1"] = evolve(told["b1"], unanswered=("a3", "a2"))
+    left = [finding for finding in found(down) if finding.severity is Severity.WARNING]
+    assert [finding.text.partition(" are not answered")[0] for finding in left] == [
+        "WireGuard's packets between it and b1"
+    ]
+    assert [finding.subject for finding in left] == ["a2"]
 
 
 def test_outside_peers_that_are_not_answered_are_a_note() -> None:

@@ -59,6 +59,7 @@ from kilo_etcd.ctl.reports.report import (
     set_without_record,
     subject_of,
     unanswered,
+    unanswered_pairs,
     unrouted_sentence,
 )
 from kilo_etcd.ctl.reports.trace import Plans
@@ -175,8 +176,13 @@ def findings(examined: Examined) -> tuple[Finding, ...]:
     # If an error names a leader already, the probers' report of that leader would only repeat it.
     reported = unreached_through(examined.topology)
     repeated = [remark for remark in reported if any(_names(finding, remark.about) for finding in wrong)]
-    silent = unanswered(examined.statuses, examined.topology)
-    repeated += [remark for remark in silent if any(_names(finding, remark.subject) for finding in wrong)]
+    silent = unanswered_pairs(examined.statuses, examined.topology)
+    unexplained = {
+        pair: senders
+        for pair, senders in silent.items()
+        if not any(all(_names(finding, name) for name in pair) for finding in wrong)
+    }
+    repeated += unanswered(silent)
     unsorted = (
         *_etcd(examined.members, examined.uncompacted),
         *_agents(
@@ -187,7 +193,7 @@ def findings(examined: Examined) -> tuple[Finding, ...]:
             {name: answer.trouble for name, answer in live.answers.items()},
         ),
         *_mode(examined.report),
-        *_records(examined.report, frozenset(repeated)),
+        *_records(examined.report, frozenset(repeated), tuple(unanswered(unexplained))),
         *_unrouted(examined),
         *_claims(examined.claims),
         *_settings(examined.settings),
@@ -362,8 +368,10 @@ def _mode(report: Report) -> Iterator[Finding]:
         )  # fmt: skip
 
 
-def _records(report: Report, named_elsewhere: Collection[Remark] = ()) -> Iterator[Finding]:
-    """`named_elsewhere`: problems that other findings name."""
+def _records(
+    report: Report, named_elsewhere: Collection[Remark] = (), in_their_place: Sequence[Remark] = ()
+) -> Iterator[Finding]:
+    """`named_elsewhere`: problems that other findings name, in whole or in part; `in_their_place`: what is left."""
     for aside in report.rejected[:MOST_NAMED]:
         if aside.in_force and aside.author:
             yield Finding(
@@ -376,7 +384,9 @@ def _records(report: Report, named_elsewhere: Collection[Remark] = ()) -> Iterat
             subject=aside.key, text=aside.reason if aside.in_force else f"rejected: {aside.reason}",
             remedy=f"etcdctl get {aside.key}; " + (
                 f"the agent of {aside.author} writes it: is it up? systemctl status kilo-etcd there; gone for good: "
-                f"etcdctl del {aside.key}" if aside.author else "put it right or delete it"
+                f"etcdctl del {aside.key}" if aside.author
+                else "upgrade the agents, or take the field out" if aside.in_force
+                else "put it right or delete it"
             ),
         )  # fmt: skip
     if (more := len(report.rejected) - MOST_NAMED) > 0:
@@ -384,7 +394,8 @@ def _records(report: Report, named_elsewhere: Collection[Remark] = ()) -> Iterat
             severity=Severity.ERROR, subject="records", text=f"{more} more records are rejected",
             remedy="kgctl status -o json lists all under rejected; find out who writes them",
         )  # fmt: skip
-    for remark in (problem for problem in report.problems if problem not in named_elsewhere):
+    left = (problem for problem in report.problems if problem not in named_elsewhere)
+    for remark in (*left, *in_their_place):
         yield Finding(severity=Severity.WARNING, subject=remark.subject, text=remark.text)
     for remark in report.notes:
         yield Finding(severity=Severity.NOTE, subject=remark.subject, text=remark.text)

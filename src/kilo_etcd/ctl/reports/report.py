@@ -271,7 +271,7 @@ def report(
             *_same_internal_ips(snapshot, statuses, separately=about is not None),
             *_same_endpoints(snapshot, statuses, separately=about is not None),
             *_unreached_through(topology),
-            *unanswered(statuses, topology, about),
+            *unanswered(unanswered_pairs(statuses, topology), about),
             *_one_sided(topology, statuses, about),
         ),
         notes=(
@@ -393,17 +393,23 @@ def _flags(names: Iterable[str], statuses: Mapping[str, StatusRecord]) -> tuple[
     )
 
 
-def unanswered(
-    statuses: Mapping[str, StatusRecord], topology: Topology, about: Collection[str] | None = None
-) -> Iterator[Remark]:
-    """On nodes between which WireGuard's packets get no answer, as one of them reports: one remark for all that a node
-    has in common; with `about` one for each pair of each of these nodes. An agent that is gone is named for that."""
+def unanswered_pairs(statuses: Mapping[str, StatusRecord], topology: Topology) -> dict[frozenset[str], set[str]]:
+    """Two nodes between which WireGuard's packets get no answer -> those of the two that report it. An agent that is
+    gone is named for that."""
     nodes = topology.snapshot.nodes
     senders: dict[frozenset[str], set[str]] = {}
     for name in statuses.keys() & nodes.keys():
         for other in statuses[name].unanswered:
             if other != name and other in statuses and other in nodes:
                 senders.setdefault(frozenset((name, other)), set()).add(name)
+    return senders
+
+
+def unanswered(
+    senders: Mapping[frozenset[str], Collection[str]], about: Collection[str] | None = None
+) -> Iterator[Remark]:
+    """On the nodes of `unanswered_pairs`: one remark for all that a node has in common; with `about` one for each pair
+    of each of these nodes."""
     if not senders:
         return
     from kilo_etcd.ctl.reports.arrivals import by_host
