@@ -328,10 +328,10 @@ class FakeKernel:
         self._read()
         if self._clock is None:
             self._clock = HandshakeClock(lambda: self.host.clock(), trio.current_time)
-        self._clock.date(self.host.observed.peers)
+        peers = self._clock.date(self.host.observed.peers)
         return PeerActivity(
-            time=self.host.clock(),
-            peers=self.host.observed.peers,
+            time=self._clock.now(),
+            peers=peers,
             set_back=self._clock.set_back,
             was_at=self._clock.was_at,
             seen=self._clock.seen,

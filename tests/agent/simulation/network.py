@@ -18,6 +18,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import suppress
 from ipaddress import ip_interface
+from typing import TYPE_CHECKING
 
 import trio
 from attrs import define, evolve, frozen
@@ -40,6 +41,9 @@ from kilo_etcd.model.hostplan import Encryption, HostPlan, PeerPlan, RoutePlan, 
 from kilo_etcd.planning.walk import Hop, longest_match, walk
 from kilo_etcd.testing.fake_kernel import FakeHost
 from kilo_etcd.topology.segments import Topology, build_topology
+
+if TYPE_CHECKING:
+    from simulation.sessions import Sessions
 
 _Followed = tuple[str, tuple[Hop, ...], tuple[Hop, ...]]
 """Why there is no answer, or the ways there and back."""
@@ -105,6 +109,8 @@ class Network:
         self._drawn: tuple[object, Topology] | None = None
         self._state: list[tuple[object, ...]] = []
         self._leased: list[Observed] = []
+        self.sessions: Sessions | None = None
+        """None: each handshake is taken that arrives, whenever it is dated."""
         self._known: dict[tuple[str, IPAddress], _Followed] = {}
         """What has been followed as long as nothing has changed."""
 
@@ -172,6 +178,10 @@ class Network:
         theirs = there.machine.observed.peers.get(here.place.public_key)
         if theirs is None or not _up(there.machine.observed) or self._lost(source, name, mine.endpoint):
             return False
+        if self.sessions is not None:
+            if not self.sessions.takes(source, name):
+                return False
+            self.sessions.begun(source, name)
         back = self._address_towards(here, mine.endpoint)
         here.machine.receive_from(public_key)
         there.machine.receive_from(here.place.public_key, endpoint=Endpoint(back, DEFAULT_PORT))
