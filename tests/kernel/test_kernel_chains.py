@@ -671,6 +671,8 @@ TRANSLATIONS = [
     ("chain n { type filter hook prerouting priority -300; ip daddr 10.43.0.0/16 ip daddr set 10.42.0.5; }", ""),
     ("chain n { type filter hook forward priority -1; ip daddr 10.43.0.0/16 ip daddr set 10.42.0.5; }", ""),
     ("chain n { type filter hook forward priority 1; ip daddr 10.43.0.0/16 ip daddr set 10.42.0.5; }", BOTH),
+    *((f"chain n {{ type filter hook prerouting priority -150; ip daddr 10.43.0.0/16 ip {field}; }}", BOTH)
+      for field in ("ttl set 65", "dscp set cs1", "ecn set ce", "saddr set 10.42.0.5")),
 ]  # fmt: skip
 
 
@@ -829,6 +831,12 @@ async def test_a_destination_that_is_written_beside_a_translation_or_by_a_prefix
         load(f"table inet x {{ chain f {{ type filter hook forward priority 0; ip saddr {SERVICES} drop; "
              f"ip6 daddr {six} drop; }}\n}}")  # fmt: skip
         assert cut_networks(await kernel.obstacles()) == [SERVICES, six]
+        for written, others in (("saddr set fd00:42::5 ip6 hoplimit set 9 ip6 dscp set cs1", [six]),
+                                ("daddr set fd00:42::5", [])):  # fmt: skip
+            load(f"table inet n {{ chain p {{ type filter hook prerouting priority -150; ip6 daddr {six} "
+                 f"ip6 {written}; }}\n}}")  # fmt: skip
+            assert cut_networks(await kernel.obstacles()) == [SERVICES, *others], written
+            sh("nft delete table inet n")
         sh(prefix)
         assert cut_networks(await kernel.obstacles()) == [SERVICES]
         load("table ip n { chain p { type nat hook postrouting priority 100; "

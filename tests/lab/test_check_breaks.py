@@ -144,6 +144,13 @@ def copied_key(host: str, source: str) -> tuple[Act, Act]:
     return copy, own
 
 
+def beside(host: str, kind: str, hook: str, priority: int, *rules: str) -> tuple[Act, Act]:
+    """A chain of the host's own that translates destinations, or writes headers, of other packets."""
+    chain = f"nft add chain ip own_beside c '{{ type {kind} hook {hook} priority {priority}; }}'"
+    added = [f"nft add rule ip own_beside c {rule}" for rule in rules]
+    return run(host, "nft add table ip own_beside", chain, *added), run(host, "nft delete table ip own_beside")
+
+
 def rule(host: str, address: str) -> tuple[Act, Act]:
     """A rule of another program that drops what is for one address."""
     return run(host, f"ip rule add pref 5 to {address} blackhole"), run(host, "ip rule del pref 5")
@@ -241,6 +248,12 @@ def faults(mesh: dict[str, str], lan: dict[str, str], etcd: str) -> list[Fault]:
         fault("a firewall that drops what is for an offered network",
               both(offered("gcp-2", "172.20.1.0/24", "172.20.1.1"),
                    *(firewall(host, "forward", "ip daddr 172.20.1.0/24 drop") for host in GCP)),
+              "gcp-2", named=r"gcp-\d.*drops packets for networks of the mesh \(172.20.1.0/24\)",
+              address="172.20.1.1"),
+        fault("the same, where what comes in is given another TTL first",
+              both(offered("gcp-2", "172.20.1.0/24", "172.20.1.1"),
+                   *(firewall(host, "forward", "ip daddr 172.20.1.0/24 drop") for host in GCP),
+                   *(beside(host, "filter", "prerouting", -150, "ip ttl set 65") for host in GCP)),
               "gcp-2", named=r"gcp-\d.*drops packets for networks of the mesh \(172.20.1.0/24\)",
               address="172.20.1.1"),
         fault("a host drops all UDP that it sends", firewall(LONE, "output", "oifname kilo0 meta l4proto udp drop"),

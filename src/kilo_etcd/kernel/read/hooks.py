@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import operator
 import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from functools import cache
 from ipaddress import collapse_addresses, ip_address, ip_network, summarize_address_range
 from typing import Any
@@ -127,6 +127,8 @@ _LOCAL: int = formats.rtnl.rt_type["local"]
 _PROTOCOL_FIELDS = ((9, 1), (6, 1))
 """Offset and length of `protocol` in the header of IPv4, and of `nexthdr` in that of IPv6. Nft asks for the family
 first."""
+_DESTINATIONS = {4: (16, 20), 6: (24, 40)}
+"""IP version -> where in its header the destination begins, and ends."""
 _UNKNOWN = Condition("?")
 _HOOKS = {be32(number): name for name, number in (*formats.NF_INET_HOOKS.items(), ("ingress", formats.NF_INET_INGRESS))}
 _NETDEV_HOOKS = {be32(number): name for name, number in formats.NF_NETDEV_HOOKS.items()}
@@ -308,7 +310,7 @@ def to_rules(rule: Found, sets: Sets = lambda name: None, hook: str = "preroutin
                 registers.load(attributes["NFTA_PAYLOAD_DREG"], _side(attributes, ipv6=ipv6))
             else:
                 conditions.append(Condition(name))
-                translates = translates or attributes.get("NFTA_PAYLOAD_BASE") == NETWORK_HEADER
+                translates = translates or _writes_destination(attributes, rule, conditions)
         elif name == "fib":
             registers.load(get("NFTA_FIB_DREG", b""), _destination_type(attributes))
         elif name == "bitwise":
@@ -523,6 +525,20 @@ def _side(attributes: Found, *, ipv6: bool) -> _Loaded:
         elif (offset, length) in _PROTOCOL_FIELDS:
             kind = "protocol"
     return _Loaded(kind, length)
+
+
+def _writes_destination(attributes: Found, rule: Found, conditions: Collection[Condition]) -> bool:
+    """Whether a payload expression of a rule writes another destination into a packet. Of neither family, as one that
+    may be of both."""
+    if attributes.get("NFTA_PAYLOAD_BASE") != NETWORK_HEADER:
+        return False
+    first, length = (int.from_bytes(attributes.get(f"NFTA_PAYLOAD_{name}", b"")) for name in ("OFFSET", "LEN"))
+    of_table = {nft.NFPROTO_IPV4: 4, nft.NFPROTO_IPV6: 6}.get(rule.get("nfgen_family"))
+    versions = [
+        version for version in _DESTINATIONS if version == of_table or Condition("version", version) in conditions
+    ]
+    places = (_DESTINATIONS[version] for version in versions or _DESTINATIONS)
+    return any(first < end and begin < first + length for begin, end in places)
 
 
 def _condition(loaded: _Loaded, comparison: bytes, data: bytes) -> Condition:
