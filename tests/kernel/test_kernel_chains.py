@@ -324,6 +324,7 @@ def test_a_ruleset_that_changes_while_it_is_read_is_read_again(monkeypatch: pyte
     assert found == []
 
 
+LAN, LAN_ADDRESS = ip_network("192.168.9.0/24"), ip_network("192.168.9.240/32")
 OFFERED, MEMBER = ip_network("172.20.1.0/24"), ip_network("10.4.0.2/32")
 NEAR = {
     network: RoutePlan(destination=network, via=Via.UNDERLAY, gateway=ip_address("10.1.0.2"))
@@ -404,7 +405,7 @@ def test_only_what_is_dropped_is_compared_with_what_translates_and_once_for_netw
     """1000 networks and 900 rules: the kernel's one lock is held meanwhile."""
     asked = 0
 
-    def count(chain: BaseChain, packet: Packet) -> bool:
+    def count(chain: BaseChain, packet: Packet) -> bool | None:
         nonlocal asked
         asked += 1
         return translates(chain, packet)
@@ -457,9 +458,19 @@ def test_of_many_rules_those_that_may_match_a_network_are_followed(
     assert tried <= 50 * len(offered)
 
 
-PORT_FORWARD = FilterRule(conditions=(Condition("protocol", "tcp"), Condition("?")), verdict="accept", translates=True)
-"""As `iptables -t nat -A PREROUTING -p tcp --dport 80 -j DNAT --to 172.17.0.2`."""
-ALL_BUT_UDP = FilterRule(conditions=(Condition("protocol", "udp", equal=False),), verdict="accept", translates=True)
+TCP, UDP = (Condition("protocol", name) for name in ("tcp", "udp"))
+PORT, ONE_ADDRESS = Condition("?"), Condition("daddr", ip_network("172.20.1.9/32"))
+
+
+def translation(*conditions: Condition) -> FilterRule:
+    return FilterRule(conditions=conditions, verdict="accept", translates=True)
+
+
+REDIRECTS_DNS = translation(UDP, PORT), translation(TCP, PORT)
+"""As `iptables -t nat -A PREROUTING -p udp --dport 53 -j REDIRECT`."""
+PORT_FORWARD = translation(TCP, ONE_ADDRESS, PORT)
+ALL_BUT_UDP = translation(Condition("protocol", "udp", equal=False))
+IN_A_SET = Condition("lookup", "daddr")
 
 
 @pytest.mark.parametrize(
@@ -468,22 +479,80 @@ ALL_BUT_UDP = FilterRule(conditions=(Condition("protocol", "udp", equal=False),)
         ("prerouting", (), "packets"),
         ("prerouting", (PORT_FORWARD,), "UDP packets"),
         ("prerouting", (ALL_BUT_UDP,), "UDP packets"),
-        ("prerouting", (PORT_FORWARD, evolve(PORT_FORWARD, conditions=(Condition("protocol", "udp"),))), ""),
-        ("prerouting", (evolve(PORT_FORWARD, conditions=(Condition("?"),)),), ""),
-        ("prerouting", (evolve(PORT_FORWARD, conditions=(Condition("protocol", "icmp"),)),), "packets"),
+        ("prerouting", (PORT_FORWARD, translation(UDP, ONE_ADDRESS)), ""),
+        ("prerouting", (translation(ONE_ADDRESS),), ""),
+        ("prerouting", (translation(Condition("protocol", "icmp"), ONE_ADDRESS),), "packets"),
         ("postrouting", (PORT_FORWARD,), "packets"),  # New packets are dropped before.
+        # What tests no destination of the network, and does not translate all packets.
+        ("prerouting", REDIRECTS_DNS, "packets"),
+        ("prerouting", (*REDIRECTS_DNS, PORT_FORWARD), "UDP packets"),
+        ("prerouting", (*REDIRECTS_DNS, ALL_BUT_UDP), "UDP packets"),
+        ("prerouting", (translation(UDP), PORT_FORWARD), ""),
+        ("prerouting", (translation(evolve(ONE_ADDRESS, equal=False), PORT),), "packets"),
+        ("prerouting", (translation(IN_A_SET),), ""),
+        ("prerouting", (translation(evolve(IN_A_SET, equal=False)),), "packets"),
+        ("prerouting", (translation(Condition("any", ((TCP, ONE_ADDRESS), (UDP, PORT)))),), "UDP packets"),
+        ("prerouting", (FilterRule(conditions=(UDP, ONE_ADDRESS), verdict="jump", target="to-dns"),), "TCP packets"),
+        ("prerouting", (FilterRule(conditions=(UDP,), verdict="jump", target="to-dns"),), "packets"),
+        ("prerouting", (FilterRule(conditions=(UDP,), verdict="unknown", translates=True),), "TCP packets"),
     ],
 )
 def test_what_translates_one_protocol_leaves_the_drop_of_others_certain(
     hook: str, rules: tuple[FilterRule, ...], named: str, tmp_path: Path
 ) -> None:
-    nat = BaseChain(family="ip", table="n", name="p", hook=hook, priority=-100, drops=False, rules=rules)
+    nat = BaseChain(
+        family="ip", table="n", name="p", hook=hook, priority=-100, drops=False, rules=rules,
+        chains={"to-dns": REDIRECTS_DNS},
+    )  # fmt: skip
     drop = one_rule(Condition("daddr", OFFERED))
     xtables = NoXtables("kilo0", tmp_path / "y", lambda: 1)
     chains = ForwardChains("kilo0", tmp_path / "x", Chains(nat, drop), xtables, opening=False)
     found = chains.obstacles(evolve(LEADER, behind=(OFFERED,)), ["eth0"])
     assert [one.text.partition(" for ")[0] for one in found] == ([f"the firewall drops {named}"] if named else [])
     assert all(one.certain is (named == "packets") for one in found)
+
+
+@pytest.mark.parametrize(
+    ("rules", "named"),
+    [
+        (REDIRECTS_DNS, {MEMBER, LAN}),
+        ((translation(Condition("daddr", LAN_ADDRESS), PORT),), {MEMBER, LAN}),
+        ((translation(Condition("daddr", MEMBER), PORT),), {MEMBER, LAN}),
+        ((FilterRule(verdict="unknown", translates=True),), {MEMBER, LAN}),  # A table that cannot be read.
+        ((translation(),), set()),
+        ((translation(Condition("daddr", LAN)),), {MEMBER}),
+    ],
+)
+def test_of_members_and_of_hosts_on_a_link_only_a_translation_of_all_counts(
+    rules: tuple[FilterRule, ...], named: set[IPNetwork], tmp_path: Path
+) -> None:
+    """A member's mesh address is no service's, and a network with hosts is none of services; one of its addresses may
+    be."""
+    every = MEMBER, LAN, LAN_ADDRESS
+    nat = BaseChain(family="ip", table="n", name="p", hook="prerouting", priority=-100, drops=False, rules=rules)
+    plan = evolve(LEADER, routes={**LEADER.routes, MEMBER: NEAR[MEMBER]}, behind=(LAN,))
+    for drop in (one_rule(Condition("daddr", every)), one_rule(Condition("saddr", every))):
+        chains = ForwardChains(
+            "kilo0", tmp_path / "x", Chains(nat, drop), NoXtables("kilo0", tmp_path / "y", lambda: 1), opening=False,
+            own=lambda: OwnAddresses(links=frozenset((LAN,))),
+        )  # fmt: skip
+        obstacles = chains.obstacles(plan, ["eth0"])
+        assert {network for obstacle in obstacles for network in obstacle.networks} == named
+        assert all(obstacle.certain for obstacle in obstacles)
+
+
+@pytest.mark.parametrize(
+    ("network", "on_link"),
+    [
+        ("192.168.9.0/24", True), ("192.168.0.0/16", True), ("192.168.9.128/25", True), ("192.168.9.240/32", False),
+        ("192.168.8.0/24", False),
+        ("fd09::/64", True), ("fd00::/8", True), ("fd09::5/128", False), ("fd08::/64", False),
+    ],
+)  # fmt: skip
+def test_which_networks_are_of_hosts_on_a_link(network: str, on_link: bool) -> None:
+    own = OwnAddresses(links=frozenset(map(ip_network, ("192.168.9.0/24", "fd09::/64"))))
+    assert own.on_link(ip_network(network)) is on_link
+    assert not OwnAddresses().on_link(ip_network(network))
 
 
 # -- with the real nftables -------------------------------------------------------------------------------------------
@@ -655,7 +724,11 @@ TRANSLATIONS = [
     (f"chain n {{ {NAT} iifname eth7 dnat to 10.42.0.5; }}", BOTH),
     # As Docker does with the ports of containers.
     (f"chain n {{ {NAT} fib daddr type local jump d; }}\n chain d {{ tcp dport 80 dnat to 10.42.0.5; }}", BOTH),
-    (f"chain n {{ {NAT} fib daddr type != local jump d; }}\n chain d {{ tcp dport 80 dnat to 10.42.0.5; }}", "UDP"),
+    (f"chain n {{ {NAT} fib daddr type != local jump d; }}\n chain d {{ tcp dport 80 dnat to 10.42.0.5; }}", BOTH),
+    (f"chain n {{ {NAT} udp dport 53 redirect; tcp dport 53 redirect; }}", BOTH),
+    (f"chain n {{ {NAT} meta l4proto {{ tcp, udp }} redirect; }}", ""),
+    (f"chain n {{ {NAT} meta l4proto tcp redirect; }}", "UDP"),
+    (f"chain n {{ {NAT} ip daddr & 0.0.0.255 == 9 tcp dport 53 redirect; }}", "UDP"),
     (f"chain n {{ {NAT} dnat to ip daddr map {{ 10.43.0.1 : 10.42.0.5, 10.43.0.2 : 10.42.0.6 }}; }}", ""),
     (f"chain n {{ {NAT} dnat to ip daddr map {{ 10.44.0.1 : 10.42.0.5, 10.44.0.2 : 10.42.0.6 }}; }}", BOTH),
     (f"set s {{ type ipv4_addr; flags interval; elements = {{ 10.43.0.0-10.43.0.9 }}; }}\n"
@@ -732,6 +805,24 @@ async def test_of_a_network_that_is_translated_on_its_way_nothing_is_certain_whe
         load(f"table ip x {{ chain n {{ {NAT} dnat to 10.42.0.5; }}\n"
              "chain f { type filter hook prerouting priority -50; ip daddr 10.43.0.0/16 drop; }\n}")  # fmt: skip
         assert await kernel.obstacles() == ()
+
+
+@pytest.mark.root
+@pytest.mark.usefixtures("own_namespaces")
+async def test_a_drop_for_a_member_or_a_link_is_named_beside_translations_of_ports_and_of_single_addresses() -> None:
+    sh("ip link add eth0 type veth peer eth1; ip addr add 192.168.9.1/24 dev eth0; ip link set eth0 up; "
+       "ip link set eth1 up; ip route add default via 192.168.9.2")  # fmt: skip
+    load(f"table ip x {{ chain f {{ type filter hook forward priority 0; ip daddr {{ {MEMBER}, {LAN} }} drop; }}\n}}")
+    member = RoutePlan(destination=MEMBER, via=Via.UNDERLAY, gateway=ip_address("192.168.9.2"))
+    async with open_kernel(Setup(private_key=PRIVATE)) as kernel:
+        await kernel.apply(evolve(LEADER, routes={**LEADER.routes, MEMBER: member}, behind=(LAN,)))
+        for rules in ("", "udp dport 53 redirect; tcp dport 53 redirect;", f"ip daddr {LAN_ADDRESS} dnat to 10.42.0.5;",
+                      "tcp dport vmap { 53 : goto d, 80 : goto d };"):  # fmt: skip
+            load(f"table ip n {{ chain d {{ dnat to 10.42.0.5; }}\n chain n {{ {NAT} {rules} }}\n}}")
+            assert set(cut_networks(await kernel.obstacles())) == {MEMBER, LAN}, rules
+            sh("nft delete table ip n")
+        load(f"table ip n {{ chain n {{ {NAT} ip daddr {LAN} dnat to 10.42.0.5; }}\n}}")
+        assert cut_networks(await kernel.obstacles()) == [MEMBER], "all of the network is translated"
 
 
 @pytest.mark.root

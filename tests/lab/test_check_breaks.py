@@ -256,6 +256,13 @@ def faults(mesh: dict[str, str], lan: dict[str, str], etcd: str) -> list[Fault]:
                    *(beside(host, "filter", "prerouting", -150, "ip ttl set 65") for host in GCP)),
               "gcp-2", named=r"gcp-\d.*drops packets for networks of the mesh \(172.20.1.0/24\)",
               address="172.20.1.1"),
+        fault("a firewall that drops TCP and UDP for one member, where DNS is redirected",
+              both(*(firewall(host, "forward", f"ip daddr {mesh['gcp-2']} meta l4proto {{ tcp, udp }} drop")
+                     for host in GCP),
+                   *(beside(host, "nat", "prerouting", -100, "udp dport 53 redirect", "tcp dport 53 redirect")
+                     for host in GCP)),
+              "gcp-2", named=rf"gcp-\d.*drops packets for networks of the mesh \({re.escape(mesh['gcp-2'])}/32\)",
+              protocol="tcp"),
         fault("a host drops all UDP that it sends", firewall(LONE, "output", "oifname kilo0 meta l4proto udp drop"),
               *GCP, named="lone-1.*drops all UDP packets that go out", protocol="udp"),
         fault("a host drops all TCP that comes in, before all else",

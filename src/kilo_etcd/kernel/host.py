@@ -412,6 +412,11 @@ class Host:
             everywhere=frozenset(item.address.ip for item in addresses),
             for_services=frozenset(item.address for item in addresses if item.for_services),
             balanced=ipvs.read(),
+            links=frozenset(
+                item.address.network
+                for item in addresses
+                if item.up and not item.for_services and item.address.network.prefixlen < item.address.max_prefixlen
+            ),
         )
 
     def _read_routes(self) -> tuple[dict[IPNetwork, Route], list[Route], dict[IPNetwork, Route], set[IPNetwork]]:

@@ -38,6 +38,8 @@ SHOWN = {"tcp": "TCP", "udp": "UDP", "icmp": "ICMP", "icmpv6": "ICMPv6"}
 
 _LIMITS = ("limit", "hashlimit")
 """Kinds of conditions, by their names in nftables and in iptables."""
+_OF_ADDRESSES = ("set", "iprange")
+"""Likewise: they may test the destination."""
 _DEPTH = 16
 _VERSIONS = {"inet": (4, 6), "netdev": (4, 6), "ip": (4,), "ip6": (6,)}
 
@@ -79,7 +81,7 @@ class Condition:
     """One test of a rule. `kind`: `iif`, `oif` (value: a name or several, a prefix with a `*` at its end), `version`,
     `protocol` (a name or several), `saddr`, `daddr` (a network or several), `new` (whether new packets pass), `local`
     (the destination is an address of the host), `any` (value: tuples of conditions, of one of which all match),
-    anything else: cannot be told."""
+    anything else: cannot be told (value `daddr`: it tests the destination)."""
 
     kind: str
     value: object = None
@@ -115,6 +117,13 @@ class Condition:
             case "any" if isinstance(self.value, tuple):
                 fits = _or(_and(condition.matches(packet) for condition in tests) for tests in self.value)
         return fits if fits is None or self.equal else not fits
+
+    def of_destination(self, packet: Packet) -> bool:
+        """Whether it is a test for some destinations, given that the packet may match it."""
+        if self.kind == "any" and isinstance(self.value, tuple):
+            may_match = (tests for tests in self.value if _and(test.matches(packet) for test in tests) is not False)
+            return self.equal and any(test.of_destination(packet) for tests in may_match for test in tests)
+        return self.equal and (self.kind in ("daddr", "local", *_OF_ADDRESSES) or self.value == "daddr")
 
 
 def new_packets(new: bool, untracked: bool) -> Condition:
@@ -237,32 +246,45 @@ def _follow(
     return "", spared
 
 
-def translates(chain: BaseChain, packet: Packet) -> bool:
-    """Whether a chain gives packets like this one another destination, or may do so."""
+def translates(chain: BaseChain, packet: Packet) -> bool | None:
+    """Whether a chain gives packets like this one another destination, all of them; None: some, by rules that test
+    their destination. A rule that tests ports alone is about no network of services."""
     packet = evolve(packet, oif="") if chain.hook in _BEFORE_ROUTING else packet
-    return chain.meets(packet) and _follow_translation(chain.rules, chain, packet, 0)[0]
+    return chain.meets(packet) and _follow_translation(chain.rules, chain, packet, 0, named=False, surely=True)[0]
 
 
 def _follow_translation(
-    rules: Iterable[FilterRule], chain: BaseChain, packet: Packet, depth: int
-) -> tuple[bool, bool]:  # fmt: skip
-    """Whether a rule may translate the packet, and whether its way through the chain ends here for certain."""
+    rules: Iterable[FilterRule], chain: BaseChain, packet: Packet, depth: int, *, named: bool, surely: bool
+) -> tuple[bool | None, bool]:
+    """Whether rules translate the packet (see above), and whether its way through the chain ends here for certain.
+    `named`: a rule that led here tests the destination; `surely`: all such packets get here."""
     if depth > _DEPTH:
-        return True, False
+        return None, False
+    result: bool | None = False
     for rule in rules:
         matched = rule.matches(packet)
         if matched is False:
             continue
-        if rule.translates:
-            return True, True
+        # What is not known may test it.
+        names = named or rule.verdict == "unknown" or any(test.of_destination(packet) for test in rule.conditions)
         if rule.verdict in ("jump", "goto"):
-            may, ended = _follow_translation(chain.chains.get(rule.target, ()), chain, packet, depth + 1)
-            if may or (matched and (ended or rule.verdict == "goto")):
+            may, ended = _follow_translation(
+                chain.chains.get(rule.target, ()), chain, packet, depth + 1,
+                named=names, surely=surely and matched is True,
+            )  # fmt: skip
+            if may:
+                return True, True
+            result = None if may is None else result
+            if matched and (ended or rule.verdict == "goto"):
                 # A goto that ends without a verdict takes the packet past the rest of this chain, not of those before.
-                return may, ended
-        elif rule.verdict in ("accept", "drop", "return") and matched:
-            return False, rule.verdict != "return"
-    return False, False
+                return result, ended
+            continue
+        if rule.translates and surely and matched and rule.verdict != "unknown":
+            return True, True
+        result = None if rule.translates and names else result
+        if rule.verdict in ("accept", "drop", "return") and matched:
+            return result, rule.verdict != "return"
+    return result, False
 
 
 def packets(
@@ -520,7 +542,7 @@ def _address(side: str, text: str, *, equal: bool) -> Condition:
     try:
         return Condition(side, ip_network(text, strict=False), equal)
     except ValueError:
-        return Condition("?")  # Its mask is no prefix.
+        return Condition("?", side)  # Its mask is no prefix.
 
 
 def _rule(words: list[str]) -> FilterRule:
@@ -554,6 +576,10 @@ def _rule(words: list[str]) -> FilterRule:
             # Those of protocols match by their own options alone, which follow.
             if module not in ("comment", "conntrack", "state", "tcp", "udp", "icmp", "icmp6", "addrtype"):
                 conditions.append(Condition("?"))
+        elif word in ("--match-set", "--dst-range"):
+            *_, fields = [next(rest, "") for _ in range(2 if word == "--match-set" else 1)]
+            tests = word == "--dst-range" or "dst" in fields.split(",")
+            conditions.append(Condition("?", "daddr" if tests else None, equal))
         elif word == "--dst-type":
             conditions.append(Condition("local", True, equal) if next(rest, "") == "LOCAL" else Condition("?"))
         else:

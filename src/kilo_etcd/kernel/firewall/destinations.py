@@ -196,6 +196,14 @@ class OwnAddresses:
     """Those of loopback and dummy devices, with the networks that these hold."""
     balanced: frozenset[IPAddress] = frozenset()
     """Those at which the kernel balances services (IPVS)."""
+    links: frozenset[IPNetwork] = frozenset()
+    """The networks of other devices, behind which there is a link."""
+
+    def on_link(self, network: IPNetwork) -> bool:
+        """Whether a network is one of hosts on a link of this one, or holds such a network: none of services. A single
+        address may be one of a service."""
+        hosts = network.prefixlen < network.max_prefixlen
+        return hosts and self._links.hold((network,), network.version) is not False
 
     def may_be(self, network: IPNetwork) -> bool:
         """Whether all packets for a network may be for the host itself: a device for services holds it, or an address
@@ -208,6 +216,10 @@ class OwnAddresses:
             return network.network_address in self.everywhere
         numbers = self._numbers[version]
         return bisect_left(numbers, first) < bisect_right(numbers, last)
+
+    @cached_property
+    def _links(self) -> Networks:
+        return Networks.of(self.links)
 
     @cached_property
     def _services(self) -> tuple[IPInterface, ...]:
@@ -229,13 +241,15 @@ def translated(
     to: Iterable[Destination], chains: Iterable[BaseChain], own: OwnAddresses, subnets: tuple[IPNetwork, ...]
 ) -> Iterator[Destination]:
     """The destinations, with the place from where on their packets may be others. `chains`: all that forwarded packets
-    pass."""
+    pass. What may be translated of packets for members, or for hosts on a link, is a matter of single ports or
+    addresses, so that there only what translates all of them counts."""
     translating = [_Translation(chain) for chain in chains if _may_translate(chain)]
     for destination in to:
-        local = own.may_be(destination.network)
+        hosts = destination.member or own.on_link(destination.network)
+        local = not destination.member and own.may_be(destination.network)
         places: dict[str, list[Place]] = {name: [_ROUTING] if local else [] for name in _PROTOCOLS}
         for each in translating:
-            for name in each.of(destination, subnets, local=local):
+            for name in each.of(destination, subnets, local=local, all_of_it=hosts):
                 places[name].append(each.chain.place)
         yield evolve(destination, translated={name: min(several) for name, several in places.items() if several})
 
@@ -246,23 +260,27 @@ class _Translation:
     def __init__(self, chain: BaseChain) -> None:
         self.chain = chain
         self._tests = AddressTests(chain)
-        self._known: dict[object, tuple[str, ...]] = {}
+        self._known: dict[object, dict[str, set[bool | None]]] = {}
 
-    def of(self, to: Destination, subnets: tuple[IPNetwork, ...], *, local: bool) -> tuple[str, ...]:
-        """The protocols of which it may translate packets for a destination. `local`: this may be the host itself."""
+    def of(
+        self, to: Destination, subnets: tuple[IPNetwork, ...], *, local: bool, all_of_it: bool
+    ) -> Iterator[str]:  # fmt: skip
+        """The protocols of which it translates packets for a destination, `all_of_it` or some. `local`: this may be the
+        host itself."""
         version, at = to.network.version, None if local else False
         alike = to.ways, version, local, self._tests.index.of(to.network)
         if alike not in self._known:
             narrowed = self._tests.narrowed("daddr", to.network)
-            self._known[alike] = tuple(
-                name
-                for name in _PROTOCOLS
-                if any(
+            self._known[alike] = {
+                name: {
                     translates(narrowed, Packet(version, near, far, subnets, name, destination=to.network, local=at))
                     for near, far in to.ways
-                )
-            )
-        return self._known[alike]
+                }
+                for name in _PROTOCOLS
+            }
+        for name, answers in self._known[alike].items():
+            if True in answers or (None in answers and not all_of_it):
+                yield name
 
 
 def _may_translate(chain: BaseChain) -> bool:

@@ -275,6 +275,15 @@ class _Registers:
                 result.append((at, loaded))
         return tuple(result)
 
+    def hold_destination(self, register: bytes, searched: FoundSet | None) -> bool:
+        """Whether what is searched in a set may be a destination, or a part of one."""
+        first = _first(register)
+        end = sys.maxsize if searched is None else first + -(-searched.key_length // 4)
+        return any(
+            at < end and at + -(-loaded.length // 4) > first and loaded.kind.startswith("daddr")
+            for at, loaded in self._loaded.items()
+        )
+
     def forget(self) -> None:
         self._loaded.clear()
 
@@ -339,13 +348,18 @@ def to_rules(rule: Found, sets: Sets = lambda name: None, hook: str = "preroutin
         elif name == "reject":
             branches = (((), "drop", ""),)
         elif name == "lookup":
-            members = _looked_up(registers, get("NFTA_LOOKUP_SREG", b""), sets(text(attributes, "NFTA_LOOKUP_SET")))
+            register, searched = get("NFTA_LOOKUP_SREG", b""), sets(text(attributes, "NFTA_LOOKUP_SET"))
+            members = _looked_up(registers, register, searched)
             if get("NFTA_LOOKUP_DREG") == VERDICT_REGISTER:
                 # A packet that it does not name goes on to the next rule.
                 branches = _branches(members)
                 continue
             inverted = bool(int.from_bytes(get("NFTA_LOOKUP_FLAGS", b"")) & _INVERTED)
-            conditions.append(_among(members, inverted=inverted))
+            conditions.append(
+                Condition("lookup", "daddr" if registers.hold_destination(register, searched) else None, not inverted)
+                if members is None
+                else _among(members, inverted=inverted)
+            )
             if "NFTA_LOOKUP_DREG" in attributes:
                 registers.load(attributes["NFTA_LOOKUP_DREG"])
         elif name == "queue":
@@ -461,9 +475,7 @@ def _within(loaded: _Loaded, low: bytes, high: bytes) -> Condition:
     return _condition(loaded, _EQUAL, low) if low == high else _UNKNOWN
 
 
-def _among(members: Sequence[_Member] | None, *, inverted: bool) -> Condition:
-    if members is None:
-        return Condition("lookup")
+def _among(members: Sequence[_Member], *, inverted: bool) -> Condition:
     either = tuple(dict.fromkeys(tests for tests, _ in members))
     sides = {tests[0].kind if len(tests) == 1 else "" for tests in either}
     if len(sides) == 1 and sides <= {"saddr", "daddr"}:
@@ -549,7 +561,7 @@ def _condition(loaded: _Loaded, comparison: bytes, data: bytes) -> Condition:
     if compare is not None and side in ("saddr", "daddr") and not mask and len(data) in (4, 16):
         return _beyond(side, compare, ip_address(data))
     if comparison not in (_EQUAL, _UNEQUAL):
-        return _UNKNOWN
+        return Condition("?", side)
     equal = comparison == _EQUAL
     if held in ("state", "status"):
         # A new packet has the state `new`, and no bit of the status.
@@ -562,7 +574,7 @@ def _condition(loaded: _Loaded, comparison: bytes, data: bytes) -> Condition:
         size = 4 if version == "4" else 16
         length = int.from_bytes(mask).bit_count() if mask else len(data) * 8
         if mask and int.from_bytes(mask) != (1 << len(mask) * 8) - (1 << len(mask) * 8 - length):
-            return _UNKNOWN  # No prefix.
+            return Condition("?", side, equal)  # No prefix.
         return Condition(side, ip_network((data.ljust(size, b"\0")[:size], length), strict=False), equal)
     if mask:
         return _UNKNOWN
