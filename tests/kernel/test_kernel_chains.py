@@ -29,6 +29,7 @@ from kilo_etcd.kernel.firewall.chains import (
     obstacles,
     packets,
     translates,
+    translation_from_iptables,
 )
 from kilo_etcd.kernel.firewall.destinations import OwnAddresses
 from kilo_etcd.kernel.firewall.forwardchains import ForwardChains
@@ -805,6 +806,46 @@ async def test_of_a_network_that_is_translated_on_its_way_nothing_is_certain_whe
         load(f"table ip x {{ chain n {{ {NAT} dnat to 10.42.0.5; }}\n"
              "chain f { type filter hook prerouting priority -50; ip daddr 10.43.0.0/16 drop; }\n}")  # fmt: skip
         assert await kernel.obstacles() == ()
+
+
+@pytest.mark.root
+@pytest.mark.usefixtures("own_namespaces")
+async def test_what_very_many_services_translate_is_of_their_addresses() -> None:
+    """More members of a map, rules of a chain and chains than are followed."""
+    sh("ip link add eth0 type veth peer eth1; ip addr add 192.168.9.1/24 dev eth0; ip link set eth0 up; "
+       "ip route add default via 192.168.9.2")  # fmt: skip
+    load(f"{DROPS_SERVICES}\n}}")
+    numbers = range(max(hooks.MOST_RULES, MOST_MEMBERS) + 1)
+    ends = " ".join(f"chain s{number} {{ dnat to 10.42.0.5; }}\n" for number in range(hooks.MOST_CHAINS + 1))
+    async with open_kernel(Setup(private_key=PRIVATE)) as kernel:
+        await kernel.apply(OFFERS_SERVICES)
+        for network, certain in ((ip_network("10.44.0.0/16"), BOTH), (SERVICES, "")):
+            to = [(network[number], f"s{number % (hooks.MOST_CHAINS + 1)}") for number in numbers]
+            in_map = ", ".join(f"{address} . tcp . 80 : goto {chain}" for address, chain in to)
+            in_rules = "\n".join(f"ip daddr {address} goto {chain}" for address, chain in to)
+            for rules in (f"ip daddr . meta l4proto . th dport vmap {{ {in_map} }}", in_rules):
+                load(f"table ip n {{ {ends} chain n {{ {rules}\n }}\n chain p {{ {NAT} jump n; }}\n}}")
+                assert cut_protocols(await kernel.obstacles()) == certain, rules[:60]
+                sh("nft delete table ip n")
+
+
+def test_of_a_long_table_of_the_older_xtables_the_addresses_are_known(tmp_path: Path) -> None:
+    lines = [
+        "-P PREROUTING ACCEPT",
+        "-A PREROUTING -j KUBE-SERVICES",
+        "-A KUBE-SVC-0 ! -d 172.20.1.0/24 -p tcp -j KUBE-SEP-0",
+        "-A KUBE-SVC-0 -s 10.42.0.0/16 -d 172.20.1.1/32 -p tcp -j RETURN",
+        "-A POSTROUTING -d 172.20.1.1/32 -j NETMAP --to 10.99.0.0/16",
+        '-A KUBE-SVC-0 -p tcp -m comment --comment "see -d here" -j KUBE-SEP-0',
+        *(f"-A KUBE-SERVICES -d {SERVICES[number]}/32 -p tcp -m tcp --dport 443 -j KUBE-SVC-{number}"
+          for number in range(5000)),
+    ]  # fmt: skip
+    nat = translation_from_iptables("\n".join(lines), 4)
+    drop = one_rule(Condition("daddr", (SERVICES, OFFERED)))
+    chains = ForwardChains(
+        "kilo0", tmp_path / "x", Chains(nat, drop), NoXtables("kilo0", tmp_path / "y", lambda: 1), opening=False
+    )
+    assert cut_networks(chains.obstacles(evolve(LEADER, behind=(SERVICES, OFFERED)), ["eth0"])) == [OFFERED]
 
 
 @pytest.mark.root

@@ -13,8 +13,10 @@ of these only what is certain counts: that all of TCP or of UDP is dropped.
 
 from __future__ import annotations
 
+import re
 import shlex
 from collections.abc import Collection, Iterable, Mapping
+from contextlib import suppress
 from functools import cached_property
 from ipaddress import ip_network
 from typing import Literal
@@ -485,6 +487,10 @@ rule decides."""
 
 _MOST_LINES = 5000
 """Of a table that translates addresses; Kubernetes has thousands."""
+_TRANSLATED = re.compile(
+    r"-A (?!OUTPUT |POSTROUTING )(?:.*[^!] )?-d (\S+) (?:.* )?-[jg] (?!(?:ACCEPT|MARK|MASQUERADE|RETURN|SNAT)\b)"
+)
+"""A rule that may translate what is for a network, or leads to others that may."""
 
 
 def from_iptables(printed: str, version: int) -> BaseChain | None:
@@ -493,12 +499,24 @@ def from_iptables(printed: str, version: int) -> BaseChain | None:
 
 
 def translation_from_iptables(printed: str | None, version: int) -> BaseChain:
-    """The chain PREROUTING of what `iptables -t nat -S` prints. If it is too long to be read or is not there (None:
-    nothing was printed), all may be translated."""
+    """The chain PREROUTING of what `iptables -t nat -S` prints. If that is too long to be followed, what is for the
+    networks that its rules name may be translated; if it is not there (None: nothing was printed), all may be."""
     lines = (printed or "").splitlines()
     place = version, "nat", "PREROUTING", "prerouting", NF_PRIORITIES["dstnat"]
-    chain = _base_chain(lines, *place) if len(lines) <= _MOST_LINES else None
-    return chain or _iptables_chain(*place, rules=(FilterRule(verdict="unknown", translates=True),))
+    long = len(lines) > _MOST_LINES
+    chain = None if long else _base_chain(lines, *place)
+    named = (Condition("daddr", _networks(lines)),) if long else ()
+    return chain or _iptables_chain(*place, rules=(FilterRule(conditions=named, verdict="unknown", translates=True),))
+
+
+def _networks(lines: Iterable[str]) -> tuple[IPNetwork, ...]:
+    """Those of which the packets may be translated."""
+    named = {match[1] for line in lines if (match := _TRANSLATED.match(line))}
+    networks = []
+    for text in named:
+        with suppress(ValueError):  # Within a comment.
+            networks.append(ip_network(text, strict=False))
+    return tuple(networks)
 
 
 def _base_chain(

@@ -21,6 +21,9 @@ from kilo_etcd.kernel.write import nft as requests
 MOST_CHAINS, MOST_RULES = 64, 1000
 """Of a base chain that translates addresses as many chains are read, and of each of these as many rules: Kubernetes has
 thousands."""
+MOST_SERVICES = 20_000
+"""So many rules of such a chain, and members of a set that it uses, are read if it is asked what it translates: of very
+many services their addresses at least are known."""
 
 
 def read(device: sockets.Socket, hooks: Collection[str]) -> tuple[BaseChain, ...]:
@@ -33,7 +36,7 @@ def read_translating(device: sockets.Socket) -> tuple[BaseChain, ...]:
     """The base chains that translate destinations of forwarded packets, with the chains that they lead to. What there
     is too much of to be read may translate. OSError: nftables is not to be read."""
     bases = _bases(device, ("prerouting",))
-    return tuple(_chain(device, base, MOST_CHAINS) for base in bases if not base.filters)
+    return tuple(_chain(device, base, MOST_CHAINS, MOST_SERVICES, MOST_SERVICES) for base in bases if not base.filters)
 
 
 def _bases(device: sockets.Socket, hooks: Collection[str]) -> list[replies.FoundBase]:
@@ -57,15 +60,20 @@ def _bases(device: sockets.Socket, hooks: Collection[str]) -> list[replies.Found
     return [base for base in bases if (base.family, base.table) not in dormant]
 
 
-def _chain(device: sockets.Socket, base: replies.FoundBase, most: float) -> BaseChain:
-    rules = _rules_from(device, base, most)
+def _chain(
+    device: sockets.Socket, base: replies.FoundBase, most: float, most_rules: int = MOST_RULES,
+    most_members: int = MOST_MEMBERS,
+) -> BaseChain:  # fmt: skip
+    rules = _rules_from(device, base, most, most_rules, most_members)
     return BaseChain(
         family=FAMILIES[base.family], table=base.table, name=base.name, hook=base.hook, priority=base.priority,
         drops=base.drops, devices=base.devices, rules=rules[base.name], chains=rules,
     )  # fmt: skip
 
 
-def _rules_from(device: sockets.Socket, base: replies.FoundBase, most: float) -> dict[str, tuple[FilterRule, ...]]:
+def _rules_from(
+    device: sockets.Socket, base: replies.FoundBase, most: float, most_rules: int, most_members: int
+) -> dict[str, tuple[FilterRule, ...]]:  # fmt: skip
     """The rules of a chain and of those that it leads to, of at most so many. Others are not read: Kubernetes has
     thousands in a table."""
     family, table = base.family, base.table
@@ -74,11 +82,11 @@ def _rules_from(device: sockets.Socket, base: replies.FoundBase, most: float) ->
         members: list[Found] = []
 
         def keep(body: bytes) -> None:
-            if len(members) <= MOST_MEMBERS:
+            if len(members) <= most_members:
                 members.extend(replies.read_members(body))
 
         device.dump(requests.get_elements(table, name, family), keep)
-        return members if len(members) <= MOST_MEMBERS else None
+        return members if len(members) <= most_members else None
 
     @cache
     def all_sets() -> dict[str, FoundSet]:
@@ -101,12 +109,12 @@ def _rules_from(device: sockets.Socket, base: replies.FoundBase, most: float) ->
         items: list[Found] = []
 
         def keep(body: bytes, chain: str = chain, items: list[Found] = items) -> None:
-            enough = not base.filters and len(items) > MOST_RULES
+            enough = not base.filters and len(items) > most_rules
             if not enough and (item := replies.read_rule_of(body, family, table, chain)) is not None:
                 items.append(item)
 
         device.dump(requests.get_rules_of(table, chain, family), keep)
-        if base.filters or len(items) <= MOST_RULES:
+        if base.filters or len(items) <= most_rules:
             rules = tuple(rule for item in items for rule in _rules(item, base.hook, lambda name: all_sets().get(name)))
         else:
             rules = (FilterRule(verdict="unknown"),)

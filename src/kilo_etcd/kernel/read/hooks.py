@@ -489,12 +489,10 @@ def _branches(members: Sequence[_Member] | None) -> tuple[Branch, ...]:
     """What a verdict map decides, a branch for each member."""
     if members is None:
         return (((), "unknown", ""),)
-    branches = tuple(
-        dict.fromkeys((tests, *_verdict(member.get("NFTA_SET_ELEM_DATA", b""))) for tests, member in members)
-    )
-    if len({target for *_, target in branches}) > MOST_TARGETS:
+    decided = [(tests, *_verdict(member.get("NFTA_SET_ELEM_DATA", b""))) for tests, member in members]
+    if len({target for *_, target in decided}) > MOST_TARGETS:
         return ((_addresses(members), "unknown", ""),)
-    return branches
+    return tuple(dict.fromkeys(decided))
 
 
 def _addresses(members: Iterable[_Member]) -> tuple[Condition, ...]:
