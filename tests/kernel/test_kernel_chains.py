@@ -996,6 +996,9 @@ async def test_what_is_for_the_host_itself_is_not_forwarded(tmp_path: Path, monk
         monkeypatch.setattr(ipvs, "TABLE", table)
         table.write_text(BALANCED.replace("0A2B0001", "C0A80901"))
         assert cut_networks(await kernel.obstacles()) == [SERVICES, link]
+        sh("ip addr add 192.168.9.240/32 dev lo")
+        table.write_text(BALANCED.replace("0A2B0001", "C0A809F0"))
+        assert cut_networks(await kernel.obstacles()) == [SERVICES, link]
         # As kube-proxy does in its mode ipvs, with a dummy.
         table.write_text(BALANCED)
         assert cut_networks(await kernel.obstacles()) == [link]
@@ -1046,6 +1049,9 @@ def of_services(*addresses: str, balanced: str = "") -> OwnAddresses:
         (of_services("10.43.0.1/16"), "10.43.0.0/16 10.43.1.0/24 10.43.0.9/32", "10.0.0.0/8 10.44.0.0/16"),
         (of_services("fd43::1/128", "fd43::2/128", balanced="fd43::2"), "fd43::/112 fd00::/8",
          "fd42::/112 fd43::3/128"),
+        # As a load balancer is given an address of the LAN.
+        (evolve(of_services("192.168.9.240/32", balanced="192.168.9.240"), links=frozenset((LAN,))),
+         "192.168.9.240/32", "192.168.9.0/24 192.168.0.0/16 192.168.9.240/29 192.168.9.241/32"),
     ],
 )  # fmt: skip
 def test_a_network_counts_as_the_hosts_own_if_its_loopback_holds_it_or_addresses_of_it_that_are_balanced(

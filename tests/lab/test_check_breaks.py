@@ -124,6 +124,18 @@ def offered(host: str, network: str, address: str) -> tuple[Act, Act]:
     )
 
 
+def offered_with_a_host(host: str, network: str, first: str, other: str) -> tuple[Act, Act]:
+    """Likewise, and another host that is in it too."""
+    put_it, remove_it = offered(host, network, first)
+    inside = f"ip netns exec {host}-9"
+    make = (
+        f"ip netns add {host}-9; ip link add v9 type veth peer w9 netns {host}-9; ip link set v9 master br9 up; "
+        f"{inside} ip addr add {other}/24 dev w9; {inside} ip link set w9 up; "
+        f"{inside} ip route add default via {first}"
+    )
+    return each(put_it, run(host, make)), each(run(host, f"ip netns del {host}-9"), remove_it)
+
+
 KEY = "/var/lib/kilo-etcd/key"
 
 
@@ -263,6 +275,13 @@ def faults(mesh: dict[str, str], lan: dict[str, str], etcd: str) -> list[Fault]:
                      for host in GCP)),
               "gcp-2", named=rf"gcp-\d.*drops packets for networks of the mesh \({re.escape(mesh['gcp-2'])}/32\)",
               protocol="tcp"),
+        fault("a firewall that drops what is for a network on a link, where one address of that is translated",
+              both(offered_with_a_host("gcp-1", "172.20.1.0/24", "172.20.1.1", "172.20.1.9"),
+                   firewall("gcp-1", "forward", "ip daddr 172.20.1.0/24 drop"),
+                   beside("gcp-1", "nat", "prerouting", -100,
+                          *(f"ip daddr 172.20.1.240 {name} dport 53 dnat to 172.20.1.9" for name in ("tcp", "udp")))),
+              "gcp-1", named=r"gcp-1.*drops packets for networks of the mesh \(172.20.1.0/24\)",
+              address="172.20.1.9"),
         fault("a host drops all UDP that it sends", firewall(LONE, "output", "oifname kilo0 meta l4proto udp drop"),
               *GCP, named="lone-1.*drops all UDP packets that go out", protocol="udp"),
         fault("a host drops all TCP that comes in, before all else",

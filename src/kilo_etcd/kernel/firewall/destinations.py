@@ -207,13 +207,16 @@ class OwnAddresses:
 
     def may_be(self, network: IPNetwork) -> bool:
         """Whether all packets for a network may be for the host itself: a device for services holds it, or an address
-        of it at which the kernel balances a service, so that the network is one of services. Any other address there
-        may be the host's name to routers, or one that several hosts have; the rest of the network is elsewhere then."""
+        of it at which the kernel balances a service, so that the network is one of services. Of a network on a link
+        only that address is one. Any other address there may be the host's name to routers, or one that several hosts
+        have; the rest of the network is elsewhere then."""
         version, (first, last) = network.version, bounds(network)
         if self._held.hold((network,), version):
             return True
         if network.prefixlen == network.max_prefixlen:
             return network.network_address in self.everywhere
+        if self.on_link(network):
+            return False
         numbers = self._numbers[version]
         return bisect_left(numbers, first) < bisect_right(numbers, last)
 
