@@ -513,6 +513,49 @@ def test_what_translates_one_protocol_leaves_the_drop_of_others_certain(
     assert all(one.certain is (named == "packets") for one in found)
 
 
+STATELESS = FilterRule(conditions=(Condition("new", False),), verdict="accept")
+
+
+@pytest.mark.parametrize(
+    ("rules", "nat", "named"),
+    [
+        ((), (translation(ONE_ADDRESS),), True),
+        ((STATELESS,), (translation(ONE_ADDRESS),), True),
+        (
+            (STATELESS, FilterRule(conditions=(Condition("daddr", LAN),), verdict="accept")),
+            (translation(ONE_ADDRESS),),
+            False,
+        ),
+        (
+            (FilterRule(conditions=(Condition("saddr", MESH[0]),), verdict="accept"),),
+            (translation(ONE_ADDRESS),),
+            False,
+        ),
+        ((FilterRule(conditions=(Condition("status", False),), verdict="accept"),), (translation(ONE_ADDRESS),), False),
+        (
+            (STATELESS, FilterRule(conditions=(Condition("oif", "br9"),), verdict="accept")),
+            (translation(ONE_ADDRESS),),
+            False,
+        ),
+        # Some of it the host itself takes.
+        ((), (evolve(translation(ONE_ADDRESS), takes=True),), False),
+    ],
+)
+def test_a_chain_that_drops_whatever_the_destination_is_named_after_a_translation(
+    rules: tuple[FilterRule, ...], nat: tuple[FilterRule, ...], named: bool, tmp_path: Path
+) -> None:
+    """Of a host that does not lead, behind which there are services."""
+    to_leader = {MESH[0]: RoutePlan(destination=MESH[0], via=Via.UNDERLAY, gateway=ip_address("10.1.0.2"))}
+    plan = evolve(LEADER, routes=to_leader, behind=(OFFERED,))
+    drop = BaseChain(family="ip", table="t", name="f", hook="forward", drops=True, rules=rules)
+    before = BaseChain(family="ip", table="n", name="p", hook="prerouting", priority=-100, drops=False, rules=nat)
+    chains = ForwardChains(
+        "kilo0", tmp_path / "x", Chains(before, drop), NoXtables("kilo0", tmp_path / "y", lambda: 1), opening=False
+    )
+    obstacles = [obstacle for obstacle in chains.obstacles(plan, ["eth0"]) if not obstacle.leading]
+    assert [obstacle.networks for obstacle in obstacles] == ([(OFFERED,)] if named else [])
+
+
 @pytest.mark.parametrize(
     ("rules", "named"),
     [
@@ -806,6 +849,32 @@ async def test_of_a_network_that_is_translated_on_its_way_nothing_is_certain_whe
         load(f"table ip x {{ chain n {{ {NAT} dnat to 10.42.0.5; }}\n"
              "chain f { type filter hook prerouting priority -50; ip daddr 10.43.0.0/16 drop; }\n}")  # fmt: skip
         assert await kernel.obstacles() == ()
+
+
+@pytest.mark.root
+@pytest.mark.usefixtures("own_namespaces")
+async def test_a_firewall_that_forwards_nothing_new_is_named_beside_kubernetes() -> None:
+    sh("ip link add eth0 type veth peer eth1; ip addr add 192.168.9.1/24 dev eth0; ip link set eth0 up; "
+       "ip route add default via 192.168.9.2")  # fmt: skip
+    load(KUBE_PROXY)
+    to_leader = {MESH[0]: RoutePlan(destination=MESH[0], via=Via.UNDERLAY, gateway=ip_address("192.168.9.2"))}
+    async with open_kernel(Setup(private_key=PRIVATE)) as kernel:
+        await kernel.apply(evolve(OFFERS_SERVICES, routes=to_leader))
+        for accepted, certain in (("established", [BOTH]), ("{ established, related }", [BOTH]), ("new", [])):
+            load("table inet own { chain f { type filter hook forward priority 0; policy drop; "
+                 f"ct state {accepted} accept; }}\n}}")  # fmt: skip
+            own = [obstacle for obstacle in await kernel.obstacles() if not obstacle.leading]
+            assert [cut_protocols([obstacle]) for obstacle in own] == certain, accepted
+            sh("nft delete table inet own")
+        for accepting in ("ct status dnat", "ct mark 0x4000", "ip daddr 10.42.0.0/16"):
+            load("table inet own { chain f { type filter hook forward priority 0; policy drop; "
+                 f"ct state established accept; {accepting} accept; }}\n}}")  # fmt: skip
+            assert [one for one in await kernel.obstacles() if not one.leading] == [], accepting
+            sh("nft delete table inet own")
+        for program in ("iptables-nft", "iptables-legacy"):
+            sh(f"{program} -P FORWARD DROP; {program} -A FORWARD -m conntrack --ctstate DNAT,ESTABLISHED -j ACCEPT")
+            assert [one for one in await kernel.obstacles() if not one.leading] == [], program
+            sh(f"{program} -F FORWARD; {program} -P FORWARD ACCEPT")
 
 
 @pytest.mark.root

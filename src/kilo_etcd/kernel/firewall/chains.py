@@ -71,6 +71,8 @@ class Packet:
     """It opens a connection; else it is an answer."""
     local: bool | None = None
     """Its destination is an address of the host itself; None: it is not known."""
+    translated: bool = False
+    """It may have been translated, which its connection's status tells then."""
 
     def within(self, side: str) -> tuple[IPNetwork, ...]:
         """Where its `saddr` or its `daddr` lies."""
@@ -81,9 +83,9 @@ class Packet:
 @frozen
 class Condition:
     """One test of a rule. `kind`: `iif`, `oif` (value: a name or several, a prefix with a `*` at its end), `version`,
-    `protocol` (a name or several), `saddr`, `daddr` (a network or several), `new` (whether new packets pass), `local`
-    (the destination is an address of the host), `any` (value: tuples of conditions, of one of which all match),
-    anything else: cannot be told (value `daddr`: it tests the destination)."""
+    `protocol` (a name or several), `saddr`, `daddr` (a network or several), `new` (whether new packets pass), `status`
+    (likewise, if they are not translated), `local` (the destination is an address of the host), `any` (value: tuples of
+    conditions, of one of which all match), anything else: cannot be told (value `daddr`: it tests the destination)."""
 
     kind: str
     value: object = None
@@ -112,6 +114,8 @@ class Condition:
             case "new":
                 # Which packets of a connection pass that exists is not kept.
                 fits = bool(self.value) if packet.new else None
+            case "status":
+                fits = bool(self.value) if packet.new and not packet.translated else None
             case "local":
                 fits = packet.local
             case "saddr" | "daddr":
@@ -132,6 +136,11 @@ def new_packets(new: bool, untracked: bool) -> Condition:
     """The test of a state of connections that new packets pass if `new`, and packets pass that are not tracked if
     `untracked`. A rule that lets those through and no new ones is written where some are not tracked."""
     return Condition("?") if untracked and not new else Condition("new", new)
+
+
+def of_status(test: Condition) -> Condition:
+    """A test of the state of connections that also tests whether they are translated."""
+    return evolve(test, kind="status") if test.kind == "new" else test
 
 
 def _or(answers: Iterable[bool | None]) -> bool | None:
@@ -157,6 +166,8 @@ class FilterRule:
     translates: bool = False
     """It may give a packet another destination (DNAT, a redirect, a header that is written), or leads to rules that may
     and that are not known."""
+    takes: bool = False
+    """Likewise, and the destination is the host itself: a redirect."""
     handle: int = field(default=0, eq=False)
 
     def matches(self, packet: Packet) -> bool | None:
@@ -483,6 +494,8 @@ _ENDS: dict[str, Verdict] = {"ACCEPT": "accept", "DROP": "drop", "REJECT": "drop
 TRANSLATING_TARGETS = frozenset({"DNAT", "REDIRECT", "NETMAP", "TPROXY", "DNPT"})
 """Targets of iptables' own that give a packet another destination, or take it for the host itself. After DNPT the next
 rule decides."""
+TAKING_TARGETS = frozenset({"REDIRECT", "TPROXY"})
+"""Those that take it."""
 
 
 _MOST_LINES = 5000
@@ -588,7 +601,8 @@ def _rule(words: list[str]) -> FilterRule:
             comment = next(rest, "")
         elif word in ("--ctstate", "--state"):
             states = next(rest, "").split(",")
-            conditions.append(new_packets(("NEW" in states) is equal, ("UNTRACKED" in states) is equal))
+            test = new_packets(("NEW" in states) is equal, ("UNTRACKED" in states) is equal)
+            conditions.append(of_status(test) if "DNAT" in states else test)
         elif word == "-m":
             module = next(rest, "")
             # Those of protocols match by their own options alone, which follow.
@@ -607,5 +621,5 @@ def _rule(words: list[str]) -> FilterRule:
     # A target that is no chain (LOG, MARK) leaves the packet to the next rule: an unknown chain is an empty one.
     return FilterRule(
         conditions=tuple(conditions), verdict=verdict, target=target, comment=comment,
-        translates=target in TRANSLATING_TARGETS,
+        translates=target in TRANSLATING_TARGETS, takes=target in TAKING_TARGETS,
     )  # fmt: skip

@@ -1,7 +1,8 @@
 """What drops packets for single destinations: the networks that nodes offer, and members' mesh addresses. Pure.
 
 A network behind this host may be one of services: a chain translates what is for it, or the host itself takes it. The
-chains that come later see other packets then, so that of these nothing is certain.
+chains that come later see packets for other addresses then, which are not known: only what they drop whatever the
+address is certain. What the host takes they do not see.
 """
 
 from __future__ import annotations
@@ -9,14 +10,17 @@ from __future__ import annotations
 import math
 from bisect import bisect_left, bisect_right
 from collections.abc import Iterable, Iterator, Mapping
-from functools import cached_property
+from functools import cache, cached_property, partial
+from ipaddress import IPv4Network, IPv6Network
 from operator import itemgetter
+from typing import Literal
 
 from attrs import evolve, field, frozen
 
 from kilo_etcd.kernel.firewall.chains import (
     FORWARDED,
     SHOWN,
+    UNKNOWN_DEVICE,
     UNTESTED,
     BaseChain,
     FilterRule,
@@ -35,6 +39,8 @@ _PROTOCOLS = ("tcp", "udp")
 """Those of which it is told whether they are dropped."""
 _ROUTING: Place = (FORWARDED.index("prerouting"), math.inf)
 """The end of hook prerouting."""
+_ANYWHERE: dict[int, IPNetwork] = {4: IPv4Network("0.0.0.0/0"), 6: IPv6Network("::/0")}
+"""IP version -> where a packet may be for whose address is not known."""
 
 
 @frozen(kw_only=True)
@@ -50,8 +56,10 @@ class Destination:
     by_forward: bool = False
     """Only chains of hook forward count."""
     translated: Mapping[str, Place] = field(factory=dict)
-    """From where on its packets of a protocol may have another destination, or are no longer forwarded; a protocol that
-    is not named: from nowhere. The answers come from another source then, which is translated back at the very end."""
+    """From where on its packets of a protocol may have another destination; a protocol that is not named: from nowhere.
+    The answers come from another source then, which is translated back at the very end."""
+    taken: frozenset[str] = frozenset()
+    """Protocols of which the host itself may take its packets, so that they are not forwarded."""
 
 
 def destination_obstacles(
@@ -67,9 +75,10 @@ def destination_obstacles(
             continue
         all_dropped = any(packet.protocol in UNTESTED and drops(chain, packet) for packet in sent)
         tests = AddressTests(chain)
-        in_mesh = [partial for networks in tests.networks if (partial := networks.partly_in(subnets)).by_version]
+        in_mesh = [some for networks in tests.networks if (some := networks.partly_in(subnets)).by_version]
         of_members = Index(in_mesh)
         answers: dict[object, tuple[str, ...]] = {}
+        dropped_anywhere = cache(partial(drops, chain))
         groups: dict[tuple[tuple[str, ...], bool], list[IPNetwork]] = {}
         for destination in to:
             if (all_dropped and not destination.behind) or (destination.member and not in_mesh):
@@ -78,20 +87,16 @@ def destination_obstacles(
                 continue
             # Of very many members most are the same to a chain.
             relation = (of_members if destination.member else tests.index).of(destination.network)
-            # By protocol, whether new packets are as they were sent, and answers as they were given.
-            genuine = tuple(
-                (name, place is None or chain.place <= place, place is None)
-                for name in _PROTOCOLS
-                for place in (destination.translated.get(name),)
-            )
-            alike = destination.ways, destination.network.version, destination.member, genuine, relation
+            # By protocol, as what new packets come here, and answers.
+            states = tuple((name, *_states(destination, name, chain.place)) for name in _PROTOCOLS)
+            alike = destination.ways, destination.network.version, destination.member, states, relation
             if alike not in answers:
                 back, there = (tests.narrowed(side, destination.network) for side in ("saddr", "daddr"))
                 answers[alike] = tuple(
                     name
-                    for name, new, answered in genuine
+                    for name, new, answered in states
                     if any(
-                        drops(there if packet.new else back, packet)
+                        dropped_anywhere(packet) if packet.translated else drops(there if packet.new else back, packet)
                         for packet in _packets_to(destination, name, subnets, new=new, answered=answered)
                     )
                 )
@@ -176,15 +181,33 @@ def _may_drop(chain: BaseChain) -> bool:
     return chain.drops or any(rule.verdict == "drop" for group in rules for rule in group)
 
 
+_State = Literal["as sent", "translated", "gone"]
+
+
+def _states(to: Destination, protocol: str, place: Place) -> tuple[_State, _State]:
+    """As what new packets to a destination come to a place, and the answers."""
+    taken, translated_from = protocol in to.taken, to.translated.get(protocol)
+    answered: _State = "gone" if taken else "as sent" if translated_from is None else "translated"
+    if taken and place > _ROUTING:
+        return "gone", answered
+    return "as sent" if translated_from is None or place <= translated_from else "translated", answered
+
+
 def _packets_to(
-    to: Destination, protocol: str, subnets: tuple[IPNetwork, ...], *, new: bool, answered: bool
+    to: Destination, protocol: str, subnets: tuple[IPNetwork, ...], *, new: _State, answered: _State
 ) -> Iterator[Packet]:
-    network = to.network
+    version = to.network.version
     for near, far in to.ways:
-        if new:
-            yield Packet(network.version, near, far, subnets, protocol, destination=network)
-        if answered:
-            yield Packet(network.version, far, near, subnets, protocol, source=network, new=False)
+        for state, is_new in ((new, True), (answered, False)):
+            if state == "gone":
+                continue
+            translated = state == "translated"
+            network = _ANYWHERE[version] if translated else to.network
+            other = UNKNOWN_DEVICE if translated else far
+            if is_new:
+                yield Packet(version, near, other, subnets, protocol, destination=network, translated=translated)
+            else:
+                yield Packet(version, other, near, subnets, protocol, network, new=False, translated=translated)
 
 
 @frozen(kw_only=True)
@@ -250,11 +273,14 @@ def translated(
     for destination in to:
         hosts = destination.member or own.on_link(destination.network)
         local = not destination.member and own.may_be(destination.network)
-        places: dict[str, list[Place]] = {name: [_ROUTING] if local else [] for name in _PROTOCOLS}
+        places: dict[str, list[Place]] = {name: [] for name in _PROTOCOLS}
+        taken = set(_PROTOCOLS if local else ())
         for each in translating:
             for name in each.of(destination, subnets, local=local, all_of_it=hosts):
                 places[name].append(each.chain.place)
-        yield evolve(destination, translated={name: min(several) for name, several in places.items() if several})
+                taken |= {name} if each.takes else set()
+        first = {name: min(several) for name, several in places.items() if several}
+        yield evolve(destination, translated=first, taken=frozenset(taken))
 
 
 class _Translation:
@@ -262,6 +288,7 @@ class _Translation:
 
     def __init__(self, chain: BaseChain) -> None:
         self.chain = chain
+        self.takes = any(rule.takes for rules in (chain.rules, *chain.chains.values()) for rule in rules)
         self._tests = AddressTests(chain)
         self._known: dict[object, dict[str, set[bool | None]]] = {}
 

@@ -214,6 +214,8 @@ NF_CT_STATE_UNTRACKED = 64
 """The bit of packets that are not tracked: in nftables' ct state, and in the older of xtables' two matches, `state`."""
 XT_CONNTRACK_STATE_UNTRACKED = 256
 """The bit of such packets in xtables' newer match, `conntrack` (xt_conntrack.h)."""
+XT_CONNTRACK_STATE_DNAT = 128
+"""The bit of connections whose destination is translated, there."""
 XT_CONNTRACK_REVISION = 3
 """The newest form of the match (net/netfilter/xt_conntrack.c)."""
 XT_CONNTRACK3 = Struct("=148xHHH")

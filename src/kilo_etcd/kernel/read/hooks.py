@@ -18,11 +18,13 @@ from attrs import evolve, frozen
 
 from kilo_etcd.kernel.firewall.chains import (
     PROTOCOLS,
+    TAKING_TARGETS,
     TRANSLATING_TARGETS,
     Condition,
     FilterRule,
     Verdict,
     new_packets,
+    of_status,
 )
 from kilo_etcd.kernel.firewall.nftables import FAMILY, NETWORK_HEADER, VERDICT_REGISTER, be32, number
 from kilo_etcd.kernel.netlink import formats
@@ -301,7 +303,7 @@ def to_rules(rule: Found, sets: Sets = lambda name: None, hook: str = "preroutin
     its base chain."""
     conditions: list[Condition] = []
     branches: tuple[Branch, ...] = (((), "", ""),)
-    translates = False
+    translates = takes = False
     registers = _Registers()
     for element in elements(rule.get("NFTA_RULE_EXPRESSIONS", b"")):
         outer = expressions(element)
@@ -344,7 +346,8 @@ def to_rules(rule: Found, sets: Sets = lambda name: None, hook: str = "preroutin
                 registers.load(get("NFTA_IMMEDIATE_DREG", b""))
         elif name in _TRANSLATES:
             branches = (((), "accept", ""),)
-            translates = translates or name == "redir" or get("NFTA_NAT_TYPE") == _DNAT
+            takes = takes or name == "redir"
+            translates = translates or takes or get("NFTA_NAT_TYPE") == _DNAT
         elif name == "reject":
             branches = (((), "drop", ""),)
         elif name == "lookup":
@@ -371,6 +374,7 @@ def to_rules(rule: Found, sets: Sets = lambda name: None, hook: str = "preroutin
             branches = (((), _TARGETS[target], ""),) if target in _TARGETS else branches
             # After routing NETMAP translates sources.
             translates = translates or (target in TRANSLATING_TARGETS and (target, hook) != ("NETMAP", "postrouting"))
+            takes = takes or target in TAKING_TARGETS
         elif name == "objref":
             if get("NFTA_OBJREF_IMM_TYPE") not in _SILENT_OBJECTS:
                 conditions.append(Condition(name))
@@ -380,11 +384,12 @@ def to_rules(rule: Found, sets: Sets = lambda name: None, hook: str = "preroutin
         elif name not in _SILENT:
             conditions.append(Condition(name))
             registers.forget()
-            translates = translates or name == "tproxy"
+            takes = takes or name == "tproxy"
+            translates = translates or takes
     return tuple(
         FilterRule(
             conditions=(*conditions, *further), verdict=verdict, target=target,
-            comment=_comment(rule.get("NFTA_RULE_USERDATA", b"")), translates=translates,
+            comment=_comment(rule.get("NFTA_RULE_USERDATA", b"")), translates=translates, takes=takes,
             handle=int.from_bytes(rule.get("NFTA_RULE_HANDLE", b"")),
         )
         for further, verdict, target in branches
@@ -567,7 +572,8 @@ def _condition(loaded: _Loaded, comparison: bytes, data: bytes) -> Condition:
             ((bits & loaded.number(mask) if mask else bits) == loaded.number(data)) is equal
             for bits in ((_NEW, _UNTRACKED) if held == "state" else (0, 0))
         )
-        return new_packets(new, untracked)
+        test = new_packets(new, untracked)
+        return of_status(test) if held == "status" else test
     if side in ("saddr", "daddr"):
         size = 4 if version == "4" else 16
         length = int.from_bytes(mask).bit_count() if mask else len(data) * 8
@@ -617,7 +623,8 @@ def _xt_match(attributes: Found) -> Iterator[Condition]:
         of_state = formats.XT_CONNTRACK_STATE
         if flags == of_state:
             bits, equal = (_NEW, formats.XT_CONNTRACK_STATE_UNTRACKED), not inverted & of_state
-            yield new_packets(*(bool(state & bit) is equal for bit in bits))
+            test = new_packets(*(bool(state & bit) is equal for bit in bits))
+            yield of_status(test) if state & formats.XT_CONNTRACK_STATE_DNAT else test
         else:
             yield Condition("?")
     elif name == "state" and len(info) >= 4:
