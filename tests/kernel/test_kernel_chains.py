@@ -747,6 +747,21 @@ DROPS_SERVICES = (
 NAT = "type nat hook prerouting priority -100; policy accept;"
 
 
+def services_table(family: str, name: str, networks: str, elements: str) -> str:
+    """As kube-proxy's, with one service at most."""
+    kind, endpoint = ("ipv4_addr", "192.168.9.7:6443") if family == "ip" else ("ipv6_addr", "[fd09::7]:6443")
+    return f"""
+table {family} {name} {{
+  map service-ips {{ type {kind} . inet_proto . inet_service : verdict; {elements} }}
+  chain filter-forward {{ type filter hook forward priority -110; ct state new jump cluster-ips-check; }}
+  chain cluster-ips-check {{ {family} daddr {{ {networks} }} drop; }}
+  chain nat-prerouting {{ {NAT} jump services; }}
+  chain services {{ {family} daddr . meta l4proto . th dport vmap @service-ips; }}
+  chain kubernetes {{ meta l4proto tcp dnat to {endpoint}; }}
+}}
+"""
+
+
 def many_services(network: str) -> str:
     """More chains than are followed, a service each."""
     numbers = range(MOST_TARGETS + 1)
@@ -849,6 +864,26 @@ async def test_of_a_network_that_is_translated_on_its_way_nothing_is_certain_whe
         load(f"table ip x {{ chain n {{ {NAT} dnat to 10.42.0.5; }}\n"
              "chain f { type filter hook prerouting priority -50; ip daddr 10.43.0.0/16 drop; }\n}")  # fmt: skip
         assert await kernel.obstacles() == ()
+
+
+@pytest.mark.root
+@pytest.mark.usefixtures("own_namespaces")
+async def test_what_kube_proxy_drops_of_services_that_are_not_there_is_meant() -> None:
+    """It has no IPv6 service yet, and none of UDP. Elsewhere the same drops are none of services."""
+    sh("ip link add eth0 type veth peer eth1; ip addr add 192.168.9.1/24 dev eth0; ip link set eth0 up; "
+       "ip link set eth1 up; ip route add default via 192.168.9.2")  # fmt: skip
+    six = ip_network("fd43::/112")
+    elements = "elements = { 10.43.0.1 . tcp . 443 : goto kubernetes };"
+    async with open_kernel(Setup(private_key=PRIVATE)) as kernel:
+        await kernel.apply(evolve(LEADER, behind=(SERVICES, LAN, six)))
+        for table, named in (("kube-proxy", [LAN]), ("own", [LAN, six])):
+            load(services_table("ip", table, f"{SERVICES}, {LAN}", elements))
+            load(services_table("ip6", table, f"{six}", ""))
+            obstacles = await kernel.obstacles()
+            assert cut_networks([obstacle for obstacle in obstacles if obstacle.certain]) == named
+            unsure = [obstacle.text for obstacle in obstacles if not obstacle.certain]
+            assert len(unsure) == (table == "own"), unsure
+            sh(f"nft delete table ip {table}; nft delete table ip6 {table}")
 
 
 @pytest.mark.root

@@ -39,6 +39,9 @@ _PROTOCOLS = ("tcp", "udp")
 """Those of which it is told whether they are dropped."""
 _ROUTING: Place = (FORWARDED.index("prerouting"), math.inf)
 """The end of hook prerouting."""
+_KUBE_PROXY = "kube-proxy"
+"""The nftables tables of Kubernetes. They drop and reject what is for services and is translated to none: of a family
+or a protocol there may be none at all."""
 _ANYWHERE: dict[int, IPNetwork] = {4: IPv4Network("0.0.0.0/0"), 6: IPv6Network("::/0")}
 """IP version -> where a packet may be for whose address is not known."""
 
@@ -58,6 +61,8 @@ class Destination:
     translated: Mapping[str, Place] = field(factory=dict)
     """From where on its packets of a protocol may have another destination; a protocol that is not named: from nowhere.
     The answers come from another source then, which is translated back at the very end."""
+    services: bool = False
+    """It may be a network of services, or the address of one."""
     taken: frozenset[str] = frozenset()
     """Protocols of which the host itself may take its packets, so that they are not forwarded."""
 
@@ -78,12 +83,13 @@ def destination_obstacles(
         in_mesh = [some for networks in tests.networks if (some := networks.partly_in(subnets)).by_version]
         of_members = Index(in_mesh)
         answers: dict[object, tuple[str, ...]] = {}
+        ends_services = chain.table == _KUBE_PROXY
         dropped_anywhere = cache(partial(drops, chain))
         groups: dict[tuple[tuple[str, ...], bool], list[IPNetwork]] = {}
         for destination in to:
             if (all_dropped and not destination.behind) or (destination.member and not in_mesh):
                 continue
-            if destination.by_forward and chain.hook != "forward":
+            if (destination.by_forward and chain.hook != "forward") or (destination.services and ends_services):
                 continue
             # Of very many members most are the same to a chain.
             relation = (of_members if destination.member else tests.index).of(destination.network)
@@ -280,7 +286,7 @@ def translated(
                 places[name].append(each.chain.place)
                 taken |= {name} if each.takes else set()
         first = {name: min(several) for name, several in places.items() if several}
-        yield evolve(destination, translated=first, taken=frozenset(taken))
+        yield evolve(destination, translated=first, taken=frozenset(taken), services=not hosts)
 
 
 class _Translation:
