@@ -11,8 +11,8 @@ etcd's gRPC proxy sends keepalives in a rhythm of its own while a stream lasts, 
 second, and answers with the next of these. The two rhythms drift apart, until a keepalive would miss its answer by a
 hair. So the interval counts from the sending of the last keepalive, which leaves the time of a second attempt, unless
 the next answer of a proxy could come too late: then it counts from the last answer. If the answer to such a keepalive
-is later than a proxy's would be, etcd itself is slow. Keepalives with a long pause between them have a stream each, of
-which the proxy answers the first one at once.
+is later than a proxy's would be, etcd itself is slow, and counts as slow until an answer comes in time. Keepalives with
+a long pause between them have a stream each, of which the proxy answers the first one at once.
 """
 
 from __future__ import annotations
@@ -41,7 +41,8 @@ STREAM_EACH = 10.0
 
 @frozen
 class NextKeepalive:
-    """When to send the next keepalive, and whether that counts from an answer, for the sake of a proxy."""
+    """When to send the next keepalive, and whether that counts from an answer, for the sake of a proxy, or did so until
+    the answer told that etcd is slow."""
 
     at: float
     from_answer: bool = False
@@ -56,7 +57,8 @@ def next_keepalive(
     # A proxy would have answered sooner after such a pause, so it is etcd that is slow.
     slow = from_answer and wait > (1 - AHEAD) * interval + PROXY_STEP
     if in_time or slow:
-        return NextKeepalive(sent_at + interval)
+        # What is remembered of a slow etcd: else the pause after each second answer would be a proxy's.
+        return NextKeepalive(sent_at + interval, from_answer=slow)
     return NextKeepalive(answered_at + AHEAD * interval, from_answer=True)
 
 
