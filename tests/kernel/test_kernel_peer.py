@@ -179,6 +179,60 @@ async def test_an_underlay_that_is_a_tunnel_is_no_other_agents() -> None:
         assert "proto 107" not in sh("ip route show")
 
 
+FOREIGN = {
+    "wireguard": "wireguard-go wg0; wg genkey > /run/theirs; wg set wg0 private-key /run/theirs listen-port 51999 "
+    "peer $(wg genkey | wg pubkey) allowed-ips 10.4.0.0/16; ip addr add 10.4.7.7/32 dev wg0",
+    "tun": "ip tuntap add wg0 mode tun; ip addr add 10.4.0.6 peer 10.4.0.5 dev wg0",
+}
+"""Devices of other programs with an address of the mesh's subnet."""
+
+
+@pytest.mark.root
+@pytest.mark.usefixtures("own_namespaces")
+@pytest.mark.parametrize("kind", FOREIGN)
+@pytest.mark.parametrize("agents", ["gone", "leader", "member"])
+async def test_a_foreign_device_with_an_address_of_the_mesh_is_no_agents(kind: str, agents: str) -> None:
+    sh("ip link add eth9 type veth peer name eth8; ip addr add 192.168.9.1/24 dev eth9; ip link set eth9 up")
+    sh("ip link set eth8 up")
+    sh(f"{FOREIGN[kind]}; ip link set wg0 up; ip route add 172.22.0.0/16 dev wg0")
+    state = "ip -4 -o addr show dev wg0; ip route show dev wg0; wg showconf wg0 2>&1; true"
+    before = sh(state)
+    parts = [via("10.5.0.0/16", "192.168.9.5")]
+    if agents == "leader":
+        parts.append(tunnel("10.4.0.0/17", "10.4.0.1"))
+    # The name of the agent's comes after that of the other.
+    async with open_kernel(Setup(interface="wg1", private_key=PRIVATE)) as kernel:
+        assert (await kernel.apply(plan(*parts, unreachable_routes=("10.4.0.0/16",)))).failures == ()
+        if agents == "gone":
+            sh("ip link del wg1")
+        for public in (None, key(200)):
+            assert await other_agent("kilo0", public_key=public) == ("" if agents == "gone" else "wg1")
+            assert not await agent_has("wg0", public)
+            assert await leftovers("wg0", public_key=public, protocol=PEER_PROTOCOL) == ()
+            assert await cleanup("wg0", public_key=public, protocol=PEER_PROTOCOL) == ()
+            await cleanup("wg0", public_key=public)
+            assert sh(state) == before
+        assert (await other_agent("kilo0"), "10.4.0.0/16" in sh("ip route show")) == (
+            ("", False) if agents == "gone" else ("wg1", True)
+        )
+        await cleanup("wg1", public_key=key(200))
+    assert sh(state) == before
+
+
+@pytest.mark.root
+@pytest.mark.usefixtures("own_namespaces")
+async def test_a_foreign_device_that_the_agents_routes_leave_by_is_no_agents() -> None:
+    sh("wireguard-go wg0; wg genkey > /run/theirs; wg set wg0 private-key /run/theirs listen-port 51999")
+    sh("ip addr add 192.168.5.1/24 dev wg0; ip link set wg0 up")
+    async with open_kernel(Setup(interface="kilo0", private_key=PRIVATE)) as kernel:
+        await kernel.apply(plan(via("10.5.0.0/16", "192.168.5.2"), unreachable_routes=("10.4.0.0/15",)))
+        sh("ip link del kilo0")
+        assert not await agent_has("wg0", None)
+        await cleanup("wg0", public_key=key(200))
+    assert "wg0" in sh("ip -o link")
+    assert "proto 107" not in sh("ip route show")
+
+
 @pytest.mark.root
 @pytest.mark.usefixtures("own_namespaces")
 async def test_the_cleanup_of_a_crashed_connection_leaves_a_member_of_the_same_mesh_its_routes() -> None:

@@ -823,16 +823,20 @@ async def test_a_host_with_a_new_key_knows_its_device_although_no_route_leads_th
     assert "kilo0" not in sh("ip -br link")
 
 
-async def test_a_wireguard_device_whose_network_only_lies_within_the_meshs_is_left_alone() -> None:
+@pytest.mark.parametrize("length", [24, 32])
+async def test_a_wireguard_device_whose_address_only_lies_within_the_meshs_is_left_alone(length: int) -> None:
     """As one that an operator has made in the place of a stopped agent's, whose unreachable routes are still there."""
     underlay()
     async with agent() as kernel:
         await kernel.apply(evolve(WORLD, routes={}))
     sh("ip address flush dev kilo0")
-    sh("ip address add 10.4.9.9/24 dev kilo0")
+    sh(f"ip address add 10.4.9.9/{length} dev kilo0")
+    sh("wg genkey > /run/theirs && wg set kilo0 private-key /run/theirs")
     async with open_kernel(Setup(private_key=key(91))) as kernel:
         with pytest.raises(KernelError, match="a WireGuard device of another program"):
             await kernel.check()
+    await cleanup("kilo0", public_key=key(91))
+    assert "kilo0" in sh("ip -br link")
 
 
 async def test_a_wireguard_device_of_an_operators_is_left_alone() -> None:
@@ -842,6 +846,7 @@ async def test_a_wireguard_device_of_an_operators_is_left_alone() -> None:
     # Nothing marks it as the mesh's.
     for version in (4, 6):
         sh(f"ip -{version} route flush proto 107")
+    sh("wg genkey > /run/theirs && wg set kilo0 private-key /run/theirs")
     async with open_kernel(Setup(private_key=key(91))) as kernel:
         with pytest.raises(KernelError, match="a WireGuard device of another program"):
             await kernel.check()

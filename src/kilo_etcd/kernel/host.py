@@ -15,6 +15,7 @@ from pathlib import Path
 from attrs import evolve
 
 from kilo_etcd.kernel import ipvs, sysctl, userspace, wireguard
+from kilo_etcd.kernel.device_keys import DeviceKeys
 from kilo_etcd.kernel.errors import NO_PERMISSION, KernelError, NetlinkError, failure, taken, why_not
 from kilo_etcd.kernel.firewall.chains import Obstacle, Refusal
 from kilo_etcd.kernel.firewall.destinations import OwnAddresses
@@ -43,7 +44,6 @@ from kilo_etcd.kernel.routing.rules import AddRule, DeleteRule, ForeignRule
 from kilo_etcd.kernel.state import (
     KERNEL_PROTOCOL,
     MAIN_TABLE,
-    PEER_PROTOCOL,
     ROUTE_PROTOCOL,
     STATIC_PROTOCOLS,
     AddAddress,
@@ -139,6 +139,7 @@ class Host:
         self.protocol = protocol
         self.ipip = ipip_name(interface)
         self._record = Path(runtime_dir) / f"{interface}.sysctl.json"
+        self._device_keys = DeviceKeys(runtime_dir)
         self._route = sockets.Socket(core.NETLINK_ROUTE)
         self._generic = wireguard.generic_socket()
         self.netfilter = Netfilter()
@@ -171,8 +172,6 @@ class Host:
         """The nexthop objects when routes were last read, if these are told without what the objects say."""
         self.ways: set[int] = set()
         """Indexes of the devices that routes of ours leave by, and of those that some did since they were last read."""
-        self._agents_networks: set[IPNetwork] = set()
-        """Of a connection: the destinations of an agent's unreachable routes, when last read."""
 
     def close(self) -> None:
         """Close the sockets. What is on the host stays as it is."""
@@ -256,15 +255,10 @@ class Host:
             addresses = frozenset(
                 a.address for a in found_there if a.index == own.index and a.scope is not AddressScope.LINK
             )
-            # If the host's key was replaced, the device is known by routes of ours that lead there, or, as on a member
-            # of a location, by its mesh address, which lies within the mesh's unreachable routes and has no network of
-            # its own. Any other is an operator's, who must not lose peers and key.
-            leads_there = any(route.device == own.name for route in (*routes.values(), *duplicates))
-            alone = [a.ip for a in addresses if a.network.num_addresses == 1]
-            in_mesh = own.name not in self._connections(foreign) and any(
-                address in network for address in alone for network in unreachable_routes
-            )
-            if not (leads_there or in_mesh or self._knows(state)):
+            # If the host's key was replaced, the device is known by the key that it was given before, or by routes of
+            # ours that lead there, which a member of a location does not have. Any other is an operator's, who must not
+            # lose peers and key.
+            if not (own.name in _led_to(routes.values(), duplicates) or self._knows(state)):
                 ours, addresses = False, frozenset()
         devices = {a.interface for a in everywhere if a.address.ip in sources} - {"", self.interface, self.ipip, "lo"}
         policy = routing.read(
@@ -341,8 +335,18 @@ class Host:
         return state if ours else None
 
     def _knows(self, state: DeviceState) -> bool:
-        """Whether a WireGuard device is an agent's by its key: it has this host's, or none yet."""
-        return state.public_key == self._public_key or not (state.public_key or state.peers)
+        """Whether our WireGuard device is known by its key: it has this host's, or none yet, or the one that an agent
+        gave it."""
+        nothing = not (state.public_key or state.peers)
+        return (
+            nothing
+            or state.public_key == self._public_key
+            or (self.protocol == ROUTE_PROTOCOL and self._is_agents(self.interface, state))
+        )
+
+    def _is_agents(self, name: str, state: DeviceState) -> bool:
+        """Whether an agent has given the WireGuard device `name` the key that it has."""
+        return bool(state.public_key) and state.public_key == self._device_keys.read(name)
 
     def check(self, backend: Backend, command: str) -> None:
         """KernelError if no plan could be brought about, as things are. Changes nothing."""
@@ -430,7 +434,6 @@ class Host:
         self.ways = set()
         self.uplinks = {}
         self.several = False
-        self._agents_networks = set()
         objects = self._objects = nexthops.read(self._route)
 
         def keep(body: bytes) -> None:
@@ -439,7 +442,8 @@ class Host:
                 return
             if read.unreachable:
                 # An agent's, which is in nobody's way.
-                (unreachable_routes if self.protocol == ROUTE_PROTOCOL else self._agents_networks).add(read.destination)
+                if self.protocol == ROUTE_PROTOCOL:
+                    unreachable_routes.add(read.destination)
                 return
             route = read.route(names)
             if not is_ours(read.protocol, route.device, own=self.protocol, interface=self.interface):
@@ -624,7 +628,12 @@ class Host:
         if link is not None and link.link.kind == "wireguard":
             device = self._kernel_device()
         assert device is not None
-        yield from _write(device, self.interface, changes)
+        results = list(_write(device, self.interface, changes))
+        if self.protocol == ROUTE_PROTOCOL and not any(
+            isinstance(change, SetDevice) and error for change, error in results
+        ):
+            self._device_keys.write(self.interface, self._public_key)
+        yield from results
 
     def _make_batch(self, group: list[Change]) -> Iterator[tuple[Change, OSError | None]]:
         changes: list[_Batched] = [c for c in group if isinstance(c, _Batched)]
@@ -758,60 +767,53 @@ class Host:
         return tuple(changes)
 
     def agent_has(self, observed: Observed) -> bool:
-        """Of a connection: whether the interface is an agent's, by what `observe` has just read. Routes or rules of an
-        agent lead there, or it has a mesh address; a device with the connection's own key is the connection's."""
+        """Of a connection: whether the interface is certain to be an agent's, by what `observe` has just read. It has
+        the key that an agent gave it, or an agent's rules or routes into the tunnel lead there; a device with the
+        connection's own key is the connection's."""
         link = observed.link
         if self.protocol == ROUTE_PROTOCOL or (self._public_key and observed.public_key == self._public_key):
             return False
+        if link is not None and self._is_agents(link.name, self._read_device(link)[1]):
+            return True
         names = {index: link.name for index, link in self.links.items()}
         policy = routing.read(self._route, self.interface, ROUTE_PROTOCOL, names)
         in_tables = (
             route for table in policy.tables.values() for route in (*table.routes.values(), *table.last.values())
         )
-        leading_there = (route for route in observed.foreign.values() if route.device in (self.interface, self.ipip))
-        if policy.rules or any(route.protocol == ROUTE_PROTOCOL for route in (*leading_there, *in_tables)):
-            return True
-        if link is None or link.kind not in _TUNNELS or observed.routes:
-            return False
-        return bool(self._with_mesh_address({link.name}, self._agents_networks))
+        leading_there = (
+            route
+            for route in observed.foreign.values()
+            if route.device == self.ipip or (route.device == self.interface and route.gateway is None)
+        )
+        return bool(policy.rules) or any(route.protocol == ROUTE_PROTOCOL for route in (*leading_there, *in_tables))
 
     def other_agent(self, observed: Observed) -> str:
         """The WireGuard device of an agent with another interface than this, by what `observe` has just read; empty:
-        there is none. An agent's routes into the tunnel lead there, or it has a mesh address; that of a connection has
-        its routes. Where our own device is an agent's there is no other: a host has one."""
+        none is certain. It has this host's key or the one that an agent gave it, or an agent's routes into the tunnel
+        lead there. If our own device is an agent's there is no other: a host has one."""
         if self.protocol != ROUTE_PROTOCOL or (observed.link is not None and observed.ours):
             return ""
-        devices = {link.name for link in self.links.values() if link.kind in _TUNNELS} - {self.interface}
-        routes = (*observed.routes.values(), *observed.duplicate_routes)
-        # A route by way of a gateway leads into the underlay, which may be a tunnel too.
-        led_to = devices.intersection(route.device for route in routes if route.gateway is None)
-        if led_to:
-            return min(led_to)
-        return min(
-            self._with_mesh_address(devices - self._connections(observed.foreign), observed.unreachable_routes),
-            default="",
-        )
+        others = [link for link in self.links.values() if link.kind in _TUNNELS and link.name != self.interface]
+        led_to = _led_to(observed.routes.values(), observed.duplicate_routes)
+        by_key = [link.name for link in others if self._has_an_agents_key(link)]
+        return min(by_key or (link.name for link in others if link.name in led_to), default="")
 
-    @staticmethod
-    def _connections(foreign: Mapping[IPNetwork, Route]) -> set[str]:
-        """The devices of connections."""
-        return {route.device for route in foreign.values() if route.protocol == PEER_PROTOCOL}
+    def _has_an_agents_key(self, link: Link) -> bool:
+        try:
+            _, state = self._read_device(link)
+        except KernelError:
+            return False
+        return bool(state.public_key) and (state.public_key == self._public_key or self._is_agents(link.name, state))
 
-    def _with_mesh_address(self, devices: Collection[str], networks: Collection[IPNetwork]) -> set[str]:
-        """Those of `devices` that have an address without a network of its own, within an agent's `networks`."""
-        if not (devices and networks):
-            return set()
-        return {
-            item.interface
-            for item in self._read_addresses()
-            if item.interface in devices
-            and item.address.network.num_addresses == 1
-            and any(item.address.ip in network for network in networks)
-        }
-
-    def forget_sysctls(self) -> None:
-        """Forget which values sysctls had before us: they have been restored, or are to stay."""
+    def forget_records(self) -> None:
+        """Forget which values sysctls had before us, which have been restored or are to stay, and our device's key."""
         self._record.unlink(missing_ok=True)
+        self._device_keys.forget(self.interface)
+
+
+def _led_to(*groups: Iterable[Route]) -> set[str]:
+    """The devices that routes lead into. One by way of a gateway leads into the underlay, which may be a tunnel too."""
+    return {route.device for group in groups for route in group if route.gateway is None}
 
 
 def _write(

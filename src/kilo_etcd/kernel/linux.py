@@ -202,7 +202,7 @@ def _cleanup(host: Host) -> tuple[Change, ...]:
             changes = host.leftovers()
             if not changes:
                 if not host.agent_has(host.observe()):
-                    host.forget_sysctls()
+                    host.forget_records()
                 break
             made, failed = host.make(changes)
             all_made.extend(made)

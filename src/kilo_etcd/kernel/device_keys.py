@@ -1,0 +1,44 @@
+"""The public key that an agent has given its WireGuard device, in a file beside the host's other records.
+
+By it the device is known as an agent's after the host's own key was replaced, also on a member of a location, whose
+routes do not lead there. An address within the mesh says nothing: another program's device may have one too.
+"""
+
+from __future__ import annotations
+
+from contextlib import suppress
+from pathlib import Path
+
+from kilo_etcd.base.wholefile import write_whole
+
+
+class DeviceKeys:
+    """One file in `directory` for each interface that an agent has."""
+
+    def __init__(self, directory: str) -> None:
+        self._directory = Path(directory)
+        self._written: tuple[str, str] | None = None
+
+    def _path(self, interface: str) -> Path:
+        return self._directory / f"{interface}.public-key"
+
+    def read(self, interface: str) -> str:
+        """Empty: no agent has given the device a key, or which one cannot be read."""
+        try:
+            return self._path(interface).read_text(encoding="ascii").strip()
+        except (OSError, ValueError):
+            return ""
+
+    def write(self, interface: str, public_key: str) -> None:
+        """If that fails, the device is known by the host's key and by routes alone."""
+        if (interface, public_key) == self._written:
+            return
+        with suppress(OSError):
+            self._directory.mkdir(parents=True, exist_ok=True)
+            write_whole(self._path(interface), f"{public_key}\n".encode())
+            self._written = interface, public_key
+
+    def forget(self, interface: str) -> None:
+        """Remove the file. OSError."""
+        self._path(interface).unlink(missing_ok=True)
+        self._written = None
