@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import shutil
 import time
 from collections.abc import Iterable
@@ -1103,6 +1104,10 @@ async def test_what_is_for_the_host_itself_is_not_forwarded(tmp_path: Path, monk
         sh("ip addr add 192.168.9.240/32 dev lo")
         table.write_text(BALANCED.replace("0A2B0001", "C0A809F0"))
         assert cut_networks(await kernel.obstacles()) == [SERVICES, link]
+        # At any address of its loopback device, if it does not show where.
+        monkeypatch.setattr(ipvs, "TABLE", tmp_path)
+        assert cut_networks(await kernel.obstacles()) == [link]
+        monkeypatch.setattr(ipvs, "TABLE", table)
         # As kube-proxy does in its mode ipvs, with a dummy.
         table.write_text(BALANCED)
         assert cut_networks(await kernel.obstacles()) == [link]
@@ -1125,12 +1130,25 @@ FWM  00000007 wlc
 
 
 def test_the_addresses_of_ipvs_are_those_of_virtual_servers() -> None:
-    assert set(ipvs.addresses(BALANCED.splitlines())) == {ip_address("10.43.0.1"), ip_address("fd43::a")}
+    assert ipvs.addresses(BALANCED) == {ip_address("10.43.0.1"), ip_address("fd43::a")}
 
 
-def test_a_kernel_without_ipvs_balances_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_only_a_kernel_without_ipvs_balances_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else services would be taken for networks that are forwarded, and their drops for faults."""
     monkeypatch.setattr(ipvs, "TABLE", tmp_path / "none")
     assert ipvs.read() == frozenset()
+    monkeypatch.setattr(ipvs, "TABLE", tmp_path)
+    assert ipvs.read() is None, "it cannot be read"
+    table = tmp_path / "ip_vs"
+    table.write_text(BALANCED)
+    monkeypatch.setattr(ipvs, "TABLE", table)
+
+    def exhausted(path: Path) -> str:
+        raise OSError(errno.EMFILE, "Too many open files")
+
+    monkeypatch.setattr(Path, "read_text", exhausted)
+    with pytest.raises(OSError, match="Too many open files"):
+        ipvs.read()
 
 
 def of_services(*addresses: str, balanced: str = "") -> OwnAddresses:

@@ -411,11 +411,13 @@ class Host:
 
     def _own_addresses(self) -> OwnAddresses:
         self._read_links()
-        addresses = self._read_addresses()
+        addresses, balanced = self._read_addresses(), ipvs.read()
+        for_services = frozenset(item.address for item in addresses if item.for_services)
         return OwnAddresses(
             everywhere=frozenset(item.address.ip for item in addresses),
-            for_services=frozenset(item.address for item in addresses if item.for_services),
-            balanced=ipvs.read(),
+            for_services=for_services,
+            # At each of them a service may be balanced, if the kernel does not show where.
+            balanced=frozenset(address.ip for address in for_services) if balanced is None else balanced,
             links=frozenset(
                 item.address.network
                 for item in addresses
