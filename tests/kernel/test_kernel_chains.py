@@ -865,6 +865,14 @@ async def test_of_a_network_that_is_translated_on_its_way_nothing_is_certain_whe
         load(f"table ip x {{ chain n {{ {NAT} dnat to 10.42.0.5; }}\n"
              "chain f { type filter hook prerouting priority -50; ip daddr 10.43.0.0/16 drop; }\n}")  # fmt: skip
         assert await kernel.obstacles() == ()
+        sh("nft delete table ip x")
+        # Which of two at one place comes first is not known; of one chain it is.
+        load(f"table ip x {{ chain n {{ {NAT} ip daddr 10.43.0.1 dnat to 10.42.0.5; }}\n"
+             "chain f { type filter hook prerouting priority -100; ip daddr 10.43.0.0/16 drop; }\n}")  # fmt: skip
+        assert await kernel.obstacles() == ()
+        sh("nft delete table ip x")
+        load(f"table ip x {{ chain n {{ {NAT} ip daddr 10.43.0.0/16 drop; ip daddr 10.43.0.1 dnat to 10.42.0.5; }}\n}}")
+        assert cut_networks(await kernel.obstacles()) == [SERVICES]
 
 
 @pytest.mark.root

@@ -94,7 +94,7 @@ def destination_obstacles(
             # Of very many members most are the same to a chain.
             relation = (of_members if destination.member else tests.index).of(destination.network)
             # By protocol, as what new packets come here, and answers.
-            states = tuple((name, *_states(destination, name, chain.place)) for name in _PROTOCOLS)
+            states = tuple((name, *_states(destination, name, chain)) for name in _PROTOCOLS)
             alike = destination.ways, destination.network.version, destination.member, states, relation
             if alike not in answers:
                 back, there = (tests.narrowed(side, destination.network) for side in ("saddr", "daddr"))
@@ -190,13 +190,15 @@ def _may_drop(chain: BaseChain) -> bool:
 _State = Literal["as sent", "translated", "gone"]
 
 
-def _states(to: Destination, protocol: str, place: Place) -> tuple[_State, _State]:
-    """As what new packets to a destination come to a place, and the answers."""
+def _states(to: Destination, protocol: str, chain: BaseChain) -> tuple[_State, _State]:
+    """As what new packets to a destination come to a chain, and the answers. Which of two chains at one place the
+    kernel passes first is not known; a chain that translates sees packets as they were sent."""
     taken, translated_from = protocol in to.taken, to.translated.get(protocol)
     answered: _State = "gone" if taken else "as sent" if translated_from is None else "translated"
-    if taken and place > _ROUTING:
+    if taken and chain.place > _ROUTING:
         return "gone", answered
-    return "as sent" if translated_from is None or place <= translated_from else "translated", answered
+    before = translated_from is None or chain.place < translated_from
+    return "as sent" if before or (chain.place == translated_from and _may_translate(chain)) else "translated", answered
 
 
 def _packets_to(
