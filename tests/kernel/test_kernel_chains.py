@@ -326,6 +326,21 @@ def test_a_ruleset_that_changes_while_it_is_read_is_read_again(monkeypatch: pyte
     assert found == []
 
 
+class Reloaded(Chains):
+    """nftables that loses all its chains, one that drops and one that translates, between two readings."""
+
+    def passed_chains(self) -> tuple[BaseChain, ...]:
+        chains, self._found = self._found, ()
+        return chains
+
+
+def test_what_translates_and_what_drops_are_of_one_ruleset(tmp_path: Path) -> None:
+    nftables = Reloaded(one_rule(Condition("daddr", OFFERED)))
+    xtables = NoXtables("kilo0", tmp_path / "y", lambda: 1)
+    chains = ForwardChains("kilo0", tmp_path / "x", nftables, xtables, opening=False)
+    assert chains.obstacles(evolve(LEADER, behind=(OFFERED,)), ["eth0"]) == ()
+
+
 LAN, LAN_ADDRESS = ip_network("192.168.9.0/24"), ip_network("192.168.9.240/32")
 OFFERED, MEMBER = ip_network("172.20.1.0/24"), ip_network("10.4.0.2/32")
 NEAR = {

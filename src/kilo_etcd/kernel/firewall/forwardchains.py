@@ -42,6 +42,9 @@ LEGACY_SECONDS, LEGACY_DROPPING_SECONDS = 40.0, 15.0
 """How long a reading of the older xtables' chain is believed: with the pauses between two looks at what drops forwarded
 packets that makes less than a minute. If something drops, its end is to be seen sooner."""
 
+_ATTEMPTS = 3
+"""Readings of both at most, while somebody goes on changing them; the next call reads them again."""
+
 
 @frozen(kw_only=True)
 class _Found:
@@ -86,7 +89,12 @@ class ForwardChains:
         legacy_chains = tuple(chain for chain in read if chain is not None)
         sent = self._sent(versions, plan, devices)
         legacy = obstacles(legacy_chains, sent, self._interface, opening=self._opening)
-        passed = self._passed_chains()
+        # What drops and what translates are two readings: of one ruleset, if it has not changed meanwhile.
+        for _ in range(_ATTEMPTS):
+            passed = self._passed_chains()
+            at_destinations = self._at_destinations(plan, tuple(devices), (*passed, *legacy_chains), sent)
+            if _same(passed, self._passed_chains()):
+                break
         # If it reaches no others of its location, packets come in and go out by a device of the internet's, on which
         # all hosts may well drop private addresses. What is behind it has devices of its own.
         near = plan is not None and _reaches_members(plan)
@@ -97,7 +105,7 @@ class ForwardChains:
         return (
             *obstacles(chains, sent, self._interface, opening=self._opening),
             *legacy,
-            *self._at_destinations(plan, tuple(devices), (*passed, *legacy_chains), sent),
+            *at_destinations,
             *(
                 Obstacle(
                     f"net.ipv4.conf.{name}.forwarding is 0, so what comes in by {name} is not forwarded: "
