@@ -311,6 +311,44 @@ def test_the_older_xtables_are_read_rarely_and_a_change_is_seen_within_a_minute(
         until(False)
 
 
+def test_a_program_that_does_not_end_is_waited_for_more_and_more_rarely(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """The kernel's one lock is held meanwhile."""
+    names, now, waits = tmp_path / "names", 1000.0, True
+    names.write_text("nat")
+    ran: list[float] = []
+
+    def run(*command: str) -> str:
+        nonlocal now
+        ran.append(now)
+        if waits:
+            now += iptables._DEADLINE
+            raise iptables.IptablesError("it did not end")
+        return "-P PREROUTING ACCEPT"
+
+    monkeypatch.setattr(iptables, "_LEGACY_TABLES", {4: names, 6: tmp_path / "none"})
+    monkeypatch.setattr(iptables, "_run", run)
+    monkeypatch.setattr(shutil, "which", lambda name, path: name if "legacy" in name else None)
+    monkeypatch.setattr(time, "monotonic", lambda: now)
+    xtables = Iptables("kilo0", tmp_path / "y", lambda: 1)
+
+    def look(seconds: float) -> int:
+        """How often the program was run."""
+        nonlocal now
+        ran.clear()
+        end = now + seconds
+        while now < end:
+            xtables.legacy_translation(4, patience=15)
+            now += 1
+        return len(ran)
+
+    assert look(3600) <= 15
+    waits = False
+    look(600)
+    assert look(600) >= 30, "it ends again"
+
+
 def test_a_ruleset_that_changes_while_it_is_read_is_read_again(monkeypatch: pytest.MonkeyPatch) -> None:
     """A firewall that is being reloaded would be seen without the rules that drop: as one that lets all pass."""
     whole = BaseChain(family="inet", table="firewalld", name="filter_FORWARD", drops=True)

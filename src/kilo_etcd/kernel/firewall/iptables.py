@@ -17,6 +17,8 @@ from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 
+from attrs import frozen
+
 from kilo_etcd.base import descriptors
 from kilo_etcd.kernel.firewall.chains import BaseChain, from_iptables, translation_from_iptables
 from kilo_etcd.kernel.firewall.forward import AddForward, DeleteForward, ForwardRule, read_rules
@@ -25,6 +27,20 @@ _PROGRAMS = {4: "iptables", 6: "ip6tables"}
 _PATH = "/usr/local/sbin:/usr/sbin:/sbin:/usr/local/bin:/usr/bin:/bin"
 _DEADLINE = 15.0
 _LEGACY_TABLES = {4: Path("/proc/net/ip_tables_names"), 6: Path("/proc/net/ip6_tables_names")}
+
+
+_MOST_PATIENCE = 32
+"""Times the usual patience, if the program does not end again and again."""
+
+
+@frozen
+class _LegacyReading:
+    """A chain that was read, when, and how many times as long as others it is believed: twice as long after each time
+    that the program did not end, since the next one may take all its time too."""
+
+    ended: float
+    chain: BaseChain | None
+    patience: int = 1
 
 
 class IptablesError(OSError):
@@ -44,7 +60,7 @@ class Iptables:
         """Says that there may be rules of ours, so that nothing is run on hosts that never had any."""
         self._generation = generation
         self._last_read: tuple[int, tuple[dict[int, str], frozenset[ForwardRule]]] | None = None
-        self._legacy: dict[tuple[int, str], tuple[float, BaseChain | None]] = {}
+        self._legacy: dict[tuple[int, str], _LegacyReading] = {}
         self._events: bool | None = None
         self.writes = 0
 
@@ -98,9 +114,14 @@ class Iptables:
             self._legacy.pop((version, table), None)
             return None
         reading = self._legacy.get((version, table))
-        if reading is None or time.monotonic() - reading[0] > patience:
-            reading = self._legacy[version, table] = time.monotonic(), read(version)
-        return reading[1]
+        if reading is None or time.monotonic() - reading.ended > patience * reading.patience:
+            began = time.monotonic()
+            chain = read(version)
+            ended = time.monotonic()
+            before = 1 if reading is None else reading.patience
+            times = min(2 * before, _MOST_PATIENCE) if ended - began >= _DEADLINE else 1
+            reading = self._legacy[version, table] = _LegacyReading(ended, chain, times)
+        return reading.chain
 
     def _reported(self) -> bool:
         """Whether iptables writes to nftables, whose generation tells of changes."""
