@@ -567,6 +567,13 @@ def test_what_translates_one_protocol_leaves_the_drop_of_others_certain(
     assert all(one.certain is (named == "packets") for one in found)
 
 
+def test_what_is_forwarded_is_for_no_address_of_the_host() -> None:
+    local = FilterRule(conditions=(Condition("local", True),), verdict="accept")
+    chain = BaseChain(family="ip", table="t", name="f", hook="prerouting", drops=True, rules=(local,))
+    sent = packets("kilo0", ["eth0"], [4], MESH)
+    assert [obstacle.certain for obstacle in obstacles((chain,), sent, "kilo0", opening=False)] == [True]
+
+
 STATELESS = FilterRule(conditions=(Condition("new", False),), verdict="accept")
 
 
@@ -1176,6 +1183,14 @@ async def test_what_is_for_the_host_itself_is_not_forwarded(tmp_path: Path, monk
         sh("nft delete table ip x")
         load("table ip x { chain f { type filter hook prerouting priority 0; ip daddr 10.43.0.0/16 drop; }\n}")
         assert cut_networks(await kernel.obstacles()) == [SERVICES]
+        sh("nft delete table ip x")
+        load("table ip x { chain f { type filter hook prerouting priority 0; fib daddr type local accept; "
+             f"ip daddr {both} drop; }}\n}}")  # fmt: skip
+        assert cut_networks(await kernel.obstacles()) == [link]
+        # What is forwarded is for no address of the host.
+        sh("nft delete table ip x")
+        load("table ip x { chain f { type filter hook prerouting priority 0; fib daddr type local accept; drop; }\n}")
+        assert cut_networks(await kernel.obstacles()) == [link]
 
 
 BALANCED = """IP Virtual Server version 1.2.1 (size=4096)

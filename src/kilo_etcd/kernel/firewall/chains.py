@@ -305,7 +305,7 @@ def packets(
 ) -> tuple[Packet, ...]:
     """Those that a host forwards between its tunnel and `devices`, both ways."""
     return tuple(
-        Packet(version, *pair, subnets, protocol)
+        Packet(version, *pair, subnets, protocol, local=False)
         for version in sorted(versions)
         for device in sorted(devices)
         for pair in ((interface, device), (device, interface))

@@ -210,12 +210,13 @@ def _packets_to(
             if state == "gone":
                 continue
             translated = state == "translated"
+            # What the host itself takes comes to it by the chains before routing.
+            local = None if translated or protocol in to.taken else False
             network = _ANYWHERE[version] if translated else to.network
+            source, destination = (None, network) if is_new else (network, None)
             other = UNKNOWN_DEVICE if translated else far
-            if is_new:
-                yield Packet(version, near, other, subnets, protocol, destination=network, translated=translated)
-            else:
-                yield Packet(version, other, near, subnets, protocol, network, new=False, translated=translated)
+            devices = (near, other) if is_new else (other, near)
+            yield Packet(version, *devices, subnets, protocol, source, destination, is_new, local, translated)
 
 
 @frozen(kw_only=True)
