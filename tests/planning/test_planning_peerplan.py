@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from ipaddress import ip_network
+from ipaddress import ip_address, ip_network
 from typing import Any
 
+import pytest
 from attrs import evolve
 
 from kilo_etcd.model import Endpoint, Granularity, Node, Snapshot
 from kilo_etcd.model.hostplan import HostPlan
 from kilo_etcd.planning.peerplan import peer_plan
 from kilo_etcd.planning.pipeline import protected_plan
+from kilo_etcd.planning.route_filter import filter_routes
 from kilo_etcd.topology.segments import build_topology
 from topology_worlds import MESH, MESH6, candidates_of, node, peer, snapshot
 
@@ -114,6 +116,44 @@ def test_the_mesh_is_kept_in_a_network_that_overlaps_it_but_not_where_it_would_t
         inside = protected_plan(plan(), tuple(map(ip_network, networks)), WORLD.subnets)
         assert "10.4.0.0/16" not in routes(inside)
         assert "10.4.0.0/16" in [problem.subject for problem in inside.problems]
+
+
+@pytest.mark.parametrize("gateway", ["10.4.63.1/32", "192.0.2.1/32"])
+@pytest.mark.parametrize("offered", ["10.4.63.0/25", "10.4.63.1/32", "10.4.63.0/24", "10.4.62.0/23"])
+def test_no_network_within_the_meshs_subnet_takes_that_of_the_machine_into_the_tunnel(
+    offered: str, gateway: str
+) -> None:
+    near = (ip_network("10.4.63.0/24"), ip_network("10.4.9.0/24"), ip_network(gateway))
+    colleague = evolve(GCP[1], mesh_addresses=(ip_address("10.4.9.2"),))
+
+    def world(*networks: str) -> Snapshot:
+        home = evolve(HOME, allowed_location_ips=tuple(map(ip_network, networks)))
+        return snapshot([GCP[0], colleague, home], peers=[LAPTOP], candidates=candidates_of(*GCP))
+
+    before, offering = plan(world("10.4.128.0/24")), plan(world("10.4.128.0/24", offered))
+    clean = protected_plan(before, near, WORLD.subnets)
+    assert (clean.routes, clean.peers, clean.problems) == (before.routes, before.peers, before.problems)
+    assert "10.4.9.2/32" in allowed(clean)["gcp-1"]
+    assert offered in routes(offering)
+    for previous in (None, clean):
+        made = filter_routes(offering, near, previous, mesh=WORLD.subnets)
+        assert (routes(made), allowed(made)) == (routes(clean), allowed(clean))
+        assert [problem.subject for problem in made.problems] == [offered]
+    assert routes(protected_plan(offering, (ip_network("192.168.7.0/24"),), WORLD.subnets)) == routes(offering)
+
+
+@pytest.mark.parametrize("offered", ["10.4.63.0/25", "10.4.63.3/32"])
+def test_no_network_within_the_meshs_subnet_takes_a_leaders_endpoint_into_the_tunnel(offered: str) -> None:
+    home = evolve(HOME, endpoint=Endpoint.parse("10.4.63.3:51820"), allowed_location_ips=(ip_network(offered),))
+    offering = plan(snapshot([*GCP, home], peers=[LAPTOP], candidates=candidates_of(*GCP)))
+    made = protected_plan(offering, (ip_network("192.168.7.0/24"),), WORLD.subnets)
+    assert offered in routes(offering)
+    assert offered not in routes(made)
+    # A leader whose endpoint comes to lie in a network that was fit until then.
+    far = evolve(offering, peers={k: evolve(v, endpoint=None) for k, v in offering.peers.items()})
+    clean = filter_routes(far, (), mesh=WORLD.subnets)
+    assert offered in routes(clean)
+    assert offered not in routes(filter_routes(offering, (), clean, mesh=WORLD.subnets))
 
 
 def test_a_leader_behind_nat_is_looked_for_where_others_see_it_but_not_through_ones_own_nat() -> None:

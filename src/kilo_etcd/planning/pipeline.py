@@ -154,7 +154,8 @@ def protected_plan(plan: HostPlan, protected: tuple[IPNetwork, ...], subnets: tu
 
     The mesh's subnets are kept although they overlap the network that the machine happens to be in, whose own route is
     narrower as a rule; but not where they hold etcd or the default gateway itself. An address that lies in a narrower
-    protected network is reached by that one's route all the same.
+    protected network is reached by that one's route all the same. Networks within the subnets that somebody offers are
+    removed as others are.
     """
     own = [network for network in protected if network.num_addresses > 1]
     single = [network for network in protected if network.num_addresses == 1]

@@ -8,7 +8,9 @@ IPs that they belong to, and named. So are default routes.
 No host loses a route because of an observed endpoint of a peer: an observed endpoint within a network that goes
 into the tunnel is not used.
 
-The mesh itself is never filtered out: the mesh subnet that holds the host's own address, and all within it.
+The mesh itself is never filtered out: on a node the mesh subnet that holds the host's own address, and all within it,
+such as the addresses of other nodes; for a peer the subnets that the caller names, but no narrower network that
+somebody offers, which would take precedence over the network that the machine is in.
 """
 
 from __future__ import annotations
@@ -60,6 +62,21 @@ class _Ranges:
         return self.networks[version][at] if at >= 0 and self.furthest[version][at] >= start else None
 
 
+@frozen
+class _Mesh:
+    """The mesh's subnets, and how much of them is kept whatever is protected."""
+
+    subnets: tuple[IPNetwork, ...]
+    whole: bool
+    """All within them; else routes to narrower networks are looked at."""
+
+    def exposes(self, network: IPNetwork, routes: Mapping[IPNetwork, RoutePlan]) -> bool:
+        """Whether a network that is routed or allowed is looked at. What is allowed alone draws no packets."""
+        if not within(network, self.subnets):
+            return True
+        return not self.whole and network not in self.subnets and network in routes
+
+
 @frozen(kw_only=True, eq=False)
 class RoutesMemo(PlanMemo):
     """What the route filter finds in the memo of a plan that it is handed."""
@@ -74,7 +91,7 @@ class FilterMemo(PlanMemo):
 
     inner: PlanMemo | None
     protected: tuple[IPNetwork, ...]
-    mesh: tuple[IPNetwork, ...]
+    mesh: _Mesh
     lengths: frozenset[tuple[int, int]]
     """Family and prefix length of every route that was examined."""
 
@@ -90,16 +107,17 @@ def filter_routes(
     """`plan` without what would harm the host. `protected`: etcd's endpoints, own underlay networks and the like.
 
     The peers' own endpoints are protected without being named. `offered_by` names who offers a network, for people.
-    `previous`, the last guarded plan of the same host, only saves work. `mesh` are the mesh's subnets, where the host's
-    own addresses need not be within them. The outcome may be handed to `host_plan` as its previous plan, as `plan` may.
+    `previous`, the last guarded plan of the same host, only saves work. `mesh` are the mesh's subnets that are kept for
+    a peer, whose own addresses need not be within them. The outcome may be handed to `host_plan` as its previous plan,
+    as `plan` may.
     """
     protected = tuple(protected)
-    if previous is not None and (memo := _still_clean(plan, protected, previous)) is not None:
+    if previous is not None and (memo := _still_clean(plan, protected, previous, mesh)) is not None:
         return evolve(plan, memo=memo)
-    mesh = _mesh(plan) if mesh is None else tuple(mesh)
+    kept = _Mesh(_mesh(plan), whole=True) if mesh is None else _Mesh(tuple(mesh), whole=False)
     plan, ignored = _without_observed(plan)
     networks = _networks(plan.routes, plan.peers.values())
-    exposed = [network for network in networks if not within(network, mesh) and not _returned(network, plan)]
+    exposed = [network for network in networks if kept.exposes(network, plan.routes) and not _returned(network, plan)]
     harmful: dict[IPNetwork, str] = {}
     if exposed:
         ranges = _Ranges.of([*_items(protected), *_endpoint_items(plan.peers.values())])
@@ -116,7 +134,7 @@ def filter_routes(
     if not harmful and ignored:
         return plan
     if not harmful and all(network in plan.routes for network in exposed):
-        return evolve(plan, memo=FilterMemo(plan.memo, protected, mesh, _lengths(exposed)))
+        return evolve(plan, memo=FilterMemo(plan.memo, protected, kept, _lengths(exposed)))
     problems = {
         *plan.problems,
         *(
@@ -156,10 +174,14 @@ def _called(network: IPNetwork, by: str | None) -> str:
     return f"{network} of {by}" if by else str(network)
 
 
-def _still_clean(plan: HostPlan, protected: tuple[IPNetwork, ...], previous: HostPlan) -> FilterMemo | None:
+def _still_clean(
+    plan: HostPlan, protected: tuple[IPNetwork, ...], previous: HostPlan, mesh: Sequence[IPNetwork] | None
+) -> FilterMemo | None:
     """The quick way: the last plan was clean, and what has changed since is clean too."""
     memo = previous.memo
     if not isinstance(memo, FilterMemo) or memo.protected != protected or previous.addresses != plan.addresses:
+        return None
+    if memo.mesh.whole != (mesh is None) or (mesh is not None and memo.mesh.subnets != tuple(mesh)):
         return None
     changed_routes = plan.memo.changed if isinstance(plan.memo, RoutesMemo) else None
     routes = {key for key in changes(previous.routes, plan.routes, changed_routes) if key in plan.routes}
@@ -172,7 +194,7 @@ def _still_clean(plan: HostPlan, protected: tuple[IPNetwork, ...], previous: Hos
     covered = {id(n) for key in changed_peers if (old := previous.peers.get(key)) for n in old.allowed_ips}
     allowed = {network for peer in peers for network in peer.allowed_ips if id(network) not in covered}
     allowed = {network for network in allowed if not _returned(network, plan)}
-    fresh = [network for network in routes | allowed if not within(network, memo.mesh)]
+    fresh = [network for network in routes | allowed if memo.mesh.exposes(network, plan.routes)]
     if any(network not in previous.routes for network in fresh):
         if not all(network.prefixlen and network in plan.routes for network in fresh):
             return None
@@ -190,7 +212,7 @@ def _still_clean(plan: HostPlan, protected: tuple[IPNetwork, ...], previous: Hos
         for family, length in lengths:
             if family == version:
                 covering = _covering(number, family, length)
-                if covering in plan.routes and not within(covering, memo.mesh):
+                if covering in plan.routes and memo.mesh.exposes(covering, plan.routes):
                     return None
     return FilterMemo(plan.memo, protected, memo.mesh, lengths)
 
