@@ -136,6 +136,7 @@ def test_one_call_does_not_wait_longer_for_an_attempt_than_for_the_whole() -> No
         ({"discovery_srv": "a", "discovery_srv_name": "b.c"}, "'b.c' is no part of a name in DNS"),
         ({"discovery_srv_name": "b"}, "--discovery-srv-name is given without --discovery-srv"),
         ({"discovery_srv": "a", "endpoints": "b:1"}, "are both given; give one"),
+        ({"discovery_srv": "a", "prefer_first_endpoint": True}, "have no order; give one of the two"),
         ({"endpoints": "http://b:1", "insecure_transport": False}, "http://b:1 is without TLS"),
         (
             {"discovery_srv": "a", "insecure_discovery": True, "insecure_transport": False},

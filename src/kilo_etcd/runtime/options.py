@@ -154,6 +154,11 @@ def etcd_config(
 ) -> Config:
     """How to reach etcd, from the flags' texts. click.BadParameter with one sentence where one is wrong."""
     discovery = _discovery(endpoints, discovery_srv.strip(), discovery_srv_name.strip(), insecure_discovery)
+    if prefer_first_endpoint and discovery is not None:
+        raise click.UsageError(
+            "--prefer-first-endpoint (KILO_PREFER_FIRST_ENDPOINT) needs --endpoints: those that --discovery-srv "
+            "(ETCDCTL_DISCOVERY_SRV) finds have no order; give one of the two."
+        )
     urls = () if discovery is not None else _read("--endpoints", lambda: _endpoints(endpoints))
     for flag, path in (("--cacert", cacert), ("--cert", cert), ("--key", key)):
         _read(flag, functools.partial(_check_file, path))
@@ -174,7 +179,7 @@ def etcd_config(
     name, secret = _user(user, password)
     return Config(
         endpoints=urls,
-        prefer_first=prefer_first_endpoint and discovery is None,
+        prefer_first=prefer_first_endpoint,
         discovery=discovery,
         tls=Tls(ca=cacert or None, cert=cert or None, key=key or None, insecure_skip_verify=insecure_skip_tls_verify)
         if tls_wanted
@@ -198,6 +203,7 @@ def etcd_values(context: click.Context) -> dict[str, Any]:
     return _settled(context, "etcd", {flag.parameter: context.params[f"_etcd_{flag.parameter}"] for flag in _ETCD})
 
 
+_GIVEN: dict[str, str | bool] = {"endpoints": DEFAULT_ENDPOINTS, "prefer_first_endpoint": False}
 _DISCOVERY: dict[str, str | bool] = {"discovery_srv": "", "discovery_srv_name": "", "insecure_discovery": False}
 
 
@@ -207,7 +213,7 @@ def _settled(context: click.Context, argument: str, values: dict[str, Any]) -> d
     def given(parameter: str, source: ParameterSource) -> bool:
         return context.get_parameter_source(f"_{argument}_{parameter}") is source
 
-    for flag, others in (("endpoints", _DISCOVERY), ("discovery_srv", {"endpoints": DEFAULT_ENDPOINTS})):
+    for flag, others in (("endpoints", _DISCOVERY), ("discovery_srv", _GIVEN)):
         if given(flag, ParameterSource.COMMANDLINE):
             overridden = {name: default for name, default in others.items() if given(name, ParameterSource.ENVIRONMENT)}
             values = {**values, **overridden}
