@@ -243,6 +243,32 @@ async def test_after_a_crash_a_failed_connect_with_an_exit_node_lets_nothing_out
 
 @pytest.mark.usefixtures("own_namespaces")
 @pytest.mark.root
+@pytest.mark.parametrize(
+    ("before", "state", "sentence"),
+    [
+        ("true", "ended", "the kernel has nothing of it"),
+        (
+            "ip tuntap add kilo-kilo mode tun; ip link set kilo-kilo up; ip route add 10.4.0.0/16 dev kilo-kilo "
+            "proto 108",
+            "crashed", "left interface, routes or rules here",
+        ),
+    ],
+)  # fmt: skip
+def test_of_a_connection_that_crashed_status_says_whether_the_kernel_has_anything(
+    before: str, state: str, sentence: str
+) -> None:
+    connections.write(known("kilo-kilo", "laptop", process=2**22))
+    sh(before)
+    code, (shown,) = status()
+    assert (code, shown["state"]) == (1, state)
+    assert sentence in ran(KGCTL, "connection", "status").stderr
+    assert ran(KGCTL, "disconnect").returncode == 0
+    assert "proto 108" not in rules()
+    assert ran(KGCTL, "connection", "status").stdout == "This machine has no connection.\n"
+
+
+@pytest.mark.usefixtures("own_namespaces")
+@pytest.mark.root
 @pytest.mark.etcd
 @pytest.mark.deadline(600)
 async def test_a_connection_that_was_to_stay_is_said_to_have_a_record_still(tmp_path: Path) -> None:

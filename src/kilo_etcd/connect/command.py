@@ -227,7 +227,7 @@ def _leaves(error: BaseException) -> list[BaseException]:
 async def _connect(mesh: Mesh, options: Options) -> None:
     import trio
 
-    from kilo_etcd.connect.crash import blocks_the_way_out, clean_up_after_a_crash, edges_of
+    from kilo_etcd.connect.crash import blocks_exit_path, clean_up_after_a_crash, edges_of
     from kilo_etcd.runtime import connections
     from kilo_etcd.runtime.key_file import generate, load_or_create_file, peek_file, public_key
 
@@ -243,7 +243,7 @@ async def _connect(mesh: Mesh, options: Options) -> None:
             await _connect_alone(mesh, options, private, edges)
             return
         former = connections.read(options.interface)
-        blocked = await blocks_the_way_out(options.interface, public)
+        blocked = await blocks_exit_path(options.interface, public)
         if blocked and options.exit_node is None and not (former is not None and former.stays):
             await clean_up_after_a_crash(options.interface, public, edges)
             blocked = False

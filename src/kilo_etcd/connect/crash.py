@@ -1,4 +1,4 @@
-"""The machine around a connection, and what one that crashed has left of itself there. Nothing here asks etcd."""
+"""The machine around a connection, and the remains of a connection that crashed. Nothing here asks etcd."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from kilo_etcd.runtime.logs import get_logger
 
 
 def edges_of(interface: str, peer: str, prefix: str, public_key: str | None) -> Edges:
-    """What of the machine a connection touches. `public_key`: its own, by which its device is known."""
+    """The parts of the machine that a connection touches. `public_key`: its own, by which its device is known."""
     return Edges(
         look=partial(_facts, interface),
         write_names=partial(_write_names, interface, peer, prefix),
@@ -24,8 +24,9 @@ def edges_of(interface: str, peer: str, prefix: str, public_key: str | None) -> 
     )
 
 
-async def blocks_the_way_out(interface: str, public_key: str | None) -> bool:
-    """Whether rules of an exit node are there, which let nothing out if the connection does not run. KernelError."""
+async def blocks_exit_path(interface: str, public_key: str | None) -> bool:
+    """Whether the connection's rules for an exit node are there: while it does not run they block all packets to
+    destinations outside the mesh. KernelError."""
     return any(isinstance(change, DeleteRule) for change in await _left(interface, public_key))
 
 
@@ -39,8 +40,8 @@ async def _left(interface: str, public_key: str | None) -> tuple[kernel.Change, 
 
 
 async def clean_up_after_a_crash(interface: str, public_key: str | None, edges: Edges) -> bool:
-    """Remove all that is left of a connection that does not run; whether there was anything. What an agent has of the
-    same name stays. KernelError, OSError."""
+    """Remove all that is left of a connection that does not run; whether there was anything. An agent's interface of
+    the same name stays, with its routes and rules. KernelError, OSError."""
     of_agent = await kernel.agent_has(interface, public_key)
     changes = await edges.clean_up()
     names = not of_agent and await edges.write_names(None)

@@ -1,6 +1,6 @@
 """`kgctl disconnect` and `kgctl connection`: the connections of this machine, without etcd.
 
-What is known of them is in their files (`runtime.connections`) and in the kernel.
+It reads their files (`runtime.connections`) and the kernel.
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ def connection_group() -> None:
 def status_command(mesh: Mesh, output: str) -> None:
     """Show the connections of this machine: peer, exit node, and how long ago each leader answered. It asks no etcd.
 
-    Exit status 1: there is none, or one has ended and left something here.
+    Exit status 1: there is none, or one has crashed.
     """
     del mesh
     run_here(_status, output)
@@ -96,7 +96,7 @@ def chosen(
         raise Failure(f"this machine has {len(matching)} connections: {each}; name one by --interface")
     if matching:
         return matching[0]
-    # What nothing is known of is told by its interface alone.
+    # A connection without a file is known by its interface alone.
     meant = interface or (None if prefix is None else interface_for(prefix))
     if other := next((connection for connection in known if connection.interface == meant), None):
         raise Failure(
@@ -193,7 +193,7 @@ class ConnectionStatus:
 
     known: ConnectionFile
     state: str
-    """connected, connecting, stays (as asked for), or crashed."""
+    """connected, connecting, stays (as asked for), crashed, or ended: it crashed, and the kernel has nothing of it."""
     addresses: tuple[str, ...] = ()
     handshake: float | None = None
     """Seconds since the last one with any leader; None: there was none, or that cannot be read."""
@@ -209,23 +209,33 @@ async def _status(output: str) -> None:
         click.echo(json.dumps([_as_data(status) for status in statuses], indent=2))
     else:
         show((_table(statuses),))
-    if not statuses or any(status.state == "crashed" for status in statuses):
-        for status in statuses:
-            if status.state == "crashed":
-                click.echo(
-                    f"kgctl: the connection of {status.known.interface} has ended and left something here: "
-                    f"kgctl disconnect --interface {status.known.interface} removes it",
-                    err=True,
-                )
+    for status in statuses:
+        if status.state in _CRASHED:
+            interface = clean(status.known.interface)
+            click.echo(
+                f"kgctl: the connection of {interface} {_CRASHED[status.state]}: "
+                f"kgctl disconnect --interface {interface} removes it",
+                err=True,
+            )
+    if all(status.state == "ended" for status in statuses) or any(status.state == "crashed" for status in statuses):
         raise click.exceptions.Exit(1)
+
+
+_CRASHED = {
+    "crashed": "has crashed and left interface, routes or rules here",
+    "ended": "has crashed, and the kernel has nothing of it; its names may still be in the hosts file",
+}
 
 
 async def _look(connection: ConnectionFile) -> ConnectionStatus:
     from kilo_etcd import kernel
+    from kilo_etcd.connect.crash import is_left
     from kilo_etcd.kernel.host import may_change_the_network
 
     if not connection.runs and not connection.stays:
-        return ConnectionStatus(known=connection, state="crashed")
+        # If nobody but root can tell, something may be left.
+        left = not may_change_the_network() or await is_left(connection.interface, connection.public_key)
+        return ConnectionStatus(known=connection, state="crashed" if left else "ended")
     host_addresses = await kernel.list_addresses()
     own = tuple(
         str(item.address.ip)
@@ -237,15 +247,15 @@ async def _look(connection: ConnectionFile) -> ConnectionStatus:
         # WireGuard shows its peers to none but root.
         return ConnectionStatus(known=connection, state=state, addresses=own)
     activity = await kernel.peers_of(connection.interface, connection.public_key)
-    shaken = [peer.last_handshake for peer in activity.peers.values() if peer.last_handshake]
+    handshakes = [peer.last_handshake for peer in activity.peers.values() if peer.last_handshake]
     now = time.time()
     return ConnectionStatus(
         known=connection,
         state=state,
         addresses=own,
-        handshake=max(0.0, now - max(shaken)) if shaken else None,
+        handshake=max(0.0, now - max(handshakes)) if handshakes else None,
         peers=len(activity.peers),
-        answering=sum(now - then < 180 for then in shaken),
+        answering=sum(now - then < 180 for then in handshakes),
     )
 
 

@@ -53,8 +53,8 @@ KEEPALIVE = 10
 """Seconds; Kilo's default. A peer is behind NAT more often than not."""
 
 
-MOST_PASSED_BY = 1 << 16
-"""Addresses of a network that may be tried in vain, one after the other, to choose one outside of it."""
+MAX_SKIPPED_ADDRESSES = 1 << 16
+"""How many addresses a network may have for the choice of an address to skip all of them, one after the other."""
 
 
 @frozen(kw_only=True)
@@ -169,7 +169,7 @@ def _free_addresses(
         own = [address for address in claimed if address in subnet]
         narrower = [
             network for network in attached
-            if network.prefixlen > subnet.prefixlen and network.num_addresses <= MOST_PASSED_BY
+            if network.prefixlen > subnet.prefixlen and network.num_addresses <= MAX_SKIPPED_ADDRESSES
         ]  # fmt: skip
 
         def free_there(address: IPAddress, narrower: Iterable[IPNetwork] = narrower) -> bool:
