@@ -586,7 +586,7 @@ async def test_check_asks_for_compaction_if_etcd_has_never_forgotten_a_revision(
             revision = (await client.put("/kilo/a", str(number))).header.revision
         assert await check._uncompacted(client, keys, revision) == revision
         (finding,) = check._etcd((), revision)
-        assert finding.text.startswith(f"it has not forgotten any of its {revision} revisions yet")
+        assert finding.text.startswith(f"it has not compacted any of its {revision} revisions yet")
         assert finding.remedy.startswith("unless --auto-compaction-retention is set already, start etcd with")
         await client.compact(revision)
         assert await check._uncompacted(client, keys, revision) == 0

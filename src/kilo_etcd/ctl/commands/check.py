@@ -254,7 +254,7 @@ def _etcd(members: tuple[MemberState, ...], uncompacted: int = 0) -> Iterator[Fi
     if uncompacted:
         yield Finding(
             severity=Severity.NOTE, subject="etcd",
-            text=f"it has not forgotten any of its {uncompacted:,} revisions yet; if it never does, its database grows "
+            text=f"it has not compacted any of its {uncompacted:,} revisions yet; if it never does, its database grows "
                  "with every write until its quota is full",
             remedy="unless --auto-compaction-retention is set already, start etcd with "
                    "--auto-compaction-retention=1 (hours)",
