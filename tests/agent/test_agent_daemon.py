@@ -152,6 +152,7 @@ async def test_an_address_that_an_older_claim_has_is_given_up(world: World) -> N
         async with world.daemon.session._lock:
             world.etcd.delete(claim)
             world.etcd.put(claim.replace("h1", "h2"), "")
+            world.etcd.put_kept("/kilo/by/h2/reservation", "")
         await eventually(lambda: world.etcd.keys("/kilo/by/h1/addresses/") not in ([], [claim]), 10, every=0.1)
         (now,) = world.etcd.keys("/kilo/by/h1/addresses/")
         await eventually(lambda: now.rpartition("/")[2] in str(world.host.observed.addresses), 10, every=0.1)

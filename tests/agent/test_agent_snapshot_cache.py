@@ -385,7 +385,8 @@ async def test_an_etcd_that_answers_at_the_start_is_compared_with_the_cache(
     else:
         world.host.receive_from(other)
     # A backup from before h2 came.
-    world.etcd.delete(KEYS.node("h2"))
+    for key in world.etcd.keys(KEYS.by("h2")):
+        world.etcd.delete(key)
     world.etcd.replace_cluster(world.etcd.cluster_id if "same" in what else None, keep_data="backup" in what)
     held = dict(world.etcd.data)
     async with running(world) as daemon:

@@ -159,8 +159,9 @@ async def test_a_long_time_without_etcd(log: io.StringIO) -> None:  # noqa: F811
                 assert evolve(host.machine.observed, time=0.0) == evolve(held[name], time=0.0)
             it.etcd.up()
             await it.at_rest()
-        # Three calls a second at most, all of which fail; one line that it is away, and one that it is back.
-        bounded(done, Account(etcd_writes=2, etcd_calls=3 * away, snapshots=5 + away // 30, kernel_writes=0, lines=3))
+        # Five calls a second at most, two of them for each of two long leases, all of which fail; one line that it is
+        # away, and one that it is back.
+        bounded(done, Account(etcd_writes=2, etcd_calls=5 * away, snapshots=5 + away // 30, kernel_writes=0, lines=3))
         assert it.leaders() == leaders
         # The moments at which they come back are spread, not one; those of a few hosts may meet by chance, once.
         assert any([await _spread(it) for _ in range(4)])

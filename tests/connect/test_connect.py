@@ -815,6 +815,7 @@ def claims_first(world: World, monkeypatch: pytest.MonkeyPatch) -> list[str]:
             if isinstance(op, Put) and "peer-addresses" in str(op.key) and not first:
                 first.append(str(op.key).rpartition("/")[2])
                 world.etcd.put(KEYS.address("node-9", ip_address(first[0])), "")
+                world.etcd.put_kept(KEYS.reservation("node-9"), "")
         return await transact(compare, success, failure)
 
     monkeypatch.setattr(world.client, "txn", txn)

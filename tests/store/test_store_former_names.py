@@ -13,6 +13,7 @@ from store_world import KEYS, record, wg_key
 
 from kilo_etcd.etcd.api import Compare, Get, KeyValue, Op, PermissionDenied, Put, TxnResult, Unavailable
 from kilo_etcd.model import CandidateClass
+from kilo_etcd.store.claims import Leases
 from kilo_etcd.store.records import StatusRecord, decode_node, decode_status, encode
 from kilo_etcd.store.session.former_names import FormerName, Moved, move
 from kilo_etcd.store.session.node_identity import NameTaken
@@ -58,11 +59,12 @@ def test_what_is_moved() -> None:
         )
     ]
     former = FormerName.of(KEYS, "old", below, None)
-    writes = move(KEYS, former, "new", long=1, short=2, status=b"s", label="gcp")
+    writes = move(KEYS, former, "new", long=1, short=2, claims=Leases(reservation=3), status=b"s", label="gcp")
     said = record("old", mesh_addresses=(ip_interface("10.4.0.7/16"),), former_names=("old",), location="gcp")
     assert writes[2:] == [
         Put(KEYS.node("new"), encode(said), lease=1),
         Put(KEYS.status("new"), b"s", lease=2),
+        Put(KEYS.reservation("new"), b"", lease=3),
         Put(KEYS.address("new", ip_address("10.4.0.7")), b""),
         Put(KEYS.leader("gcp", "new"), b"", lease=1),
     ]
@@ -79,11 +81,12 @@ async def test_a_renamed_host_has_its_record_and_its_address_under_its_new_name(
     assert await it.claim_addresses(SUBNETS, doubted=True) == before.addresses
     await it.register(record("old", public_key=HOST, location="gcp"))
     assert etcd.keys("/kilo/by/") == [
-        claim.replace("/old/", f"/{LONG}/"), KEYS.leader("gcp", LONG), KEYS.node(LONG),
+        claim.replace("/old/", f"/{LONG}/"), KEYS.leader("gcp", LONG), KEYS.node(LONG), KEYS.reservation(LONG),
     ]  # fmt: skip
     leases = etcd.leases()
     assert leases[etcd.data[KEYS.node(LONG).encode()].lease] == 86400
     assert leases[etcd.data[KEYS.leader("gcp", LONG).encode()].lease] == 86400
+    assert leases[etcd.data[KEYS.reservation(LONG).encode()].lease] == 9 * 86400 // 4
     assert leases[etcd.data[KEYS.status(LONG).encode()].lease] == 5
     assert decode_status(etcd.get(KEYS.status(LONG)) or b"").public_key == HOST
 

@@ -30,6 +30,7 @@ from kilo_etcd.store.records import (
     encode,
 )
 from kilo_etcd.store.session.session import Session
+from kilo_etcd.store.view import View
 from kilo_etcd.testing.etcd_server import EtcdServer
 
 pytestmark = [pytest.mark.etcd]
@@ -188,6 +189,29 @@ async def test_a_host_leaves_though_another_has_put_a_key_under_its_leases() -> 
         nursery.cancel_scope.cancel()
 
 
+async def test_a_host_takes_an_unused_address_though_it_may_not_delete_the_claim_of_before() -> None:
+    require("etcd", "etcdctl")
+    one, other = NAMES
+    small = (ip_network("10.4.0.0/30"),)
+    async with both_hosts() as (operator, client, theirs), trio.open_nursery() as nursery:
+        first = Session(operator, KEYS, "first", wg_key("first"))
+        await first.claim_addresses((ip_network("10.9.0.0/30"),))
+        await first.register(record("first"))
+        await nursery.start(first.run)
+        for number in (1, 2):
+            await operator.put(KEYS.address(f"gone-{number}", ip_address(f"10.4.0.{number}")), "")
+        (taken,) = await Session(client, KEYS, one, wg_key(one)).claim_addresses(small)
+        assert await operator.get(KEYS.address(f"gone-{int(taken) % 4}", taken)) is not None, "its claim stays"
+        (second,) = await Session(theirs, KEYS, other, wg_key(other)).claim_addresses(small)
+        assert {taken, second} == {ip_address("10.4.0.1"), ip_address("10.4.0.2")}
+        snapshot = View(KEYS)
+        listing = await operator.get_prefix(KEYS.root)
+        snapshot.load(listing.kvs, listing.header)
+        assert snapshot.holder(taken) == ("node", one)
+        assert snapshot.holder(second) == ("node", other)
+        nursery.cancel_scope.cancel()
+
+
 async def test_a_host_that_reads_anothers_keys_may_keep_its_lease_alive() -> None:
     """etcd does not authorize keepalives, and the keys tell their lease: this is not defended against."""
     require("etcd", "etcdctl")
@@ -215,14 +239,15 @@ async def test_a_renamed_host_takes_its_place_over_if_etcd_lets_it_and_else_is_t
         moved = await Session(after, KEYS, new, wg_key(old), lease_ttl=2).take_over({old: None})
         assert moved.names == ()
         assert "permission denied" in moved.refused or "may not" in moved.refused
-        assert len((await operator.get_prefix(KEYS.by(old))).kvs) == 3, "nothing of it was written"
+        assert len((await operator.get_prefix(KEYS.by(old))).kvs) == 4, "nothing of it was written"
         # A user who may write both, as the operator may.
         second = Session(operator, KEYS, new, wg_key(old), lease_ttl=2)
         assert (await second.take_over({old: None})).names == (old,)
         assert await second.claim_addresses(SETTINGS.subnets, doubted=True) == first.addresses
         assert not (await operator.get_prefix(KEYS.by(old))).kvs
         keys = [kv.key.decode() for kv in (await operator.get_prefix(KEYS.by(new))).kvs]
-        assert keys == [KEYS.address(new, first.addresses[0]), KEYS.leader("gcp", new), KEYS.node(new)]
+        claim = KEYS.address(new, first.addresses[0])
+        assert keys == [claim, KEYS.leader("gcp", new), KEYS.node(new), KEYS.reservation(new)]
         await second.register(record(old, location="gcp"))
 
 

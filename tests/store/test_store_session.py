@@ -682,11 +682,12 @@ async def test_a_name_lost_with_no_address_left_is_an_error_not_the_end() -> Non
         etcd.delete(KEYS.address("a", mine))
         for name, text in (("b", "10.4.0.1"), ("c", "10.4.0.2")):
             etcd.put(KEYS.address(name, ip_address(text)), "")
+            etcd.put_kept(KEYS.reservation(name), "")
         await eventually(lambda: "no address is left" in (it.last_error or ""))
         assert not it.healthy
         for name in "bc":
             etcd.delete(KEYS.address(name, mine))
-        await eventually(lambda: it.healthy)
+        await eventually(lambda: it.healthy, 90)
         assert KEYS.address("a", mine) in etcd
 
 
@@ -1086,7 +1087,8 @@ async def test_of_two_hosts_that_claim_one_address_at_once_the_first_has_it() ->
     etcd = FakeEtcd()
     (mine,) = await session(Beaten(etcd)).claim_addresses(SUBNETS)
     assert mine != address
-    assert etcd.keys() == [KEYS.address("a", mine), KEYS.address("b", address)], "its own later claim is gone"
+    kept = [KEYS.address("a", mine), KEYS.reservation("a"), KEYS.address("b", address)]
+    assert etcd.keys() == kept, "its own later claim is gone"
 
 
 @pytest.mark.parametrize("rival_first", [False, True])
@@ -1096,12 +1098,15 @@ async def test_a_host_that_ended_between_claim_and_look_looks_again(rival_first:
     own, rival = KEYS.address("a", address), KEYS.address("b", address)
     for key in (rival, own) if rival_first else (own, rival):
         etcd.put(key, "")
+        etcd.put_kept(KEYS.reservation("a" if key == own else "b"), "")
     revision = etcd.revision
     (mine,) = await session(etcd.client()).claim_addresses(SUBNETS)
     assert (mine == address) is not rival_first
     assert (own in etcd) is not rival_first
     assert rival in etcd, "nobody deletes another's claim"
-    assert etcd.revision == (revision + 2 if rival_first else revision)
+    assert etcd.revision == revision + 1 + 2 * rival_first, (
+        "its reservation is under its lease, and it has moved or not"
+    )
 
 
 async def test_an_address_that_an_older_claim_has_is_given_up_and_the_record_says_so() -> None:
@@ -1113,6 +1118,7 @@ async def test_an_address_that_an_older_claim_has_is_given_up_and_the_record_say
         address = it.addresses[0]
         etcd.delete(claim)
         etcd.put(KEYS.address("b", address), "")
+        etcd.put_kept(KEYS.reservation("b"), "")
         etcd.put(claim, "")
         assert await it.claim_addresses(SUBNETS) == (address,), "claim and record agree, and nobody doubts it"
         (now,) = await it.claim_addresses(SUBNETS, doubted=True)
@@ -1132,7 +1138,9 @@ async def test_a_host_that_starts_with_claim_and_record_asks_for_no_other_s_keys
         await it.register(record("a"))
     client = etcd.client()
     assert await session(client).claim_addresses(SUBNETS) == it.addresses
-    assert client.calls == ["txn"]
+    assert client.calls == ["txn", "range", "lease_time_to_live", "refresh_lease", "txn"], (
+        "its name, its reservation, and what it has"
+    )
 
 
 async def test_changed_subnets_renumber_a_host_only_on_purpose() -> None:
@@ -1331,6 +1339,7 @@ async def test_what_nobody_can_read_in_a_host_s_name_is_deleted_under_whatever_l
     etcd = FakeEtcd()
     mirror = Mirror(etcd.client(), KEYS)
     etcd.put_kept("/kilo/by/older/addresses/10.4.0.77", "")
+    etcd.put_kept("/kilo/by/older/reservation", "")
     unreadable = KEYS.probe_report("home", "a"), KEYS.election("x" * 1100, "a"), KEYS.endpoint("b", "a")
     candidacy = KEYS.election("aws", "a")
     kept = KEYS.election("aws", "b"), KEYS.location("c"), KEYS.node("a"), "/kilo/by/a/addresses/10.4.0.77"

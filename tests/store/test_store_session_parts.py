@@ -11,6 +11,7 @@ from store_world import KEYS, record, wg_key
 
 from kilo_etcd.etcd.api import Put
 from kilo_etcd.model import CandidateClass, Endpoint
+from kilo_etcd.store.claims import Leases
 from kilo_etcd.store.records import (
     CandidateRecord,
     ObservedEndpointRecord,
@@ -39,7 +40,7 @@ OBSERVED = ObservedEndpointRecord(public_key=wg_key("b"), endpoint=Endpoint.pars
 def registration(etcd: FakeEtcd, key: str = "a") -> Registration:
     it = Registration(
         etcd.client(), KEYS, "a", wg_key(key), trio.Lock(), NoGuard(),
-        retry_most=1.0, on_changed=lambda: None, rng=random.Random(0),
+        retry_most=1.0, on_changed=lambda: None, on_taken=lambda: None, rng=random.Random(0),
     )  # fmt: skip
     it.record = record(key)
     return it
@@ -239,16 +240,19 @@ async def test_a_candidacy_is_deleted_before_it_is_put_again_unless_it_may_be_ov
 
 async def test_the_claims_of_a_host_stand_under_no_lease_and_are_restored() -> None:
     etcd = FakeEtcd()
+    lease = (await etcd.client().grant_lease(60)).id
+    leases, revision = Leases(reservation=lease), etcd.revision
     it = MeshAddresses(etcd.client(), KEYS, "a")
-    await it.claim_again()
-    assert etcd.revision == FakeEtcd().revision
-    assert not await it.claim((ip_network("10.4.0.0/16"),)), "it had none before"
+    subnets = (ip_network("10.4.0.0/16"),)
+    assert not await it.claim(subnets, leases, ()), "it had none before"
+    assert etcd.revision == revision + 1, "the claim and its reservation are one write"
     (address,) = it.addresses
     assert it.stated == (ip_interface(f"{address}/16"),)
     etcd.delete(KEYS.address("a", address))
-    await it.claim_again()
-    assert etcd.keys() == [KEYS.address("a", address)]
+    await it.claim(it.subnets, leases, ())
+    assert etcd.keys() == [KEYS.address("a", address), KEYS.reservation("a")]
     assert not etcd.data[KEYS.address("a", address).encode()].lease
+    assert etcd.data[KEYS.reservation("a").encode()].lease == lease
     it.drop()
     assert not it.addresses
     assert not it.stated

@@ -16,7 +16,8 @@ from helpers import examples
 from kilo_etcd.base.mappings import changes
 from kilo_etcd.etcd.api import Header
 from kilo_etcd.model import CandidateClass, EncryptionStage, Endpoint, Granularity, InternalIPs, Snapshot
-from kilo_etcd.store.addresses import oldest
+from kilo_etcd.store import claims
+from kilo_etcd.store.addresses import AddressIndex, Claimant
 from kilo_etcd.store.annotations import ANNOTATIONS, Registered, join
 from kilo_etcd.store.records import (
     CandidateRecord,
@@ -27,6 +28,7 @@ from kilo_etcd.store.records import (
     parse_interface,
 )
 from kilo_etcd.store.view import View
+from kilo_etcd.testing.fake_etcd import FakeEtcd
 
 SEEN = Endpoint.parse("203.0.113.9:51820")
 
@@ -513,6 +515,34 @@ def test_a_record_that_states_the_address_of_another_gets_nothing() -> None:
     assert addresses(world) == {"a": "10.4.0.1", "thief": "10.4.0.2"}
 
 
+def test_a_reservation_that_is_lost_and_put_again_takes_nothing_from_a_node_with_a_record() -> None:
+    world = mesh_of_two()
+    world.put("/kilo/by/thief/reservation", "")
+    world.put("/kilo/by/a/reservation", "")
+    world.put("/kilo/by/thief/addresses/10.4.0.1", "")
+    for _ in range(2):
+        assert addresses(world)["a"] == "10.4.0.1"
+        assert "node a claimed the address before" in str(world.aside["/kilo/by/thief/addresses/10.4.0.1"])
+        world.delete("/kilo/by/a/reservation")
+        assert addresses(world)["a"] == "10.4.0.1"
+        world.put("/kilo/by/a/reservation", "")
+    assert addresses(world)["a"] == "10.4.0.1"
+
+
+def test_who_comes_back_after_another_took_its_address_does_not_get_it_back() -> None:
+    world = mesh_of_two()
+    record = world.view.kv("/kilo/by/a/node")
+    assert record is not None
+    world.delete("/kilo/by/a/node")
+    world.put("/kilo/by/thief/reservation", "")
+    world.put("/kilo/by/thief/addresses/10.4.0.1", "")
+    assert world.view.holder(ip_address("10.4.0.1")) == ("node", "thief")
+    world.put("/kilo/by/a/reservation", "")
+    world.put("/kilo/by/a/node", record.value)
+    assert world.view.holder(ip_address("10.4.0.1")) == ("node", "thief")
+    assert "node thief took the address at revision" in str(world.aside["/kilo/by/a/addresses/10.4.0.1"])
+
+
 def test_another_claim_of_a_node_does_not_renumber_it() -> None:
     world = mesh_of_two()
     world.put("/kilo/by/a/addresses/10.4.0.0", "")
@@ -520,8 +550,13 @@ def test_another_claim_of_a_node_does_not_renumber_it() -> None:
 
 
 def test_two_claims_of_one_transaction_are_told_apart_by_name() -> None:
-    claims = {("peer", "a"): 7, ("node", "b"): 7, ("node", "a"): 8}
-    assert oldest(claims) == ("node", "b")
+    index, address = AddressIndex(), ip_address("10.4.0.1")
+    assert index.oldest(address) is None
+    claims: dict[Claimant, int] = {("peer", "a"): 7, ("node", "b"): 7, ("node", "a"): 8}
+    for claimant, created in claims.items():
+        index.claim(address, claimant, created)
+        index.reserve(claimant[1], 1)
+    assert index.oldest(address) == ("node", "b")
 
 
 def test_hosts_say_the_same_of_missing_subnets_whatever_they_knew_before() -> None:
@@ -702,6 +737,7 @@ puts = st.one_of(
     st.builds(lambda name, nets: (KEYS.annotation(name, "subnets"), ",".join(nets).encode()), names, subnets),
     st.builds(lambda name, label: (KEYS.location(name), label.encode()), names, st.sampled_from(["", "gcp", "aws"])),
     st.builds(lambda name: (KEYS.election("gcp", name), b'{"rank":1}'), names),
+    st.builds(lambda name: (KEYS.reservation(name), b""), names),
     st.builds(
         lambda name, to: (
             KEYS.endpoint(to, name),
@@ -854,3 +890,17 @@ def test_without_annotations_a_node_is_what_its_record_says(
     apart = {"more_endpoints", "mesh_addresses", "accepts_since", "former_names", "duplicate_of"}
     for name in fields_dict(NodeRecord).keys() - apart:
         assert getattr(node, name) == getattr(said, name), name
+
+
+async def test_a_record_that_cannot_be_read_keeps_the_claims_of_its_node_for_a_search_and_for_the_view() -> None:
+    """By both alike; it may be that of a newer version."""
+    etcd, address = FakeEtcd(), ip_address("10.4.0.1")
+    for name, value in (("a", "{broken"), ("b", encode(record("b")))):
+        etcd.put(KEYS.address(name, address), "")
+        etcd.put_kept(KEYS.node(name), value)
+    view = View(KEYS)
+    view.load(etcd.data.values(), etcd.header())
+    assert view.holder(address) == (await claims.look(etcd.client(), KEYS)).holder(address) == ("node", "a")
+    etcd.delete(KEYS.node("a"))
+    view.load(etcd.data.values(), etcd.header())
+    assert view.holder(address) == (await claims.look(etcd.client(), KEYS)).holder(address) == ("node", "b")

@@ -32,12 +32,12 @@ from attrs import frozen
 from kilo_etcd.base import descriptors
 from kilo_etcd.base.regularfile import NotRegular, open_regular
 from kilo_etcd.etcd.api import Header, KeyValue
-from kilo_etcd.model import Granularity, InternalIPs, IPNetwork, Snapshot
+from kilo_etcd.model import Granularity, InternalIPs, IPAddress, IPNetwork, Snapshot
 from kilo_etcd.runtime.key_file import sync_directory
 from kilo_etcd.runtime.parsing import shown_duration
 from kilo_etcd.store.keys import Keys
 from kilo_etcd.store.mirror import LastSeen
-from kilo_etcd.store.records import MAX_VALUE
+from kilo_etcd.store.records import MAX_VALUE, RecordError, decode_node
 from kilo_etcd.store.view import Holdings, newest
 
 FILE = "mesh.jsonl.gz"
@@ -140,6 +140,20 @@ class CachedMesh:
             internal_ips=self.internal_ips,
             adopted=self.adopted,
             newest=self.newest,
+        )
+
+    def own_addresses(self) -> tuple[IPAddress, ...]:
+        """The mesh addresses that this host had; empty too if its record cannot be read."""
+        start = b"[" + json.dumps(Keys(self.identity.prefix).node(self.identity.node)).encode() + b","
+        try:
+            records = [decode_node(_kv(line).value) for line in self.lines if line.startswith(start)]
+        except (ValueError, RecursionError, _Wrong, RecordError):
+            return ()
+        return tuple(
+            interface.ip
+            for record in records
+            if record.public_key == self.identity.public_key
+            for interface in record.mesh_addresses
         )
 
     def decoded(self) -> CachedSnapshot:

@@ -122,6 +122,8 @@ class AgentConfig:
     """Whole seconds (etcd knows no others), at least LEASE_TTL_FLOOR."""
     forget_after: float = 86400.0
     """Whole seconds."""
+    ephemeral: bool = False
+    """Whether the host's record and claims go with its short lease."""
     state_dir: Path = field(default=Path(DEFAULT_STATE_DIR))
     listen: ListenAddress | None = ListenAddress("127.0.0.1", 1107)
     """None: nothing is served."""
@@ -170,6 +172,7 @@ class AgentConfig:
         prefix: str = DEFAULT_PREFIX,
         lease_ttl: str = "5s",
         forget_after: str = "24h",
+        ephemeral: bool = False,
         state_dir: str = DEFAULT_STATE_DIR,
         listen: str = DEFAULT_LISTEN,
         peer_query_port: str = str(PEER_QUERY_PORT),
@@ -213,6 +216,7 @@ class AgentConfig:
             prefix=read("--prefix", lambda: parse_prefix(prefix)),
             lease_ttl=ttl,
             forget_after=read("--forget-after", lambda: _whole_seconds(forget_after, ttl)),
+            ephemeral=ephemeral,
             state_dir=read("--state-dir", lambda: _absolute(state_dir)),
             listen=read("--listen", lambda: parse_listen(listen)),
             peer_query_port=read("--peer-query-port", lambda: _other_port(peer_query_port, listen_port)),

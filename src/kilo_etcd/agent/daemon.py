@@ -116,6 +116,7 @@ class Daemon:
             public_key,
             lease_ttl=int(config.lease_ttl),
             forget_after=int(config.forget_after),
+            ephemeral=config.ephemeral,
             on_event=self._note_event,
             guard=mirror,
         )
@@ -406,7 +407,9 @@ class Daemon:
                     await self._leaving.hand_over()
                 # Cleaning up removes things from the kernel: no task may take that for drift and restore them.
                 members.cancel_scope.cancel()
-            await self._leaving.leave(self.config.interface, cleans_up=self.config.clean_up)
+            await self._leaving.leave(
+                self.config.interface, ephemeral=self.config.ephemeral, cleans_up=self.config.clean_up
+            )
             nursery.cancel_scope.cancel()
 
     async def _handle_signals(self) -> None:

@@ -94,6 +94,7 @@ class Joining:
         await self._kernel.check()
         self._on_disk = await self._cache.read()
         patience = float("inf")
+        former = () if self._on_disk is None else self._on_disk.own_addresses()
         if self._on_disk is not None:
             self._mirror.go_on_from(self._on_disk.last_seen())
             patience = trio.current_time() + ETCD_PATIENCE_SECONDS
@@ -106,7 +107,8 @@ class Joining:
         await self._insist(nursery, lambda: self._mirror.wait_first())
         moved = await self._insist(nursery, self._namesakes.take_over)
         addresses = await self._insist(
-            nursery, lambda: self._session.claim_addresses(subnets, renumber=renumber, doubted=moved)
+            nursery,
+            lambda: self._session.claim_addresses(subnets, former=former, renumber=renumber, doubted=moved),
         )
         self._log().info(
             "address claimed", addresses=",".join(map(str, addresses)), granularity=str(settings.granularity)
@@ -182,7 +184,8 @@ class Joining:
         if self._lifecycle().reconciles:
             return True
         cached = None
-        if (on_disk := self._on_disk) is not None:
+        # The address in an ephemeral host's snapshot may be another's by now.
+        if (on_disk := self._on_disk) is not None and not self._config.ephemeral:
             self._on_disk = None
             mtu = self._config.mtu
             cached = await self._cache.remember(on_disk, fits=lambda snapshot: too_small_for(mtu, snapshot.subnets))

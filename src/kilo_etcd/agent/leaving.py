@@ -90,14 +90,18 @@ class Leaving:
         role = self._state().role
         return None if role is None else role.leader
 
-    async def leave(self, interface: str, *, cleans_up: bool) -> None:
-        """Take away what is only a live agent's; if it `cleans_up`, everything."""
-        await self._take_records_away(forget=cleans_up)
-        if cleans_up:
+    async def leave(self, interface: str, *, ephemeral: bool, cleans_up: bool) -> None:
+        """Take away what is only a live agent's; if it `cleans_up`, everything, and of an ephemeral host all but its
+        files: its address may be another's from now on."""
+        leaves = ephemeral or cleans_up
+        await self._take_records_away(forget=leaves)
+        if leaves:
             await self._clean_up(interface)
+        if cleans_up:
+            await self._forget_files()
         else:
             await self._keep()
-        self._log().info("stopped", kernel_state="removed" if cleans_up else "left in place")
+        self._log().info("stopped", kernel_state="removed" if leaves else "left in place")
 
     async def _take_records_away(self, *, forget: bool) -> None:
         error: etcd.EtcdError | str = "it did not answer in time"
@@ -114,9 +118,11 @@ class Leaving:
         changes = await kernel.cleanup(interface, public_key=self._public_key)
         if self._remove_names is not None:
             await self._remove_names()
+        self._log().info("cleaned up", changes=len(changes))
+
+    async def _forget_files(self) -> None:
         try:
             for forget in self._forget:
                 await forget()
         except OSError as failure:
             self._log().warning("the cached snapshot could not be removed from disk", error=str(failure))
-        self._log().info("cleaned up", changes=len(changes))

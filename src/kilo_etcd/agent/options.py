@@ -139,7 +139,19 @@ _AGENT = (
         negative="--no-endpoints-from-cluster",
     ),
     kilo_flag("--lease-ttl", "5s", "How long a silent leader keeps its place; at least 2s, in whole seconds."),
-    kilo_flag("--forget-after", "24h", "How long a node that is gone stays a member."),
+    kilo_flag(
+        "--forget-after",
+        "24h",
+        "How long a node that is gone stays a member; for as long again its mesh address is kept for it.",
+    ),
+    kilo_flag(
+        "--ephemeral",
+        "false",
+        "This host is short-lived: its record, mesh address and status go when it stops, or with its short lease; a "
+        "stop removes interface and routes too.",
+        switch=True,
+        negative="--no-ephemeral",
+    ),
     kilo_flag("--state-dir", DEFAULT_STATE_DIR, "Where the private key and the cached snapshot are kept."),
     kilo_flag(
         "--listen", DEFAULT_LISTEN, "Where /metrics and /health are served; :1107 is everywhere, off is nowhere."

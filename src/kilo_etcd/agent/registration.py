@@ -15,6 +15,7 @@ from kilo_etcd import __version__, kernel
 from kilo_etcd.agent import discover
 from kilo_etcd.agent.config import AgentConfig
 from kilo_etcd.agent.namesakes import FormerSettings
+from kilo_etcd.agent.restore import REFUSALS
 from kilo_etcd.base import descriptors
 from kilo_etcd.etcd import api as etcd
 from kilo_etcd.model import IPNetwork
@@ -23,7 +24,6 @@ from kilo_etcd.runtime.host_facts import HostFacts, Reached
 from kilo_etcd.runtime.logs import Logger, Once
 from kilo_etcd.runtime.resolve import etcd_networks
 from kilo_etcd.store.records import NodeRecord
-from kilo_etcd.store.session.node_identity import NameTaken
 from kilo_etcd.store.session.session import Session
 from kilo_etcd.store.status_texts import ETCD_INSIDE
 
@@ -133,7 +133,7 @@ class HostRegistration:
                         clock_epoch=record.clock_epoch,
                     )
                     self._keep(record, () if alike else reasons)
-            except (etcd.EtcdError, NameTaken) as error:
+            except (etcd.EtcdError, *REFUSALS) as error:
                 self._once.warning("addresses", "the changed record is not registered yet", error=str(error))
             except (OSError, kernel.KernelError, descriptors.OutOfDescriptors) as error:
                 self._once.warning(

@@ -183,8 +183,14 @@ class Restorer:
     def _lost_claims(self) -> tuple[str, ...]:
         """What is wrong with the claims of this host's addresses, as the mirror has them. It may be behind etcd, and
         lack a claim that was put a moment ago."""
-        keys = (self._keys.address(self._name, address) for address in self._session.addresses)
-        return self._older_claims() or tuple(f"{key} was deleted" for key in keys if self._mirror.kv(key) is None)
+        if not self._session.registered or not self._session.addresses:
+            return ()  # The session restores them with the record: they may have gone with their lease.
+        keys = [self._keys.address(self._name, address) for address in self._session.addresses]
+        reservation = self._keys.reservation(self._name)
+        lost = [f"{key} was deleted" for key in (*keys, reservation) if self._mirror.kv(key) is None]
+        if (kv := self._mirror.kv(reservation)) is not None and not kv.lease:
+            lost.append(f"{reservation} was put under no lease")
+        return self._older_claims() or tuple(lost)
 
     def _older_claims(self) -> tuple[str, ...]:
         holders = ((address, self._mirror.holder(address)) for address in self._session.addresses)

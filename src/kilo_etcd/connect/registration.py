@@ -181,7 +181,10 @@ def _free_addresses(
         free = (a for a in tries if not any(a.version == n.version and a in n for n in granted))
         address = next(free, None)
         if address is None:
-            raise Failure(f"no address is left for this machine in {subnet}; give one outside it with --allowed-ips")
+            raise Failure(
+                f"no address is left for this machine in {subnet}; give one outside it with --allowed-ips, or forget "
+                "nodes that are gone for good (kgctl node list --claims)"
+            )
         addresses.append(address)
     return tuple(addresses)
 
@@ -346,8 +349,8 @@ class PeerRegistration:
 
     async def _has(self, addresses: Iterable[IPAddress]) -> bool:
         """Whether no claim of these addresses is older than this machine's."""
-        index = await look(self._client, self._keys)
-        return all(index.holder(address) == ("peer", self._desired.name) for address in addresses)
+        index, me = await look(self._client, self._keys), ("peer", self._desired.name)
+        return all(index.oldest(address) == index.earliest(address) == me for address in addresses)
 
     async def renew(self) -> bool:
         """Take the record away and put the same one back, if it is under this run's lease: the nodes take its key for

@@ -6,6 +6,11 @@ a host that has seen that its claim is the oldest may use the address (`store.cl
 that of the one node whose record states it: a host keeps its address while a claim that was deleted is on its way back.
 So one write takes no address away (decisions 0024 and 0034).
 
+A node's claims are as old as its reservation (`by/<node>/reservation`) or its record, the older of the two, if that is
+younger than they are, and come after all others if it has neither. The reservation outlives the node's record, and ends
+by its lease. From then on another node may take the address, and keeps it when the former owner comes back, whose
+reservation is younger then (decision 0040).
+
 The mesh's subnets are decided by the records: those that most nodes are in stay in force when `mesh/subnets` changes.
 Nodes whose records state nothing count too: a single record must not decide for them.
 
@@ -36,6 +41,63 @@ def named(claimant: Claimant) -> str:
     return " ".join(claimant)
 
 
+class Reservations:
+    """For which nodes claims are kept: those with a record or a reservation."""
+
+    def __init__(self) -> None:
+        self._reserved: dict[str, int] = {}
+        """The nodes with a reservation under a lease: etcd's create revision of each. One under no lease counts for
+        nothing, since it would never end."""
+        self._registered: dict[str, int] = {}
+        """The nodes with a record: the same."""
+
+    def reserve(self, node: str, created: int | None) -> None:
+        """The reservation of a node was created at this revision, or, with None, is gone."""
+        if created is None:
+            self._reserved.pop(node, None)
+        else:
+            self._reserved[node] = created
+
+    def register(self, node: str, created: int | None) -> bool:
+        """The record of a node was created at this revision, or, with None, is gone. Whether that is news."""
+        if created == self._registered.get(node):
+            return False
+        if created is None:
+            del self._registered[node]
+        else:
+            self._registered[node] = created
+        return True
+
+    def since(self, node: str) -> int | None:
+        """Etcd's revision since which a node has a record or a reservation; None: it has no record."""
+        registered = self._registered.get(node)
+        return None if registered is None else min(registered, self._reserved.get(node, registered))
+
+    def has_record(self, node: str) -> bool:
+        """Whether a node has a record."""
+        return node in self._registered
+
+    def all_reserved(self) -> bool:
+        """Whether all nodes with a record have a reservation: an agent of an older version has none."""
+        return self._registered.keys() <= self._reserved.keys()
+
+    def order(self, claimant: Claimant, created: int) -> tuple[bool, int, Claimant]:
+        """The key by which claims are sorted that were created at these revisions. Names break a tie, which one
+        transaction can make."""
+        kind, name = claimant
+        since = 0
+        if kind == "node" and (reserved := self._reserved.get(name)) is not None:
+            # A reservation that was lost, or is that of an agent's first start with one, makes no newcomer of a node
+            # whose record has stood meanwhile.
+            since = min(reserved, self._registered.get(name, reserved))
+        return not self.is_kept(claimant), max(created, since), claimant
+
+    def is_kept(self, claimant: Claimant) -> bool:
+        """Whether its claims are kept for it. An outside peer's always are."""
+        kind, name = claimant
+        return kind == "peer" or name in self._reserved or name in self._registered
+
+
 class AddressIndex:
     """Claims and statements, joined."""
 
@@ -43,6 +105,7 @@ class AddressIndex:
         self._claims: dict[Place, dict[Claimant, int]] = {}
         """The claims of each address: etcd's create revision of each."""
         self._claimed_by: dict[Claimant, dict[Place, IPAddress]] = {}
+        self.reservations = Reservations()
         self._statements: dict[str, tuple[IPInterface, ...]] = {}
         self._stated_by: dict[Place, tuple[str, ...]] = {}
         self._holders: dict[Place, Claimant] = {}
@@ -73,6 +136,23 @@ class AddressIndex:
         concerned = self._settle(address)
         # Which of two claims of its own a node goes by depends on their age.
         return concerned | ({claimant[1]} if claimant[0] == "node" else set())
+
+    def reserve(self, node: str, created: int | None) -> set[str]:
+        """The reservation of a node was created at this revision, or, with None, is gone. Returns the names of the
+        nodes concerned."""
+        self.reservations.reserve(node, created)
+        return self._settle_claims_of(node)
+
+    def register(self, node: str, created: int | None) -> set[str]:
+        """The record of a node was created at this revision, or, with None, is gone. Returns the names of the nodes
+        concerned."""
+        return self._settle_claims_of(node) if self.reservations.register(node, created) else set()
+
+    def _settle_claims_of(self, node: str) -> set[str]:
+        """Evaluate anew which claims of a node come first, if there are others of the same address."""
+        own = self._claimed_by.get(("node", node), {})
+        contested = [address for key, address in own.items() if len(self._claims[key]) > 1]
+        return {name for address in contested for name in self._settle(address)}
 
     def state(self, node: str, interfaces: tuple[IPInterface, ...]) -> tuple[IPAddress, ...]:
         """The record of `node` states these addresses with their networks. Returns the addresses whose holder, or what
@@ -134,7 +214,7 @@ class AddressIndex:
 
     def _evaluate(self, key: Place) -> Claimant | None:
         if claims := self._claims.get(key):
-            return oldest(claims)
+            return self._oldest(claims)
         stating = self._stated_by.get(key, ())
         return ("node", stating[0]) if len(stating) == 1 else None
 
@@ -147,6 +227,35 @@ class AddressIndex:
     def claimed_by(self, claimant: Claimant) -> tuple[IPAddress, ...]:
         """The addresses that somebody claims, whether it has them or not."""
         return tuple(self._claimed_by.get(claimant, {}).values())
+
+    def oldest(self, address: IPAddress) -> Claimant | None:
+        """Whose claim of an address comes first; None: nobody claims it."""
+        claims = self._claims.get(place(address))
+        return None if claims is None else self._oldest(claims)
+
+    def earliest(self, address: IPAddress) -> Claimant | None:
+        """Who claimed an address first of those who claim it now, whether that is kept for it or not: what decides of
+        those that claim a free one at once, since one of them may be an agent that puts no reservation."""
+        claims = self._claims.get(place(address))
+        return None if claims is None else min(claims, key=lambda each: (claims[each], each))
+
+    def _oldest(self, claims: Mapping[Claimant, int]) -> Claimant:
+        return (
+            next(iter(claims))
+            if len(claims) == 1
+            else min(claims, key=lambda each: self.reservations.order(each, claims[each]))
+        )
+
+    def lapsed(self) -> list[IPAddress]:
+        """The addresses whose claims are kept for nobody, the one that was claimed first before the others."""
+        lapsed = {
+            key: min(claims.values())
+            for key, claims in self._claims.items()
+            if not any(map(self.reservations.is_kept, claims))
+        }
+        addresses = {key: address for own in self._claimed_by.values() for key, address in own.items() if key in lapsed}
+        unstated = lapsed.keys() - self._stated_by.keys()
+        return [addresses[key] for key in sorted(unstated, key=lambda key: (lapsed[key], key))]
 
     def all_claimed(self) -> tuple[IPAddress, ...]:
         """All addresses with a claim; one that several claim is given as often."""
@@ -227,6 +336,11 @@ class AddressIndex:
         holder = self.holder(address)
         if holder is None or holder == claimant:
             return None
+        if self.claims(address)[holder] > self.claims(address)[claimant]:
+            return (
+                f"{named(holder)} took the address at revision {self.claims(address)[holder]}, when it was kept for "
+                f"{named(claimant)} no more: {named(holder)} keeps it"
+            )
         return (
             f"{named(holder)} claimed the address before, at revision {self.claims(address)[holder]}: "
             f"{named(holder)} keeps it"
@@ -249,12 +363,6 @@ class AddressIndex:
                     "keeps it"
                 )
         return tuple(result)
-
-
-def oldest(claims: Mapping[Claimant, int]) -> Claimant:
-    """Who has an address with these claims, at least one: the one with the lowest create revision. (Names break a tie,
-    which one transaction can make.)"""
-    return min(claims, key=lambda claimant: (claims[claimant], claimant))
 
 
 def _rank(network: IPNetwork, configured: tuple[IPNetwork, ...]) -> tuple[int, int]:

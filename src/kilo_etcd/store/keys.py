@@ -79,6 +79,13 @@ class AddressKey:
 
 
 @frozen
+class ReservationKey:
+    """`by/<node>/reservation`: the node's claims of mesh addresses are kept for it."""
+
+    node: str
+
+
+@frozen
 class PeerAddressKey:
     """`peer-addresses/<peer>/<ip>`: an outside peer's claim of a mesh address."""
 
@@ -157,6 +164,7 @@ ParsedKey: TypeAlias = (
     | AnnotationKey
     | PeerKey
     | AddressKey
+    | ReservationKey
     | PeerAddressKey
     | NodeKey
     | ElectionKey
@@ -226,7 +234,7 @@ def ends_with(key: ParsedKey | None) -> str | None:
 
 def written_by(key: ParsedKey | None) -> str | None:
     """The node whose host alone writes a key, under a lease or not; None: it is the operator's."""
-    return key.node if isinstance(key, NodeKey | AddressKey | ResponseKey) else ends_with(key)
+    return key.node if isinstance(key, NodeKey | AddressKey | ReservationKey | ResponseKey) else ends_with(key)
 
 
 def record_endings(name: str) -> tuple[str, str]:
@@ -350,6 +358,10 @@ class Keys:
     def address(self, node: str, address: IPAddress) -> str:
         """A node's claim of a mesh address."""
         return f"{self.addresses(node)}{address}"
+
+    def reservation(self, node: str) -> str:
+        """What keeps a node's claims for it: it outlives its record."""
+        return self.by(node) + "reservation"
 
     def leader(self, location: str, node: str) -> str:
         """The record that a node leads a location."""
@@ -483,6 +495,8 @@ def _parse_by(node: str, below: list[str]) -> ParsedKey | None:
     match below:
         case ["node"]:
             return NodeKey(node)
+        case ["reservation"]:
+            return ReservationKey(node)
         case ["addresses", text]:
             address = _address(text)
             return AddressKey(node, address) if address else None

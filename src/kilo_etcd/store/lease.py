@@ -26,13 +26,20 @@ def keep_interval(ttl: int) -> float:
 
 class KeptLease:
     """A lease of `ttl` seconds. `on_unconfirmed` is called when keeping it fails, `on_lost` when etcd says it is
-    gone."""
+    gone. With `refresh_every`, in seconds, no stream of keepalives is open: it is one call each time."""
 
     def __init__(
-        self, client: Client, ttl: int, *, on_unconfirmed: Callable[[], None], on_lost: Callable[[], None]
+        self,
+        client: Client,
+        ttl: int,
+        *,
+        on_unconfirmed: Callable[[], None],
+        on_lost: Callable[[], None],
+        refresh_every: float | None = None,
     ) -> None:
         self._client = client
         self._ttl = ttl
+        self._refresh_every = refresh_every
         self._on_unconfirmed = on_unconfirmed
         self._on_lost = on_lost
         self._lease: Lease | None = None
@@ -40,6 +47,8 @@ class KeptLease:
         self._keeping: KeepAlive | None = None
         self._keeping_ended = trio.Event()
         self._renewing = False
+        self._due = False
+        """Whether it is to be refreshed before its time."""
         self._log = structlog.get_logger()
         self.unconfirmed = False
 
@@ -64,6 +73,13 @@ class KeptLease:
     def _notify(self) -> None:
         changed, self._changed = self._changed, trio.Event()
         changed.set()
+
+    def refresh_now(self) -> None:
+        """Have it refreshed before its time, which does not count while a host is suspended. One that has a stream of
+        keepalives needs none."""
+        if self._refresh_every is not None:
+            self._due = True
+            self._notify()
 
     def forget(self) -> None:
         """Have none, whatever has become of it."""
@@ -140,11 +156,20 @@ class KeptLease:
             if lease is None or self.unconfirmed or self._renewing:
                 await changed.wait()
                 continue
-            interval = keep_interval(lease.ttl)
             try:
-                self._keeping_ended = trio.Event()
-                async with self._client.keep_alive(lease.id, lease.ttl, interval=interval) as self._keeping:
-                    await wait_any(self._keeping.lost, changed)
+                if self._refresh_every is None:
+                    self._keeping_ended = trio.Event()
+                    interval = keep_interval(lease.ttl)
+                    async with self._client.keep_alive(lease.id, lease.ttl, interval=interval) as self._keeping:
+                        await wait_any(self._keeping.lost, changed)
+                else:
+                    if not self._due:
+                        with trio.move_on_after(self._refresh_every):
+                            await changed.wait()
+                            continue
+                    self._due = False
+                    await self._client.refresh_lease(lease.id)
+                    continue
             except EtcdError as error:
                 self._log.warning("a lease cannot be kept alive", error=str(error))
             finally:

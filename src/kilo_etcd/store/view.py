@@ -34,7 +34,7 @@ A node that has claimed no address yet is joining: it is left out silently. The 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import TypeVar
 
 from attrs import evolve, frozen
@@ -86,7 +86,7 @@ from kilo_etcd.store.records import (
 R = TypeVar("R")
 V = TypeVar("V")
 
-_WITHOUT_VALUE = (k.AddressKey, k.PeerAddressKey, k.LeaderKey)
+_WITHOUT_VALUE = (k.AddressKey, k.ReservationKey, k.PeerAddressKey, k.LeaderKey)
 """Keys that say all by being there; whatever value they have counts for nothing."""
 
 _MOST_SHOWN = 1000
@@ -433,6 +433,10 @@ class View:
                 reason = self._keys.hint(key)
                 notes = (reason,)
         else:
+            if isinstance(parsed, k.NodeKey):
+                # Whether it can be read or not.
+                created = None if kv is None else kv.create_revision
+                self._note_kept(parsed.node, self._addresses.register(parsed.node, created))
             try:
                 self._check_lease(parsed, kv, key)
                 notes = self._decode_into_table(parsed, kv)
@@ -481,6 +485,9 @@ class View:
                 return self._take_annotation(node, name, value)
             case k.AddressKey(node, address):
                 self._take_claim(address, ("node", node), kv)
+            case k.ReservationKey(node):
+                reserved = kv.create_revision if kv is not None and kv.lease else None
+                self._note_kept(node, self._addresses.reserve(node, reserved))
             case k.PeerAddressKey(peer, address):
                 self._take_claim(address, ("peer", peer), kv)
             case k.ElectionKey(location, node):
@@ -568,6 +575,11 @@ class View:
         created = None if kv is None else kv.create_revision
         self._dirty |= {("node", name) for name in self._addresses.claim(address, claimant, created)}
         self._note_claims(address)
+
+    def _note_kept(self, node: str, concerned: Collection[str]) -> None:
+        if concerned:
+            self._dirty |= {("node", name) for name in concerned}
+            self._note_claims_of(node)
 
     def _take_statement(self, node: str, interfaces: tuple[IPInterface, ...]) -> None:
         """The record of `node` states these mesh addresses."""

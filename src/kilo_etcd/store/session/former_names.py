@@ -15,6 +15,7 @@ from collections.abc import Iterable
 from attrs import evolve, frozen
 
 from kilo_etcd.etcd.api import Compare, Delete, KeyValue, Op, Put, absent, prefix_end, unchanged
+from kilo_etcd.store.claims import Leases
 from kilo_etcd.store.keys import AddressKey, Keys, LeaderKey, NodeKey
 from kilo_etcd.store.records import NodeRecord, RecordError, decode_node, encode
 
@@ -90,11 +91,19 @@ def removal(keys: Keys, former: FormerName) -> list[Op]:
 
 
 def move(
-    keys: Keys, former: FormerName, to: str, *, long: int, short: int, status: bytes, label: str | None = None
+    keys: Keys,
+    former: FormerName,
+    to: str,
+    *,
+    long: int,
+    short: int,
+    claims: Leases,
+    status: bytes,
+    label: str | None = None,
 ) -> list[Op]:
     """The writes by which what stands under a former name is under the name `to`, which has no record, with `status`
-    beside it; `long` and `short` are the leases there. `label` is the former name's, which the record states as the
-    host's own default location, so that the host does not move.
+    beside it; `long`, `short` and `claims` are the leases there. `label` is the former name's, which the record states
+    as the host's own default location, so that the host does not move.
 
     Claims that the record does not state are not moved: a host has one address of each family. What was under the short
     lease is not moved either: a candidacy is to be decided anew."""
@@ -103,12 +112,13 @@ def move(
     stated = tuple(interface.ip for interface in record.mesh_addresses)
     location = record.location if label is None else label
     names = tuple(name for name in dict.fromkeys((former.name, *record.former_names)) if name != to)
-    claims = [key.address for kv in former.addresses if isinstance(key := keys.parse(kv.key), AddressKey)]
+    claimed = [key.address for kv in former.addresses if isinstance(key := keys.parse(kv.key), AddressKey)]
     locations = [key.location for kv in former.leaders if isinstance(key := keys.parse(kv.key), LeaderKey)]
     return [
         *removal(keys, former),
         Put(keys.node(to), encode(evolve(record, location=location, former_names=names, duplicate_of=())), lease=long),
         Put(keys.status(to), status, lease=short),
-        *(Put(keys.address(to, address), b"") for address in claims if address in stated),
+        Put(keys.reservation(to), b"", lease=claims.reservation),
+        *(Put(keys.address(to, address), b"", lease=claims.claims) for address in claimed if address in stated),
         *(Put(keys.leader(location, to), b"", lease=long) for location in locations),
     ]

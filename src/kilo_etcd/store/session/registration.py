@@ -75,7 +75,7 @@ class Written:
 class Registration:
     """The record of node `name`, whose WireGuard key is `public_key`. Changed under `lock`.
 
-    `on_changed` is called when the record has to be restored.
+    `on_changed` is called when the record has to be restored, `on_taken` when another living host has the name.
     """
 
     def __init__(
@@ -89,6 +89,7 @@ class Registration:
         *,
         retry_most: float,
         on_changed: Callable[[], None],
+        on_taken: Callable[[], None],
         rng: random.Random,
     ) -> None:
         self._client = client
@@ -98,6 +99,7 @@ class Registration:
         self._guard = guard
         self._retry_most = retry_most
         self._on_changed = on_changed
+        self._on_taken = on_taken
         self._rng = rng
         self._log = structlog.get_logger().bind(node=name)
         self._node_key, self._status_key = keys.node(name), keys.status(name)
@@ -151,6 +153,7 @@ class Registration:
                 return standing
             remaining = deadline - trio.current_time()
             if remaining <= 0:
+                self._on_taken()
                 raise NameTaken(reason)
             await trio.sleep(min(0.5, remaining))
 

@@ -2,7 +2,7 @@
 one.
 
 The desired state is given once (`register`, `enter`, `leave`, `put_status`, `put_stage`, `put_observed_endpoints`,
-`put_probe_reports`); `run` sees to it that etcd keeps saying so: it keeps both leases, and restores what was lost with
+`put_probe_reports`); `run` sees to it that etcd keeps saying so: it keeps the leases, and restores what was lost with
 a lease, deleted, or overwritten (`store.session.leased_keys`; the mirror reports observed endpoints and probe reports,
 see `compare`). While etcd is away it tries again with jitter, forever, and never raises. Nothing is written that etcd
 holds already: an agent that starts again within the lease's time finds its own keys, adopts their leases, and goes on
@@ -19,10 +19,10 @@ that wants to stand says so again. `register`, `ensure_mesh` and `claim_addresse
 begin before they are done.
 
 Each part has its own state and module: the record at the name (`registration`), what stands under a name that the host
-had before (`former_names`), the mesh addresses (`mesh_addresses`),
-the place in the election (`candidacy`), what other hosts and people read (`published_records`), what is known of the
+had before (`former_names`), the mesh addresses (`mesh_addresses`) and their leases (`member_leases`), the place in the
+election (`candidacy`), what other hosts and people read (`published_records`), what is known of the
 leased keys (`leased_keys`), and the writes that make them as they are wanted (`leased_writer`). No part knows the
-session. It owns both leases and the lock, and decides the order: registration, then candidacy and status, then what is
+session. It owns the leases and the lock, and decides the order: registration, then candidacy and status, then what is
 published of others.
 
 An etcd that was restored or replaced would take all of this for news. So before this host registers, claims, or takes
@@ -43,14 +43,11 @@ from kilo_etcd.etcd.api import (
     Client,
     Delete,
     EtcdError,
-    Get,
     KeyValue,
     LeaseNotFound,
     Op,
     PermissionDenied,
     Put,
-    RangeResult,
-    prefix_end,
 )
 from kilo_etcd.model import CandidateClass, IPAddress, IPNetwork, MeshSettings, Snapshot
 from kilo_etcd.store import claims
@@ -69,9 +66,11 @@ from kilo_etcd.store.session.candidacy import Candidacy, WantedCandidacy
 from kilo_etcd.store.session.cluster_guard import ClusterGuard, NoGuard
 from kilo_etcd.store.session.contested import contested_sentence
 from kilo_etcd.store.session.foreign_keys import ForeignKeys
+from kilo_etcd.store.session.former_name_look import look_at, look_until_gone
 from kilo_etcd.store.session.former_names import FormerName, Moved, move, removal
 from kilo_etcd.store.session.leased_keys import RETRY_FIRST, LeasedKeys
 from kilo_etcd.store.session.leased_writer import LeasedWriter
+from kilo_etcd.store.session.member_leases import MemberLeases
 from kilo_etcd.store.session.mesh_addresses import MeshAddresses
 from kilo_etcd.store.session.node_identity import NameTaken, status_key_of, where_is
 from kilo_etcd.store.session.published_records import Published
@@ -81,15 +80,13 @@ RETRY_MOST = 5.0
 """Seconds between two attempts at most; less for short leases, which an election in etcd gives their full time just
 once."""
 
-LONGEST_STATUS = 60.0
-"""The longest that a starting agent waits for the end of a status that a former run may have left, in seconds."""
-
 RENEW_SECONDS = 1.0
 """The longest that a reload waits for etcd to renew the lease."""
 
 
 class Session:
-    """The keys of `node_name`, whose WireGuard key is `public_key`. `lease_ttl` and `forget_after` are seconds.
+    """The keys of `node_name`, whose WireGuard key is `public_key`. `lease_ttl` and `forget_after` are seconds. Record
+    and claims of an `ephemeral` host go with a lease of `lease_ttl` too.
 
     `on_event(name)` is told of "lease lost", "lease granted", "registered", "registered again", "name taken", and
     "contested" when `contested` changes.
@@ -104,6 +101,7 @@ class Session:
         *,
         lease_ttl: int = 5,
         forget_after: int = 86400,
+        ephemeral: bool = False,
         on_event: Callable[[str], None] | None = None,
         guard: ClusterGuard | None = None,
         rng: random.Random | None = None,
@@ -120,8 +118,17 @@ class Session:
         self._retry_most = min(RETRY_MOST, lease_ttl / 3)
         self._lock = trio.Lock()
         self._wake = trio.Event()
-        self._long = KeptLease(client, forget_after, on_unconfirmed=self._mend, on_lost=self._lost)
-        self._short = KeptLease(client, lease_ttl, on_unconfirmed=self._mend, on_lost=self._lost_short)
+        self._member = MemberLeases(
+            client,
+            keys.reservation(node_name),
+            lease_ttl=lease_ttl,
+            forget_after=forget_after,
+            ephemeral=ephemeral,
+            on_unconfirmed=self._mend,
+            on_lost=self._lost,
+            is_own=self._is_own,
+        )
+        self._short = KeptLease(client, lease_ttl, on_unconfirmed=self._not_kept, on_lost=self._lost_short)
         self._leased_since: float | None = None
         """Since when this run has its short lease, on trio's clock; None: it has had none yet."""
         self._candidacy = WantedCandidacy(keys, node_name)
@@ -137,6 +144,7 @@ class Session:
             self._guard,
             retry_most=self._retry_most,
             on_changed=self._mend,
+            on_taken=lambda: self._on_event("name taken"),
             rng=self._rng,
         )
         self._leased = LeasedKeys(
@@ -176,7 +184,7 @@ class Session:
         """Whether all that is wanted is in etcd, as far as is known."""
         return (
             self.last_error is None
-            and not (self._long.unconfirmed or self._short.unconfirmed)
+            and not (self._member.unconfirmed or self._short.unconfirmed)
             and self._registration.known
             and not self._leased.changed
         )
@@ -185,6 +193,11 @@ class Session:
     def lapsed(self) -> bool:
         """Whether the short lease may have ended, for all that this host knows: it was not kept for its time."""
         return self._short.unconfirmed
+
+    @property
+    def registered(self) -> bool:
+        """Whether record and claims stand, as far as this host knows. If not, it is restoring them."""
+        return self._registration.known and not self._member.unconfirmed
 
     @property
     def contested(self) -> str | None:
@@ -233,16 +246,47 @@ class Session:
         return await claims.subnets_in_force(self._client, self._keys, self._name, configured)
 
     async def claim_addresses(
-        self, subnets: tuple[IPNetwork, ...], *, renumber: bool = False, doubted: bool = False
+        self,
+        subnets: tuple[IPNetwork, ...],
+        *,
+        former: tuple[IPAddress, ...] = (),
+        renumber: bool = False,
+        doubted: bool = False,
     ) -> tuple[IPAddress, ...]:
-        """This host's mesh addresses, claimed now if it has none yet, and their claims restored if another writer has
-        deleted them. `doubted`: another claim may be older; then another address is claimed. With `renumber` its claims
-        outside `subnets` are given up. NoAddressLeft, EtcdError."""
-        moved = await self._addresses.claim(subnets, renumber=renumber, doubted=doubted)
-        if moved and self._registration.record is not None:
-            async with self._lock:
+        """This host's mesh addresses, claimed now if it has none yet (the `former` ones of an earlier run, if they are
+        free), and their claims restored if another writer has deleted them. `doubted`: another claim may be older; then
+        another address is claimed. With `renumber` its claims outside `subnets` are given up. Waits as `register` does
+        for the end of a dead owner's status, and until an unused address may be taken if none is free. A host that
+        found no address in `subnets` does not look there again at once. NameTaken, NoAddressLeft, EtcdError."""
+
+        async def claim() -> None:
+            deadline = trio.current_time() + self._lease_ttl + 1
+            moved = await self._claim(subnets, deadline, former=former, renumber=renumber, doubted=doubted)
+            if moved and self._registration.record is not None:
+                # The record states the addresses of before; if this fails, `run` goes on trying.
+                self._registration.look_again()
+                self._wake.set()
                 await self._register(trio.current_time() + self._lease_ttl + 1)
+
+        await self._until_due(claim)
         return self.addresses
+
+    async def _until_due(self, act: Callable[[], Awaitable[None]]) -> None:
+        """Do it under the lock, and again when an unused address may be taken. All else that is wanted is written
+        meanwhile. Nothing is done once this host has left the mesh."""
+        drops = self._addresses.drops
+        while True:
+            async with self._lock:
+                try:
+                    if self._addresses.drops == drops:
+                        await act()
+                    return
+                except claims.TakeLater as later:
+                    due = later.unused.due
+            while (left := due - trio.current_time()) > 0:
+                await trio.sleep(min(1.0, left))
+                await self._member.renew_ephemeral()
+            await self._guard.verify()
 
     async def has_claims(self) -> bool:
         """Whether the claims of this host's addresses stand in etcd now. EtcdError."""
@@ -266,10 +310,10 @@ class Session:
             others = set[str]() if own is None else set(decode_node(own.value).duplicate_of)
             former: list[FormerName] = []
             for name in names:
-                each = await self._look_at(name)
+                each = await look_at(self._client, self._keys, name)
                 known = name in others or any(other.lives for other in former)
                 if each.lives and each.is_older(own) and not known:
-                    each, kept = await self._look_until_gone(name)
+                    each, kept = await look_until_gone(self._client, self._keys, name, self._lease_ttl, self._name)
                     others |= {name} if kept else set()
                 if each.node is None or each.public_key == self._public_key:
                     former.append(each)
@@ -289,7 +333,7 @@ class Session:
         registration, keys = self._registration, self._keys
         while True:
             standing = await registration.look_until_free(trio.current_time() + self._lease_ttl + 1)
-            own, former = registration.is_own(standing.node), await self._look_at(name)
+            own, former = registration.is_own(standing.node), await look_at(self._client, self._keys, name)
             record = former.record
             if record is None or former.public_key != self._public_key or former.lives:
                 # The operator or another copy was faster; or an attempt went through although its answer was lost.
@@ -317,43 +361,32 @@ class Session:
         self._stand_in(record)
         await self._hold_long(None)
         await self._hold_short(standing.status)
+        leases = await self._hold_claims(standing)
         status = self._published.of_itself[self._published.status_key]
-        long, short = self._long.id, self._short.id
-        return move(self._keys, former, self._name, long=long, short=short, status=status, label=label)
-
-    async def _look_at(self, name: str) -> FormerName:
-        root, status_key = self._keys.by(name), self._keys.status(name)
-        answer = await self._client.txn([], [Get(root, prefix_end(root)), Get(status_key)])
-        below, status = (response.kvs for response in answer.responses if isinstance(response, RangeResult))
-        return FormerName.of(self._keys, name, below, next(iter(status), None))
-
-    async def _look_until_gone(self, name: str) -> tuple[FormerName, bool]:
-        """What stands under another name, as soon as no agent lives there or nobody can have left its status; and
-        whether that is so, since its lease would have ended. One that lasts longer is not waited for to its end."""
-        deadline, ends = None, False
-        while True:
-            former = await self._look_at(name)
-            if not former.lives or former.status is None:
-                return former, False
-            if deadline is None:
-                info = await self._client.lease_time_to_live(former.status.lease)
-                ends = info.ttl <= LONGEST_STATUS
-                deadline = trio.current_time() + min(max(info.ttl, self._lease_ttl), LONGEST_STATUS) + 1
-                self._log.info("waiting for the end of a status under another name with this host's key", other=name)
-            if (remaining := deadline - trio.current_time()) <= 0:
-                return former, ends
-            await trio.sleep(min(0.5, remaining))
+        long, short = self._member.record.id, self._short.id
+        return move(
+            self._keys, former, self._name, long=long, short=short, claims=leases, status=status, label=label
+        )  # fmt: skip
 
     # --- the registration --------------------------------------------------------------------------------------
 
     async def register(self, record: NodeRecord) -> None:
         """Be a member with this record; nothing is written if etcd holds all of it already. Waits up to the short
-        lease's time for a dead owner's status to end. NameTaken if it does not; EtcdError."""
+        lease's time for a dead owner's status to end. NameTaken if it does not; NoAddressLeft if another host has
+        taken this one's meanwhile; EtcdError. If it fails `run` goes on trying."""
         async with self._lock:
             self._registration.record = record
             self._stand_in(record)
-            await self._register(trio.current_time() + self._lease_ttl + 1)
-            self.last_error = None
+            if self._member.ephemeral and not self._registration.known:
+                # The lease is not kept yet when an agent starts, and finding the host's addresses may have taken long.
+                self._member.mark_unconfirmed()
+
+        async def put() -> None:
+            if self._registration.record is not None:
+                await self._register(trio.current_time() + self._lease_ttl + 1)
+                self.last_error = None
+
+        await self._until_due(put)
 
     def _stand_in(self, record: NodeRecord) -> None:
         # Being there must show at once, or a second host of this name could slip in before the first status.
@@ -371,23 +404,24 @@ class Session:
         await self._guard.verify()
         value = self._registration.value(self._addresses.stated)
         while True:
-            try:
-                standing = await self._registration.look_until_free(deadline)
-            except NameTaken:
-                self._on_event("name taken")
-                raise
+            standing = await self._registration.look_until_free(deadline)
             try:
                 await self._hold_long(standing.node if self._registration.is_own(standing.node) else None)
                 if self._published.status is not None:
                     await self._hold_short(standing.status)
+                reservation = self._member.reservation
+                if reservation.unconfirmed or self._addresses.lease not in (0, reservation.id):
+                    await self._claim_again(deadline)
+                    value = self._registration.value(self._addresses.stated)
             except LeaseNotFound:
+                self._unconfirm_leases()
                 continue
             key, beside = self._published.status_key, list[Op]()
             status = None if key in self._leased.values else self._published.of_itself.get(key)
             if status is not None:
                 beside.append(Put(key, status, lease=self._short.id))
             try:
-                written = await self._registration.put(value, self._long.id, beside, standing)
+                written = await self._registration.put(value, self._member.record.id, beside, standing)
             except LeaseNotFound:
                 self._unconfirm_leases()
                 continue
@@ -404,6 +438,10 @@ class Session:
     def _mend(self) -> None:
         self._wake.set()
 
+    def _not_kept(self) -> None:
+        self._member.refresh_reservation()
+        self._mend()
+
     def _lost(self) -> None:
         self._on_event("lease lost")
 
@@ -414,21 +452,61 @@ class Session:
         self._lost()
 
     def _unconfirm_leases(self) -> None:
-        # Which of the two etcd missed it does not say.
-        self._long.mark_unconfirmed()
+        # Which of them etcd missed it does not say.
+        self._member.mark_unconfirmed()
         self._short.mark_unconfirmed()
 
+    async def _claim(
+        self,
+        subnets: tuple[IPNetwork, ...],
+        deadline: float,
+        *,
+        former: tuple[IPAddress, ...] = (),
+        renumber: bool = False,
+        doubted: bool = False,
+    ) -> bool:
+        """Have addresses in `subnets`, if the name is this host's by `deadline`; whether they are others than before.
+        NameTaken, TakeLater, NoAddressLeft, EtcdError."""
+        self._addresses.check(subnets, doubted, self._guard.generation)
+        while True:
+            # First of all: what stands at the name of a living host is not to be touched.
+            standing = await self._registration.look_until_free(deadline)
+            try:
+                leases = await self._hold_claims(standing)
+                name = self._registration.conditions(standing)
+                return await self._addresses.claim(
+                    subnets, leases, name, former=former, renumber=renumber, doubted=doubted
+                )
+            except LeaseNotFound:
+                self._unconfirm_leases()
+            except claims.NameChanged:
+                continue
+
+    async def _claim_again(self, deadline: float) -> None:
+        """Restore the claims of this host, if it has any. NameTaken, TakeLater, NoAddressLeft, EtcdError."""
+        if self._addresses.addresses:
+            await self._claim(self._addresses.subnets, deadline)
+        else:
+            self._member.reserve_nothing()
+
+    async def _hold_claims(self, standing: Standing) -> claims.Leases:
+        """The leases for this host's claims and their reservation. EtcdError."""
+        own = self._registration.is_own(standing.node)
+        if self._member.ephemeral:
+            await self._hold_long(standing.node if own else None)
+        return await self._member.for_claims(adopts=own or standing.node is None)
+
     async def _hold_long(self, node_kv: KeyValue | None) -> None:
-        if await self._long.lives():
+        if await self._member.record.lives():
             return
         self._led.clear()
         if node_kv is not None and node_kv.lease:
-            info = await self._long.adopt(node_kv.lease, self._is_own)
+            info = await self._member.record.adopt(node_kv.lease, self._is_own)
             for key in map(self._keys.parse, info.keys if info is not None else ()):
                 if isinstance(key, LeaderKey) and key.node == self._name:
                     self._led[key.location] = 0
-        if not self._long.id:
-            await self._long.grant()
+        if not self._member.record.id:
+            await self._member.record.grant()
 
     async def _hold_short(self, status_kv: KeyValue | None) -> None:
         if await self._short.lives():
@@ -522,9 +600,9 @@ class Session:
         knows etcd's revision `known_revision`. Not remembered if etcd is away."""
 
         def put() -> list[Op]:
-            if self._led.get(location, 0) > known_revision or not self._long.id:
+            if self._led.get(location, 0) > known_revision or not self._member.record.id:
                 return []
-            return [Put(self._keys.leader(location, self._name), b"", lease=self._long.id)]
+            return [Put(self._keys.leader(location, self._name), b"", lease=self._member.record.id)]
 
         revision = await self._write_once(put)
         if revision:
@@ -570,8 +648,8 @@ class Session:
                     continue
                 if where not in {*stands, own.location}:
                     yield where, Delete(key)
-                elif where == own.location and self._long.id and kv.lease != self._long.id:
-                    yield where, Put(key, kv.value, lease=self._long.id) if on_record else Delete(key)
+                elif where == own.location and self._member.record.id and kv.lease != self._member.record.id:
+                    yield where, Put(key, kv.value, lease=self._member.record.id) if on_record else Delete(key)
 
         if not (changes := dict(settled())):
             return
@@ -598,6 +676,10 @@ class Session:
             # The mirror has logged it.
             self.last_error = str(error)
             return False
+        except claims.TakeLater as later:
+            # It was logged when the search ended.
+            self.last_error = str(later)
+            return False
         except (EtcdError, NameTaken, claims.NoAddressLeft) as error:
             if str(error) != self.last_error:
                 self._log.warning("etcd could not be updated", error=str(error))
@@ -608,7 +690,7 @@ class Session:
         return True
 
     async def _sync(self) -> None:
-        """Make etcd say what is wanted. Called under the lock. EtcdError, NameTaken, NoAddressLeft."""
+        """Make etcd say what is wanted. Called under the lock. EtcdError, NameTaken, TakeLater, NoAddressLeft."""
         registration = self._registration
         while True:
             self._guard.check()
@@ -616,12 +698,12 @@ class Session:
                 self._generation = self._guard.generation
                 self._look_anew()
             try:
-                if registration.record is not None and self._long.unconfirmed:
+                if registration.record is not None and self._member.unconfirmed:
                     registration.look_again()
                 if registration.record is not None and not registration.known:
                     registration.check_restores()
                     await self._guard.verify()
-                    await self._addresses.claim_again()
+                    await self._claim_again(trio.current_time())
                     if await self._register(trio.current_time()):
                         registration.note_restore()
                     self._on_event("registered again")
@@ -636,9 +718,10 @@ class Session:
         """This etcd may not be the one that was written to: an earlier state of that, or what it was before another one
         was in its place. Our leases may live in it all the same, and a watch would wait for a revision far away."""
         self._registration.look_anew()
-        self._long.forget()
+        self._member.forget()
         self._short.forget()
         self._leased.clear()
+        self._addresses.look_anew(self._guard.generation)
         # As with a lease that is lost, or whoever comes first would lead.
         self._lost_short()
 
@@ -702,6 +785,7 @@ class Session:
         """Leave whoever takes candidacy and status over the whole length of their lease. Never fails."""
         with suppress(EtcdError), trio.move_on_after(RENEW_SECONDS):
             await self._short.renew()
+            await self._member.renew_ephemeral()
 
     async def close(self) -> None:
         """The same as `resign`: a stopped host stays a member."""
@@ -714,7 +798,7 @@ class Session:
             self._registration.drop()
             self._addresses.drop()
             await self._registration.delete()
-            await self._long.end()
+            await self._member.end()
 
     # --- the tasks ---------------------------------------------------------------------------------------------
 
@@ -722,7 +806,7 @@ class Session:
         """Keep the leases and what stands under them, until cancelled."""
         async with trio.open_nursery() as nursery:
             nursery.start_soon(self._short.keep)
-            nursery.start_soon(self._long.keep)
+            nursery.start_soon(self._member.keep)
             nursery.start_soon(self._registration.watch)
             nursery.start_soon(self._leased.watch)
             nursery.start_soon(self._repair)
