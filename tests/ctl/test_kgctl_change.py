@@ -4,22 +4,26 @@ from __future__ import annotations
 
 import base64
 import json
+from collections import Counter
+from collections.abc import Sequence
 from ipaddress import ip_address, ip_interface
+from typing import Any
 
 import pytest
 import trio
+from attrs import evolve
 from click.testing import CliRunner, Result
 
 from helpers import put_kept
 from kilo_etcd.ctl import change
 from kilo_etcd.ctl.main import main
-from kilo_etcd.etcd.api import Client, PermissionDenied
+from kilo_etcd.etcd.api import BadRequest, Client, Delete, PermissionDenied, Unavailable
 from kilo_etcd.model import CandidateClass, Endpoint, Snapshot
 from kilo_etcd.store import operator, silence
 from kilo_etcd.store.keys import Keys
 from kilo_etcd.store.records import CandidateRecord, NodeRecord, Role, StatusRecord, adopts, encode
 from kilo_etcd.store.silence import Claiming
-from kilo_etcd.testing.fake_etcd import FakeEtcd
+from kilo_etcd.testing.fake_etcd import FakeClient, FakeEtcd
 
 KEYS = Keys()
 HOSTS = {"gcp-1": (1, "gcp"), "gcp-2": (2, "gcp"), "home-1": (3, "home")}
@@ -356,7 +360,10 @@ def test_a_node_is_forgotten_and_its_label_kept_or_its_label_alone_is_left_to_fo
 async def _claims(*_: object) -> tuple[Claiming, ...]:
     await trio.lowlevel.checkpoint()
     return tuple(
-        Claiming(name=name, addresses=(ip_address(f"10.4.0.{number}"),), registered=there, alive=alive, silent=silent)
+        Claiming(
+            name=name, addresses=(ip_address(f"10.4.0.{number}"),), registered=there, reserved=there, alive=alive,
+            silent=silent,
+        )
         for number, (name, there, alive, silent) in enumerate(
             [
                 ("gcp-1", True, True, 0), ("gcp-2", True, False, 7200), ("home-1", True, False, 60),
@@ -375,9 +382,11 @@ def test_claims_are_listed_and_the_dead_forgotten_without_their_names(
     monkeypatch.setattr(silence, "claiming", _claims)
     rows = json.loads(run("node", "list", "--claims", "-o", "json").output)
     assert rows[3] == {
-        "node": "runner-9", "addresses": ["10.4.0.3"], "registered": False, "alive": False, "silentSeconds": 86400
+        "node": "runner-9", "addresses": ["10.4.0.3"], "registered": False, "reserved": False, "alive": False,
+        "silentSeconds": 86400,
     }  # fmt: skip
     assert "silent for 2 h at least" in run("node", "list", "--claims").output
+    assert "another node may take its address" in run("node", "list", "--claims").output
     before = held(etcd)
     assert "no agent is known to have been silent for so long" in run("node", "forget", "--dead-for", "7d").output
     assert "Nothing was written (--dry-run)." in run("node", "forget", "--dead-for", "1h", "--dry-run").output
@@ -417,7 +426,8 @@ def test_a_node_that_comes_back_while_the_dead_are_forgotten_is_kept_and_the_oth
     monkeypatch.setattr(change, "distrust_by_look", come_back)
     result = run("node", "forget", "--dead-for", "1h", "--yes")
     assert "runner-9: forgotten." in result.output.splitlines()
-    assert (result.exit_code, result.stderr.startswith("kgctl: gcp-2 has an agent that lives")) == (1, True)
+    assert result.exit_code == 1
+    assert "kgctl: gcp-2: left as it was, since its agent has come back" in result.stderr
     assert etcd.keys("/kilo/by/gcp-2/") != []
     assert etcd.keys("/kilo/by/runner-9/") == []
 
@@ -434,8 +444,161 @@ def test_a_dead_node_whose_annotations_somebody_changes_meanwhile_is_kept_and_na
 
     monkeypatch.setattr(change, "distrust_by_look", relabel)
     result = run("node", "forget", "--dead-for", "1h", "--yes")
-    assert (result.exit_code, "changed what there is of gcp-2; it stays as it is" in result.stderr) == (1, True)
+    assert (result.exit_code, "kgctl: gcp-2: left as it was, since" in result.stderr) == (1, True)
     assert etcd.keys("/kilo/by/gcp-2/") != []
+
+
+def test_a_dead_node_whose_record_is_put_anew_meanwhile_is_kept(
+    etcd: FakeEtcd, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(silence, "claiming", _claims)
+
+    async def come_and_go(_client: Client, _keys: Keys, *, registered: frozenset[str]) -> None:
+        await trio.lowlevel.checkpoint()
+        value = etcd.get(KEYS.node("gcp-2"))
+        assert value is not None
+        etcd.put_kept(KEYS.node("gcp-2"), value)
+
+    monkeypatch.setattr(change, "distrust_by_look", come_and_go)
+    result = run("node", "forget", "--dead-for", "1h", "--yes")
+    assert (result.exit_code, "kgctl: gcp-2: left as it was, since" in result.stderr) == (1, True)
+    assert etcd.keys("/kilo/by/gcp-2/") != []
+
+
+def test_a_dead_node_that_comes_back_and_goes_before_the_question_is_answered_is_kept(
+    etcd: FakeEtcd, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its agent found its keys as it wants them, and wrote none of them anew."""
+    etcd.put("/kilo/by/runner-9/addresses/10.4.0.9", "")
+    monkeypatch.setattr(silence, "claiming", _claims)
+
+    async def refreshed(*_: object) -> tuple[Claiming, ...]:
+        return tuple(evolve(each, silent=0) if each.name == "gcp-2" else each for each in await _claims())
+
+    monkeypatch.setattr(change, "confirm", lambda _question: monkeypatch.setattr(silence, "claiming", refreshed))
+    result = run("node", "forget", "--dead-for", "1h")
+    assert "runner-9: forgotten." in result.output.splitlines()
+    assert (result.exit_code, "kgctl: gcp-2: left as it was, since" in result.stderr) == (1, True)
+    assert etcd.keys("/kilo/by/gcp-2/") != []
+    assert etcd.keys("/kilo/by/runner-9/") == []
+
+
+@pytest.mark.parametrize("limit", [16, 2])
+def test_an_etcd_that_takes_fewer_operations_is_given_smaller_transactions(
+    etcd: FakeEtcd, monkeypatch: pytest.MonkeyPatch, limit: int
+) -> None:
+    """`--max-txn-ops`. If it takes not even one node in a transaction, each is named with etcd's own sentence."""
+    _silent(etcd, monkeypatch, [f"runner-{number}" for number in range(9)])
+    txn = FakeClient.txn
+
+    async def limited(self: FakeClient, compare: Any, success: Any = (), failure: Any = ()) -> Any:
+        if max(len(compare), len(success)) > limit and any(isinstance(op, Delete) for op in success):
+            raise BadRequest("too many operations in txn request")
+        return await txn(self, compare, success, failure)
+
+    monkeypatch.setattr(FakeClient, "txn", limited)
+    done = run("node", "forget", "--dead-for", "1h", "--yes")
+    if limit == 2:
+        assert done.exit_code == 1
+        assert "runner-8: left as it was: too many operations in txn request" in done.output
+        assert len(etcd.keys("/kilo/by/runner-")) == 9
+    else:
+        assert done.exit_code == 0
+        assert etcd.keys("/kilo/by/runner-") == []
+
+
+def _silent(etcd: FakeEtcd, monkeypatch: pytest.MonkeyPatch, names: Sequence[str]) -> None:
+    """Claims of nodes that are gone; `kgctl` is told of these and no others."""
+    for number, name in enumerate(names):
+        etcd.put(f"/kilo/by/{name}/addresses/10.4.{number // 250 + 1}.{number % 250}", "")
+
+    async def claiming(*_: object) -> tuple[Claiming, ...]:
+        await trio.lowlevel.checkpoint()
+        return tuple(Claiming(name=name, registered=False, reserved=False, alive=False, silent=86400) for name in names)
+
+    monkeypatch.setattr(silence, "claiming", claiming)
+
+
+def test_a_thousand_dead_nodes_are_forgotten_by_few_transactions(
+    etcd: FakeEtcd, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    names = [f"runner-{number:04}" for number in range(1000)]
+    _silent(etcd, monkeypatch, names)
+    calls = _counted(monkeypatch)
+    revision = etcd.revision
+    done = run("node", "forget", "--dead-for", "1h", "--yes")
+    assert done.exit_code == 0
+    assert done.output.splitlines()[-1] == f"{', '.join(names[:10])} and 990 more: forgotten."
+    assert etcd.keys("/kilo/by/runner-") == []
+    # Of at most 128 conditions, three for each; and the question to agents, put and taken away.
+    assert etcd.revision - revision == 24 + 2
+    assert calls["range"] <= 12, "the mesh is read once, not for each transaction"
+
+
+def _counted(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
+    calls = Counter[str]()
+    call = FakeClient._call
+
+    async def counting(self: FakeClient, name: str, *arguments: Any, **options: Any) -> Any:
+        calls[name] += 1
+        return await call(self, name, *arguments, **options)
+
+    monkeypatch.setattr(FakeClient, "_call", counting)
+    return calls
+
+
+def test_a_dead_node_that_cannot_be_forgotten_does_not_keep_the_others(
+    etcd: FakeEtcd, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    names = [f"runner-{number:02}" for number in range(60)]
+    _silent(etcd, monkeypatch, names)
+    etcd.put("/kilo-status/by/runner-07/status", "{}")  # Under no lease: nobody keeps it.
+    for number in range(130):
+        etcd.put(f"/kilo/annotations/runner-11/a{number}", "x")
+    etcd.put("/kilo/by/runner-11/node", b"nonsense")
+    etcd.put("/kilo/by/runner-23/node", b"nonsense")
+    txn = FakeClient.txn
+
+    async def meanwhile(self: FakeClient, compare: Any, success: Any = (), failure: Any = ()) -> Any:
+        if any(isinstance(op, Delete) for op in success):
+            if not etcd.keys("/kilo/by/runner-31/reservation"):
+                etcd.put_kept("/kilo/by/runner-31/reservation", "")
+                etcd.put_kept("/kilo-status/by/runner-32/status", "{}")
+            if any(b"/runner-40/" in _bytes(op.key) for op in success):
+                raise PermissionDenied("etcd denies it")
+        return await txn(self, compare, success, failure)
+
+    monkeypatch.setattr(FakeClient, "txn", meanwhile)
+    done = run("node", "forget", "--dead-for", "1h", "--yes")
+    assert done.exit_code == 1
+    assert "forgotten." in done.output
+    assert "runner-11: left as it was, since more than 128 keys are too many for one transaction" in done.output
+    assert "runner-31, runner-32: left as it was, since its agent has come back or another writer" in done.output
+    assert "runner-40: left as it was: etcd denies it; or take an operator's user" in done.output
+    left = {key.split("/")[3] for key in etcd.keys("/kilo/by/runner-")}
+    assert left == {"runner-11", "runner-31", "runner-32", "runner-40"}
+    assert etcd.keys("/kilo-status/by/runner-07/") == []
+
+
+def _bytes(key: str | bytes) -> bytes:
+    return key.encode() if isinstance(key, str) else key
+
+
+def test_what_was_forgotten_before_etcd_went_away_is_said(etcd: FakeEtcd, monkeypatch: pytest.MonkeyPatch) -> None:
+    _silent(etcd, monkeypatch, [f"runner-{number:03}" for number in range(100)])
+    txn = FakeClient.txn
+
+    async def one(self: FakeClient, compare: Any, success: Any = (), failure: Any = ()) -> Any:
+        if any(isinstance(op, Delete) for op in success) and len(etcd.keys("/kilo/by/runner-")) < 100:
+            raise Unavailable("etcd is away")
+        return await txn(self, compare, success, failure)
+
+    monkeypatch.setattr(FakeClient, "txn", one)
+    done = run("node", "forget", "--dead-for", "1h", "--yes")
+    assert done.exit_code == 1
+    assert "more: forgotten." in done.output
+    assert "etcd is away" in done.output
+    assert 0 < len(etcd.keys("/kilo/by/runner-")) < 100
 
 
 def test_a_rejected_label_is_named_without_what_is_kept_of_it(etcd: FakeEtcd) -> None:
@@ -467,6 +630,13 @@ def test_what_is_set_for_a_renamed_host_moves_and_what_it_left_goes(etcd: FakeEt
         "/kilo/annotations/home-1/exit-node": b"gcp-2.example.net",
         "/kilo/locations/gcp-2.example.net": b"gcp",
     }
+
+
+def test_claims_that_a_rename_moves_are_kept_as_long_as_the_former_names_would_have_been(etcd: FakeEtcd) -> None:
+    etcd.put_kept("/kilo/by/gcp-2/reservation", "")
+    lease = etcd.data[b"/kilo/by/gcp-2/reservation"].lease
+    assert run("node", "rename", "gcp-2", "new", "--yes").exit_code == 0
+    assert etcd.data[b"/kilo/by/new/reservation"].lease == lease > 0
 
 
 def test_a_host_that_has_joined_under_its_new_name_keeps_its_claims(etcd: FakeEtcd) -> None:

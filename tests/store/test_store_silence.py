@@ -55,9 +55,50 @@ async def test_a_claim_without_a_record_is_as_old_as_a_lease_at_least() -> None:
         found = await _nodes(client)
         assert [found[name].alive for name in sorted(found)] == [False, True, False]
         assert (found["away"].registered, found["away"].silent) == (True, 2 * 3600 - 600)
-        assert (found["short-lived"].registered, found["short-lived"].silent) == (False, DAY)
+        assert (found["short-lived"].registered, found["short-lived"].silent) == (False, 2 * 3600 - 900)
         assert found["living"].silent == 0
         assert all(len(node.addresses) == 1 for node in found.values())
+        nursery.cancel_scope.cancel()
+
+
+@pytest.mark.autojump
+async def test_the_reservation_says_more_than_that_the_record_has_ended() -> None:
+    etcd = FakeEtcd()
+    client = etcd.client()
+    for name in ("brief", "ephemeral"):
+        it = Session(client, KEYS, name, wg_key(name), forget_after=7200, ephemeral=name == "ephemeral")
+        await it.claim_addresses(SUBNETS)
+        await it.register(record(name))
+    async with trio.open_nursery() as nursery:
+        await nursery.start(it.run)
+        await trio.sleep(10800)
+        found = await _nodes(client)
+        assert (found["brief"].registered, found["brief"].reserved) == (False, True)
+        assert found["brief"].silent == 10800 - 1800
+        await trio.sleep(7200)
+        found = await _nodes(client)
+        assert (found["brief"].registered, found["brief"].reserved) == (False, False)
+        assert found["brief"].silent == 0, "an ephemeral node's lease says nothing of others"
+        assert found["ephemeral"].alive
+        nursery.cancel_scope.cancel()
+
+
+@pytest.mark.autojump
+async def test_what_is_known_of_the_silence_grows_and_is_a_lower_bound() -> None:
+    etcd, forget_after = FakeEtcd(), 7200
+    client = etcd.client()
+    async with trio.open_nursery() as nursery:
+        living = await _join(client, "living", forget_after)
+        await nursery.start(living.run)
+        await _join(client, "gone", forget_after)
+        died, known, seen = trio.current_time(), 0, set()
+        for _ in range(60):
+            await trio.sleep(311)
+            node = (await _nodes(client))["gone"]
+            assert known <= node.silent <= trio.current_time() - died, node
+            known = node.silent
+            seen.add((node.registered, node.reserved))
+        assert (known, seen) == (2 * forget_after, {(True, True), (False, True), (False, False)})
         nursery.cancel_scope.cancel()
 
 
@@ -68,4 +109,6 @@ async def test_a_real_etcd_tells_what_is_left_of_a_lease() -> None:
         away = await _join(client, "away")
         await away.resign()
         found = await _nodes(client)
-        assert found["away"] == Claiming(name="away", addresses=away.addresses, registered=True, alive=False, silent=0)
+        assert found["away"] == Claiming(
+            name="away", addresses=away.addresses, registered=True, reserved=True, alive=False, silent=0
+        )

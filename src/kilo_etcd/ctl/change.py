@@ -2,15 +2,16 @@
 
 An `Edit` is what is to be written; `carry_out` shows its impact (`ctl.impact`), stops there with
 `--dry-run`, and else writes it in one transaction, which etcd takes only if the keys concerned are still as they were
-when the impact was computed. So two operators at once do not undo each other unseen. `carry_out_all` does the same with
-very many edits, in as many transactions as they need.
+when the impact was computed. So two operators at once do not undo each other unseen.
+
+`carry_out_each` does the same with very many edits that have nothing to do with one another: it looks once, writes in
+as many transactions as they need, and one that cannot be written does not keep the others.
 """
 
 from __future__ import annotations
 
 import sys
-from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from enum import Enum
 from functools import partial
 from typing import Any, TypeVar
@@ -23,6 +24,7 @@ from kilo_etcd.ctl.context import Failure, Mesh
 from kilo_etcd.ctl.reports.render import clean
 from kilo_etcd.ctl.trust import distrust_by_look
 from kilo_etcd.etcd.api import (
+    BadRequest,
     Client,
     Compare,
     CompareTarget,
@@ -32,6 +34,7 @@ from kilo_etcd.etcd.api import (
     Is,
     KeyValue,
     Op,
+    PermissionDenied,
     Put,
     absent,
     prefix_end,
@@ -48,8 +51,10 @@ F = TypeVar("F", bound=Callable[..., Any])
 MOST = 128
 """etcd's own limit (--max-txn-ops) on the conditions, and on the writes, of one transaction."""
 
-NAMED = 10
-"""Names in one sentence."""
+MOST_NAMED = 10
+"""Names in one sentence on many edits."""
+
+_CAME_BACK = "left as it was, since its agent has come back or another writer has changed it meanwhile: look again"
 
 
 class Outcome(Enum):
@@ -65,9 +70,13 @@ class Edit:
     """Keys to put and to delete, in one transaction."""
 
     puts: Mapping[str, str] = field(factory=dict)
+    leases: Mapping[str, int] = field(factory=dict)
+    """Of the keys to put that are under a lease."""
     deletes: tuple[str, ...] = ()
     deletes_below: tuple[str, ...] = ()
     """Prefixes: all keys that begin with one are deleted, those too that come while the command looks."""
+    as_seen: tuple[str, ...] = ()
+    """Keys that must be as they were seen, although they are not among those to put or to delete by name."""
     refused_by: Mapping[str, str] = field(factory=dict)
     """Key -> the sentence that it is refused with where that key exists."""
     refuses_trouble: bool = False
@@ -125,84 +134,132 @@ def _say_distrust(mesh: Mesh, registered: frozenset[str]) -> None:
         click.echo(f"kgctl: {sentence}", err=True)
 
 
-def carry_out_all(
+def carry_out_each(
     mesh: Mesh,
-    decide: Callable[[View, Keys], Mapping[str, Edit]],
+    decide: Callable[[Snapshot, View, Keys], Mapping[str, Edit]],
     *,
+    question: Callable[[int], str],
+    still: Callable[[], Collection[str]],
+    done: str,
     dry_run: bool,
-    question: str,
-    on_written: Callable[[Sequence[str]], object],
+    yes: bool = False,
 ) -> Outcome:
-    """Do what `decide` says, edits of single names that only delete and do not depend on each other. There is one look
-    and one question for all; `on_written` gets the names of each transaction. Failure: some names are left; the others
-    were written. An empty `question` is not asked.
-    """
+    """Delete what `decide` says, by name, each on its own: several in one transaction, and those that cannot be deleted
+    are named. `question` is asked before, with how many there are; that may take minutes, so of these only those are
+    deleted that `still` names then. `done` is what has become of those that are. Failure if one is left, or etcd goes
+    away; what was done until then is said.
+
+    Of each edit only what it deletes counts, and what it is refused by, if that is under a lease."""
+
     from kilo_etcd.ctl.impact import impact
     from kilo_etcd.ctl.reports.report import registered_names
 
     before, view, keys = _look(mesh)
-    edits = decide(view, keys)
-    registered = registered_names(view, keys)
-    # `after` uses the view up.
-    groups = deque(_in_transactions({name: _conditions(edit, view) for name, edit in edits.items()}, edits))
-    gone = [key for edit in edits.values() for key in _deleted(edit, view)]
-    if not gone:
+    parts = {name: _Deletion.of(edit, view) for name, edit in decide(before, view, keys).items()}
+    if not parts:
+        click.echo("Nothing to change.")
         return Outcome.NOTHING
-    for line in impact(before, after(view, {}, gone)):
+    registered = registered_names(view, keys)
+    for line in impact(before, after(view, {}, [key for part in parts.values() for key in part.keys])):
         click.echo(line)
     if dry_run:
         click.echo("Nothing was written (--dry-run).")
         return Outcome.DRY_RUN
     _say_distrust(mesh, registered)
-    if question:
-        confirm(question)
-    left: list[str] = []
+    written: list[str] = []
+    left: dict[str, list[str]] = {}
+    if not yes:
+        confirm(question(len(parts)))
+        # One that came back and is gone again may have written nothing: it found its keys as it wants them.
+        if back := parts.keys() - set(still()):
+            left[_CAME_BACK] = [*back]
+            parts = {name: part for name, part in parts.items() if name not in back}
 
     async def write(client: Client, _keys: Keys) -> None:
-        while groups:
-            group = groups.popleft()
-            conditions = tuple(condition for _, some in group for condition in some)
-            operations = tuple(operation for name, _ in group for operation in _deletions(edits[name]))
-            if (await client.txn(conditions, operations)).succeeded:
-                on_written([name for name, _ in group])
-            elif len(group) == 1:
-                left.append(group[0][0])
-            else:
-                groups.extendleft([half] for half in reversed(group))
+        await _write_each(client, parts, written, left)
 
-    mesh.ask(write)
-    for name in left:
-        _refuse(mesh, edits[name])
+    try:
+        mesh.ask(write)
+    finally:
+        if written:
+            click.echo(f"{first_of(map(clean, sorted(written)), MOST_NAMED)}: {done}")
     if left:
-        names = first_of([clean(name) for name in left], NAMED)
-        raise Failure(f"another writer has just changed what there is of {names}; it stays as it is: look again")
+        reasons = (f"{first_of(map(clean, sorted(names)), MOST_NAMED)}: {reason}" for reason, names in left.items())
+        raise Failure("; ".join(reasons))
     return Outcome.WRITTEN
 
 
-_Group = list[tuple[str, tuple[Compare, ...]]]
-"""Names with their conditions that are written in one transaction."""
+@frozen
+class _Deletion:
+    """An edit of many: its conditions, its operations, and the keys that it deletes."""
+
+    conditions: tuple[Compare, ...]
+    operations: tuple[Op, ...]
+    keys: Sequence[str]
+
+    @classmethod
+    def of(cls, edit: Edit, view: View) -> _Deletion:
+        # A key under no lease is nobody's sign of life; one that is not there is under none.
+        unleased = [Compare(key, CompareTarget.LEASE, Is.EQUAL, 0) for key in edit.refused_by]
+        return cls(
+            conditions=(*_as_they_were(edit, view), *unleased), operations=_deletions(edit), keys=_deleted(edit, view)
+        )
+
+    @property
+    def size(self) -> int:
+        """How much of a transaction it takes."""
+        return max(len(self.conditions), len(self.operations))
 
 
-def _in_transactions(
-    conditions: Mapping[str, tuple[Compare, ...]], edits: Mapping[str, Edit]
-) -> Iterator[_Group]:  # fmt: skip
-    """All, in groups of which etcd takes each. Failure: it takes one alone in none."""
-    group: _Group = []
-    compared = written = 0
-    for name, some in conditions.items():
-        writes = len(_deletions(edits[name]))
-        _check_size(max(len(some), writes))
-        if max(compared + len(some), written + writes) > MOST:
-            yield group
-            group, compared, written = [], 0, 0
-        group.append((name, some))
-        compared, written = compared + len(some), written + writes
-    if group:
-        yield group
+async def _write_each(
+    client: Client, parts: Mapping[str, _Deletion], written: list[str], left: dict[str, list[str]]
+) -> None:
+    """Write all of them, in as few transactions as it takes. One that fails is halved, until it is known which parts
+    cannot be written: those are put into `left`, by the reason. EtcdError."""
+    rest = [*_bundles({name: part for name, part in parts.items() if part.size <= MOST})]
+    if large := [name for name, part in parts.items() if part.size > MOST]:
+        left[f"left as it was, since more than {MOST} keys are too many for one transaction of etcd's"] = large
+    while rest:
+        names = rest.pop()
+        conditions = [compare for name in names for compare in parts[name].conditions]
+        operations = [op for name in names for op in parts[name].operations]
+        reason = _CAME_BACK
+        try:
+            if (await client.txn(conditions, operations)).succeeded:
+                written += names
+                continue
+        except PermissionDenied as error:
+            reason = f"left as it was: {error}; or take an operator's user (--user, ETCDCTL_USER)"
+        except BadRequest as error:
+            # Its --max-txn-ops may be less than usual.
+            reason = f"left as it was: {error}"
+        if len(names) > 1:
+            rest += [names[len(names) // 2 :], names[: len(names) // 2]]
+        else:
+            left.setdefault(reason, []).extend(names)
+
+
+def _bundles(parts: Mapping[str, _Deletion]) -> Iterator[Sequence[str]]:
+    """Names whose parts fit into one transaction."""
+    bundle: list[str] = []
+    conditions = operations = 0
+    for name, part in parts.items():
+        conditions += len(part.conditions)
+        operations += len(part.operations)
+        if bundle and max(conditions, operations) > MOST:
+            yield bundle
+            bundle, conditions, operations = [], len(part.conditions), len(part.operations)
+        bundle.append(name)
+    if bundle:
+        yield bundle
 
 
 def _conditions(edit: Edit, view: View) -> tuple[Compare, ...]:
-    return (*(_as_it_was(view, key) for key in (*edit.puts, *edit.deletes)), *map(absent, edit.refused_by))
+    return (*_as_they_were(edit, view), *map(absent, edit.refused_by))
+
+
+def _as_they_were(edit: Edit, view: View) -> tuple[Compare, ...]:
+    return tuple(_as_it_was(view, key) for key in (*edit.puts, *edit.deletes, *edit.as_seen))
 
 
 def _deleted(edit: Edit, view: View) -> list[str]:
@@ -213,11 +270,6 @@ def _deleted(edit: Edit, view: View) -> list[str]:
 
 def _deletions(edit: Edit) -> tuple[Op, ...]:
     return (*map(Delete, edit.deletes), *(Delete(prefix, prefix_end(prefix)) for prefix in edit.deletes_below))
-
-
-def _check_size(number: int) -> None:
-    if number > MOST:
-        raise Failure(f"{number} keys are too many for one transaction of etcd's: change at most {MOST} in one go")
 
 
 def _look(mesh: Mesh) -> tuple[Snapshot, View, Keys]:
@@ -278,7 +330,10 @@ def prepare(mesh: Mesh, decide: Callable[[Snapshot, View, Keys], Edit]) -> Prepa
     gone = _deleted(edit, view)
     if not puts and not gone:
         return None
-    _check_size(len(conditions))
+    if len(conditions) > MOST:
+        raise Failure(
+            f"{len(conditions)} keys are too many for one transaction of etcd's: change at most {MOST} in one go"
+        )
     _refuse(mesh, edit)
     held = _full_values(mesh, {key: view.kv(key) for key in (*puts, *gone)})
     then = after(view, puts, gone)
@@ -292,7 +347,10 @@ def prepare(mesh: Mesh, decide: Callable[[Snapshot, View, Keys], Edit]) -> Prepa
         lines=impact(before, then),
         question=edit.asks or (disruption(before, then) if edit.asks_if_disruptive else ""),
         conditions=conditions,
-        operations=(*(Put(key, value) for key, value in puts.items()), *_deletions(edit)),
+        operations=(
+            *(Put(key, value, lease=edit.leases.get(key, 0)) for key, value in puts.items()),
+            *_deletions(edit),
+        ),
         registered=registered,
         backwards=tuple(Delete(key) if kv is None else Put(key, kv.value, kv.lease) for key, kv in held.items()),
     )

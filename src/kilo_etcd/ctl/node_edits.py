@@ -8,6 +8,8 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 
+from attrs import evolve
+
 from kilo_etcd.base.quoting import first_of
 from kilo_etcd.ctl.change import Edit
 from kilo_etcd.ctl.context import Failure
@@ -44,11 +46,14 @@ def forgetting(node: str, view: View, keys: Keys, *, keep_labels: bool) -> Edit:
     )
 
 
-def forgetting_all(nodes: Iterable[str], view: View, keys: Keys, *, keep_labels: bool) -> Mapping[str, Edit]:
-    """The same for several nodes, by name. One that is gone meanwhile is left out. One without a record may be joining
-    for the first time, so what is set for it is kept."""
+def forgetting_each(nodes: Iterable[str], view: View, keys: Keys, *, keep_labels: bool) -> Mapping[str, Edit]:
+    """The same for each of several nodes, by name, unless it comes back meanwhile. One that is gone is none. One
+    without a record may be joining for the first time, so what is set for it is kept."""
     return {
-        node: forgetting(node, view, keys, keep_labels=keep_labels or view.kv(keys.node(node)) is None)
+        node: evolve(
+            forgetting(node, view, keys, keep_labels=keep_labels or view.kv(keys.node(node)) is None),
+            as_seen=(keys.node(node), keys.reservation(node)),
+        )
         for node in nodes
         if view.kvs(keys.by(node))
     }
@@ -64,6 +69,7 @@ def renaming(old: str, new: str, view: View, keys: Keys) -> Edit:
     if not settings and not wrote:
         raise Failure(f"nothing is known of {clean(old)}; kgctl node list lists the nodes")
     puts: dict[str, str] = {}
+    leases: dict[str, int] = {}
     for kv in (*settings, *_exit_node_users(old, view, keys)):
         match keys.parse(kv.key):
             case LocationKey():
@@ -82,7 +88,13 @@ def renaming(old: str, new: str, view: View, keys: Keys) -> Edit:
         puts[key] = value
     if not view.claimed_by(("node", new)):
         held = view.claimed_by(("node", old))
-        puts.update({keys.address(new, address): "" for address in held if view.holder(address) == ("node", old)})
+        claims = {keys.address(new, address): "" for address in held if view.holder(address) == ("node", old)}
+        puts.update(claims)
+        # They are kept for a host that is yet to join, for as long as they would have been for the former name.
+        standing = (view.kv(keys.reservation(old)), view.kv(keys.node(old)))
+        lease = next((kv.lease for kv in standing if kv is not None and kv.lease), 0)
+        if claims and lease:
+            puts[keys.reservation(new)], leases[keys.reservation(new)] = "", lease
     alive = (
         f"{old} has an agent that lives: give that host its new name and start kilo-etcd there again first, or stop it"
     )
@@ -90,6 +102,7 @@ def renaming(old: str, new: str, view: View, keys: Keys) -> Edit:
     gone = f"{clean(old)} leaves the mesh" if wrote else ""
     return Edit(
         puts=puts,
+        leases=leases,
         deletes=tuple(kv.key.decode() for kv in settings),
         deletes_below=(keys.by(old), keys.status_by(old)),
         refused_by={keys.status(old): alive},

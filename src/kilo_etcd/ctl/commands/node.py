@@ -7,20 +7,20 @@ one another name.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 import click
 from attrs import frozen
 
-from kilo_etcd.ctl.change import Edit, Outcome, carry_out, carry_out_all, change_options
+from kilo_etcd.ctl.change import Edit, Outcome, carry_out, carry_out_each, change_options
 from kilo_etcd.ctl.commands import complete
 from kilo_etcd.ctl.commands.annotate import node_argument
 from kilo_etcd.ctl.commands.peer import checked
 from kilo_etcd.ctl.commands.status import look, read_mesh
 from kilo_etcd.ctl.context import Failure, Mesh
 from kilo_etcd.ctl.group import Group
-from kilo_etcd.ctl.node_edits import forgetting, forgetting_all, renaming
+from kilo_etcd.ctl.node_edits import forgetting, forgetting_each, renaming
 from kilo_etcd.ctl.output import output_option, show
 from kilo_etcd.ctl.reports.render import NONE, Table, clean, shown_location
 from kilo_etcd.ctl.reports.report import NodeRow, remarks_on
@@ -88,16 +88,20 @@ def _list_claims(nodes: tuple[Claiming, ...], output: str) -> None:
     if output == "json":
         documents = [
             {"node": node.name, "addresses": list(map(str, node.addresses)), "registered": node.registered,
-             "alive": node.alive, "silentSeconds": node.silent}
+             "reserved": node.reserved, "alive": node.alive, "silentSeconds": node.silent}
             for node in nodes
         ]  # fmt: skip
         click.echo(json.dumps(documents, indent=2, ensure_ascii=False))
         return
     rows = tuple(
-        (clean(node.name), _listed(node.addresses), "yes" if node.registered else "no", _silence(node))
+        (clean(node.name), _listed(node.addresses), "yes" if node.registered else "no", _silence(node) + _kept(node))
         for node in nodes
     )
     show([Table("", ("NODE", "CLAIMED ADDRESS", "RECORD", "AGENT"), rows, "Nobody claims an address yet.")])
+
+
+def _kept(node: Claiming) -> str:
+    return "" if node.alive or node.registered or node.reserved else "; another node may take its address"
 
 
 def _silence(node: Claiming) -> str:
@@ -328,21 +332,28 @@ def forget_command(
         if carry_out(mesh, decide, dry_run=dry_run, yes=yes) is Outcome.WRITTEN:
             click.echo(f"{clean(node)} is forgotten.")
         return
-    silent = [each for each in mesh.ask(_look_at_claims) if not each.alive and age is not None and each.silent >= age]
+
+    def dead() -> list[Claiming]:
+        return [each for each in mesh.ask(_look_at_claims) if not each.alive and age is not None and each.silent >= age]
+
+    silent = dead()
     if not silent:
         click.echo("Nothing to change: no agent is known to have been silent for so long (kgctl node list --claims).")
         return
     for each in silent:
         click.echo(f"{clean(each.name)}: {_silence(each)}; {_listed(each.addresses)}")
-    names = [each.name for each in silent]
-    carry_out_all(
+
+    def decide_each(_before: Snapshot, view: View, keys: Keys) -> Mapping[str, Edit]:
+        return forgetting_each([each.name for each in silent], view, keys, keep_labels=keep_labels)
+
+    carry_out_each(
         mesh,
-        lambda view, keys: forgetting_all(names, view, keys, keep_labels=keep_labels),
+        decide_each,
+        question=lambda count: f"{count} {'node leaves' if count == 1 else 'nodes leave'} the mesh. Continue?",
+        still=lambda: [each.name for each in dead()],
+        done="forgotten.",
         dry_run=dry_run,
-        question=""
-        if yes
-        else f"{len(names)} {'node leaves' if len(names) == 1 else 'nodes leave'} the mesh. Continue?",
-        on_written=lambda some: click.echo(f"{', '.join(map(clean, some))}: forgotten."),
+        yes=yes,
     )
 
 
