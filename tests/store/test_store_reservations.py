@@ -464,7 +464,7 @@ async def test_a_running_host_that_lost_its_address_waits_for_an_unused_one_with
             assert holders(etcd)["host"] == it.addresses
             assert json.loads(etcd.data[KEYS.status("host").encode()].value)["version"] == "2"
             events = [entry["event"] for entry in logs]
-            waits = "no mesh address is free; an unused one is taken if nobody comes back to it"
+            waits = "no mesh address is free; an unused one is taken if its former owner stays away"
             assert [events.count(event) for event in (waits, TAKEN, LOST)] == [1, 1, 1]
 
 
@@ -623,6 +623,55 @@ class Confined(FakeClient):
 
     def __init__(self, server: FakeEtcd, name: str) -> None:
         super().__init__(server, name)
+
+
+async def test_a_host_that_may_not_delete_claims_tries_it_once_and_names_older_agents() -> None:
+    denied = list[str]()
+
+    class Counting(Confined):
+        async def txn(
+            self, compare: Sequence[Compare], success: Sequence[Op] = (), failure: Sequence[Op] = ()
+        ) -> TxnResult:
+            try:
+                return await super().txn(compare, success, failure)
+            except PermissionDenied as error:
+                denied.append(str(error))
+                raise
+
+    async with followed() as etcd:
+        for number in range(1, 255):
+            etcd.put(KEYS.address(f"gone-{number}", ip_address(f"10.4.0.{number}")), "")
+        etcd.put_kept(KEYS.node("older"), encode(record("older")))
+        subnets = (ip_network("10.4.0.0/24"),)
+        with pytest.raises(NoAddressLeft, match="since agents of an older version are in the mesh: upgrade them"):
+            await session(Counting(etcd, "new"), "new").claim_addresses(subnets)
+        assert len(denied) == 1
+        etcd.delete(KEYS.node("older"))
+        denied.clear()
+        await session(Counting(etcd, "new"), "new").claim_addresses(subnets)
+        assert len(denied) == 1
+
+
+@pytest.mark.parametrize("ttl", [5, 30])
+async def test_in_a_restored_etcd_statuses_of_the_backup_are_no_living_agents(ttl: int) -> None:
+    """They stand until their leases end, and nobody keeps them."""
+    etcd = FakeEtcd()
+    await joined(etcd, "first", ELSEWHERE, lease_ttl=ttl)
+    fill(etcd)
+    with pytest.raises(NoAddressLeft):
+        await joined(etcd, "new", lease_ttl=ttl)
+
+
+async def test_a_search_that_takes_longer_than_the_pause_ends() -> None:
+    class Slow(FakeClient):
+        async def range(self, *arguments: Any, **options: Any) -> Any:
+            await trio.sleep(12)
+            return await super().range(*arguments, **options)
+
+    async with followed() as etcd:
+        fill(etcd)
+        with trio.fail_after(300):
+            assert await session(Slow(etcd, "slow"), "slow").claim_addresses(FOUR)
 
 
 @pytest.mark.parametrize("older", [False, True])

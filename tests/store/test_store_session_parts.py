@@ -242,7 +242,7 @@ async def test_the_claims_of_a_host_stand_under_no_lease_and_are_restored() -> N
     etcd = FakeEtcd()
     lease = (await etcd.client().grant_lease(60)).id
     leases, revision = Leases(reservation=lease), etcd.revision
-    it = MeshAddresses(etcd.client(), KEYS, "a")
+    it = MeshAddresses(etcd.client(), KEYS, "a", 5)
     subnets = (ip_network("10.4.0.0/16"),)
     assert not await it.claim(subnets, leases, ()), "it had none before"
     assert etcd.revision == revision + 1, "the claim and its reservation are one write"

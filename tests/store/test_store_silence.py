@@ -102,6 +102,30 @@ async def test_what_is_known_of_the_silence_grows_and_is_a_lower_bound() -> None
         nursery.cancel_scope.cancel()
 
 
+@pytest.mark.autojump
+async def test_a_host_whose_reservation_is_kept_is_not_silent_although_it_has_no_record() -> None:
+    """It is joining, or finds no address in a full space; one that was renamed has been silent for as long as its
+    reservation."""
+    etcd, forget_after = FakeEtcd(), 7200
+    client = etcd.client()
+    it = Session(client, KEYS, "host", wg_key("host"), forget_after=forget_after)
+    await it.claim_addresses(SUBNETS)
+    assert ((await _nodes(client))["host"].registered, (await _nodes(client))["host"].silent) == (False, 0)
+    async with trio.open_nursery() as nursery:
+        await nursery.start(it.run)
+        for _ in range(20):
+            await trio.sleep(1000)
+            assert (await _nodes(client))["host"].silent == 0
+        nursery.cancel_scope.cancel()
+    left, known = trio.current_time(), 0
+    for _ in range(40):
+        await trio.sleep(100)
+        silent = (await _nodes(client))["host"].silent
+        assert known <= silent <= trio.current_time() - left
+        known = silent
+    assert known > 0
+
+
 @pytest.mark.etcd
 async def test_a_real_etcd_tells_what_is_left_of_a_lease() -> None:
     require("etcd", "etcdctl")

@@ -14,11 +14,12 @@ from store_world import KEYS, World, record, wg_key
 
 from helpers import examples
 from kilo_etcd.base.mappings import changes
-from kilo_etcd.etcd.api import Header
+from kilo_etcd.etcd.api import Header, KeyValue
 from kilo_etcd.model import CandidateClass, EncryptionStage, Endpoint, Granularity, InternalIPs, Snapshot
 from kilo_etcd.store import claims
 from kilo_etcd.store.addresses import AddressIndex, Claimant
 from kilo_etcd.store.annotations import ANNOTATIONS, Registered, join
+from kilo_etcd.store.raw_key_values import RawKeyValues
 from kilo_etcd.store.records import (
     CandidateRecord,
     NodeRecord,
@@ -904,3 +905,41 @@ async def test_a_record_that_cannot_be_read_keeps_the_claims_of_its_node_for_a_s
     etcd.delete(KEYS.node("a"))
     view.load(etcd.data.values(), etcd.header())
     assert view.holder(address) == (await claims.look(etcd.client(), KEYS)).holder(address) == ("node", "b")
+
+
+def test_what_stands_below_a_prefix_is_sorted_and_looked_up_without_reading_all() -> None:
+    kvs = RawKeyValues()
+    keys = [b"/a", b"/a/", b"/a/1", b"/a/2", b"/a/\xff\xff", b"/a0", b"/b", b"\xff", b"\xff\xff"]
+    for key in reversed(keys):
+        kvs.put(KeyValue(key=key, value=b""))
+    for prefix in (b"", b"/a", b"/a/", b"/a/\xff", b"\xff", b"/c", b"/a/1"):
+        assert [kv.key for kv in kvs.below(prefix)] == [key for key in keys if key.startswith(prefix)]
+    kvs.remove(b"/a/1")
+    kvs.put(KeyValue(key=b"/a/3", value=b""))
+    assert [kv.key for kv in kvs.below(b"/a/")] == [b"/a/", b"/a/2", b"/a/3", b"/a/\xff\xff"]
+
+
+def test_looking_up_what_stands_below_each_of_many_names_reads_few_keys() -> None:
+    reads = 0
+
+    class Counted(bytes):
+        def __lt__(self, other: bytes) -> bool:
+            return bytes(self[:]) < bytes(other)
+
+        def __getitem__(self, index: Any) -> Any:
+            nonlocal reads
+            reads += 1
+            return super().__getitem__(index)
+
+        def startswith(self, *arguments: Any) -> bool:
+            nonlocal reads
+            reads += 1
+            return super().startswith(*arguments)
+
+    kvs = RawKeyValues()
+    for number in range(10_000):
+        kvs.put(KeyValue(key=Counted(b"/by/%05d/node" % number), value=b""))
+    kvs.below(b"/")
+    reads = 0
+    assert all(len(kvs.below(b"/by/%05d/" % number)) == 1 for number in range(0, 10_000, 10))
+    assert reads < 50 * 1_000

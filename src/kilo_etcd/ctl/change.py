@@ -54,6 +54,10 @@ MOST = 128
 MOST_NAMED = 10
 """Names in one sentence on many edits."""
 
+_TOO_LARGE = (
+    f"left as it was, since more than {MOST} keys are too many for one transaction of etcd's (--keep-labels leaves "
+    "labels and annotations)"
+)
 _CAME_BACK = "left as it was, since its agent has come back or another writer has changed it meanwhile: look again"
 
 
@@ -218,7 +222,7 @@ async def _write_each(
     cannot be written: those are put into `left`, by the reason. EtcdError."""
     rest = [*_bundles({name: part for name, part in parts.items() if part.size <= MOST})]
     if large := [name for name, part in parts.items() if part.size > MOST]:
-        left[f"left as it was, since more than {MOST} keys are too many for one transaction of etcd's"] = large
+        left[_TOO_LARGE] = large
     while rest:
         names = rest.pop()
         conditions = [compare for name in names for compare in parts[name].conditions]

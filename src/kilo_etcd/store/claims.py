@@ -70,10 +70,11 @@ MOST_AT_ONCE = 100
 
 PAUSE = 10
 """Seconds for which nobody must have come back to an unused address before it is taken. After an etcd was adopted all
-agents register again within a few."""
+agents register again within a few. See `pause`."""
 
-LONGEST_PAUSE = 30
-"""Seconds after which what was seen unused counts no more: etcd was out of reach meanwhile, or the host suspended."""
+LONGEST_PAUSES = 3
+"""So many pauses after what was seen unused a search has to begin, or it counts no more: etcd was out of reach
+meanwhile."""
 
 RESERVATION_REFRESHES = 4
 """How often in `--forget-after` the lease of a reservation is refreshed. That is a call each time, and no stream of
@@ -97,6 +98,12 @@ def reservation_ttl(forget_after: int) -> int:
     return 2 * forget_after + forget_after // RESERVATION_REFRESHES
 
 
+def pause(lease_ttl: int) -> int:
+    """`PAUSE`, or more if short leases last longer: in an etcd that was restored from a backup, and that no agent
+    follows, the statuses of the backup stand for as long."""
+    return max(PAUSE, 2 * lease_ttl)
+
+
 class NoAddressLeft(Exception):
     """Every address of the mesh's subnet is claimed; the message says so to the operator."""
 
@@ -107,18 +114,22 @@ class Unused:
 
     addresses: frozenset[IPAddress]
     seen: float
+    pause: int
 
     @property
     def due(self) -> float:
         """When they may be taken, if nobody has come back to them."""
-        return self.seen + PAUSE
+        return self.seen + self.pause
 
 
 class TakeLater(Exception):
     """No address is free, and one of the `unused` may be taken when they are due."""
 
     def __init__(self, unused: Unused) -> None:
-        super().__init__(f"no mesh address is free; an unused one is taken if nobody comes back to it within {PAUSE} s")
+        super().__init__(
+            "no mesh address is free; an unused one is taken if its former owner does not come back within "
+            f"{unused.pause} s"
+        )
         self.unused = unused
 
 
@@ -224,10 +235,11 @@ async def claim_addresses(
     renumber: bool = False,
     doubted: bool = False,
     unused: Unused | None = None,
+    pause: int = PAUSE,
 ) -> tuple[IPAddress, ...]:
     """One address per family of `subnets`, IPv4 first: the node's own, else newly claimed. `name`: the conditions that
-    the node's name is the caller's. `unused`: what the search before this one found. TakeLater, NoAddressLeft,
-    NameChanged, EtcdError.
+    the node's name is the caller's. `unused`: what the search before this one found, see `pause`. TakeLater,
+    NoAddressLeft, NameChanged, EtcdError.
 
     Its own is what it holds, else what its record states, else what it claimed first, else a `former` one; one that
     another claimed before, or has taken since, is given up. One that its claim and its record agree on was looked at
@@ -235,10 +247,10 @@ async def claim_addresses(
     claims within `subnets` are given up, with `renumber` those outside too. All that stays is under `leases`.
     """
     it = await _own(client, keys, node)
-    search = _Search(client, keys, node, it, leases, name, held, unused)
+    search = _Search(client, keys, node, it, leases, name, held, unused, pause)
     while not await search.keep():
         it = await _own(client, keys, node)
-        search = _Search(client, keys, node, it, leases, name, held, unused)
+        search = _Search(client, keys, node, it, leases, name, held, unused, pause)
     doubted = doubted or it.reservation is None or not it.reservation.lease
     own, stated = search.own, it.stated
     claims = sorted(own, key=lambda address: (own[address], int(address)))
@@ -291,8 +303,8 @@ def _stated(record: KeyValue | None) -> tuple[IPInterface, ...]:
 
 
 class _Search:
-    """Of `node`, which has `own`, and has used the addresses `used` in this run; `name` and `unused` as in
-    `claim_addresses`."""
+    """Of `node`, which has `own`, and has used the addresses `used` in this run; `name`, `unused` and `pause` as
+    in `claim_addresses`."""
 
     def __init__(
         self,
@@ -304,11 +316,12 @@ class _Search:
         name: Sequence[Compare],
         used: Sequence[IPAddress],
         unused: Unused | None,
+        pause: int,
     ) -> None:
         self._client = client
         self._name = name
         self._used = used
-        self._seen = unused
+        self._seen, self._pause = unused, pause
         self._keys = keys
         self._node = node
         self._leases = leases
@@ -327,6 +340,9 @@ class _Search:
         """Those of them whose record was read."""
         self._since = AddressIndex()
         """The claims that were there after the last one."""
+        self._began = trio.current_time()
+        self._denied = False
+        """Whether this host may not delete the claims of others."""
 
     async def keep(self) -> bool:
         """Have the claims that stand under the leases where they belong, and reserved; False: they are others by now.
@@ -365,7 +381,7 @@ class _Search:
         index = await self._look(family)
         lost = dict[IPAddress, Claimant]()
         address = await self._own_or_free(preferred, family, index, lost) or await self._take(family)
-        # Not before: a search that ends until an unused address may be taken would tell it twice.
+        # Not before: a search that ends until an unused address may be taken would log it twice.
         for before, holder in lost.items():
             self._log.warning("the mesh address of before is another's now; another one is chosen",
                               address=str(before), now_of=named(holder))  # fmt: skip
@@ -422,6 +438,10 @@ class _Search:
         ]
         if lapsed:
             untaken = "are kept for nobody, and not taken, since no agent follows this etcd that joined before"
+            if self._denied and not index.reservations.all_reserved():
+                untaken = (
+                    "are kept for nobody, and not taken, since agents of an older version are in the mesh: upgrade them"
+                )
             sentences.insert(1, f"{lapsed} of these {untaken}")
         return "; ".join(sentences)
 
@@ -432,10 +452,10 @@ class _Search:
         all_unused = await self._unused(family)
         if not any(_within(address, family) for address in all_unused):
             return None
-        now = trio.current_time()
-        if self._seen is None or now > self._seen.seen + LONGEST_PAUSE:
-            raise TakeLater(Unused(frozenset(all_unused), now))
-        if now < self._seen.due:
+        # A look at etcd may take longer than the pause.
+        if self._seen is None or self._began > self._seen.seen + LONGEST_PAUSES * self._pause:
+            raise TakeLater(Unused(frozenset(all_unused), trio.current_time(), self._pause))
+        if self._began < self._seen.due:
             raise TakeLater(self._seen)
         unused = [address for address in all_unused if address in self._seen.addresses and _within(address, family)]
         index = latest = await self._look(family)
@@ -443,6 +463,8 @@ class _Search:
         for address in (*unused[first:], *unused[:first]):
             former = sorted(name for _, name in index.claims(address))
             unchanged_since = latest.claims(address) == index.claims(address)
+            if self._denied and not index.reservations.all_reserved():
+                break
             if not unchanged_since or not await self._take_from(address, index):
                 continue
             latest = await look(self._client, self._keys)
@@ -487,14 +509,14 @@ class _Search:
                 Compare(self._keys.reservation(name), CompareTarget.LEASE, Is.EQUAL, 0),
                 absent(self._keys.node(name)),
             ]
-        if len(conditions) <= MOST_AT_ONCE:
+        if len(conditions) > MOST_AT_ONCE:
+            conditions = [own]
+        elif not self._denied:
             try:
                 deletes = [Delete(self._keys.address(name, address)) for name in claims]
                 return await self._put(conditions, [*deletes, put])
             except PermissionDenied:
-                pass
-        else:
-            conditions = [own]
+                self._denied = True
         # A host's own user may write its own keys only, and a reservation under no lease counts for nothing. The claims
         # of the others stay, and count no more, which agents that put no reservation do not know.
         return index.reservations.all_reserved() and await self._put(conditions, [put])

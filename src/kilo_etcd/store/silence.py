@@ -51,11 +51,17 @@ def silent_for(info: LeaseInfo, interval: float | None = None) -> int:
 
 
 def _without_record(reservation: LeaseInfo) -> int:
-    """The same of a node without a record, by the lease of its reservation: that of its record has ended."""
+    """The same of a node without a record, by the lease of its reservation. That of its record has ended, if there was
+    one."""
     if reservation.ttl < 0:
         return 0
     forget_after = reservation.granted_ttl * RESERVATION_REFRESHES // (2 * RESERVATION_REFRESHES + 1)
-    return max(forget_after, silent_for(reservation, forget_after / RESERVATION_REFRESHES))
+    silent = silent_for(reservation, forget_after / RESERVATION_REFRESHES)
+    if reservation.granted_ttl - reservation.ttl + keep_interval(forget_after) < forget_after:
+        # No record has ended since it was refreshed. The host is joining, or was renamed and is yet to join, or its
+        # agent finds no address in a full space and keeps what it has.
+        return silent
+    return max(forget_after, silent)
 
 
 async def claiming(client: Client, keys: Keys, view: View, living: Collection[str]) -> tuple[Claiming, ...]:

@@ -62,6 +62,7 @@ from kilo_etcd.store import keys as k
 from kilo_etcd.store.addresses import AddressIndex, Claimant, place
 from kilo_etcd.store.annotations import ANNOTATIONS, Registered, join, join_peer
 from kilo_etcd.store.duplicate_keys import KeyIndex, KeyOwner
+from kilo_etcd.store.raw_key_values import RawKeyValues
 from kilo_etcd.store.records import (
     MAX_ANNOTATION,
     MAX_PROBE_REPORT,
@@ -132,7 +133,7 @@ class View:
         internal_ips: InternalIPs | None = None,
     ) -> None:
         self._keys = keys
-        self._kvs: dict[bytes, KeyValue] = {}
+        self._kvs = RawKeyValues()
         self.revision = 0
         self.header = Header()
         self.granularity = granularity
@@ -265,8 +266,7 @@ class View:
 
     def kvs(self, prefix: str) -> tuple[KeyValue, ...]:
         """The raw key-values under a prefix, sorted by key."""
-        raw = prefix.encode()
-        return tuple(self._kvs[key] for key in sorted(key for key in self._kvs if key.startswith(raw)))
+        return self._kvs.below(prefix.encode())
 
     def newest(self) -> tuple[bytes, int] | None:
         """The key that was written last of those that are there, and its mod revision; None: there is none."""
@@ -407,11 +407,11 @@ class View:
             kv = evolve(kv, value=rejected(kv.value, reason))
         elif kv.value and isinstance(self._keys.parse(kv.key), _WITHOUT_VALUE):
             kv = evolve(kv, value=b"")
-        self._kvs[kv.key] = kv
+        self._kvs.put(kv)
         return kv
 
     def _delete(self, key: bytes) -> None:
-        if self._kvs.pop(key, None) is not None:
+        if self._kvs.remove(key):
             self._read(key, None)
 
     def _note(self, source: object, notes: Iterable[RejectedRecord]) -> None:

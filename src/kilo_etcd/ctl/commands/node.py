@@ -107,6 +107,8 @@ def _kept(node: Claiming) -> str:
 def _silence(node: Claiming) -> str:
     if node.alive:
         return "alive"
+    if node.reserved and not node.registered and not node.silent:
+        return "joining, or an agent keeps its addresses without a record"
     silent = f"silent for {shown_duration(node.silent)} at least"
     return silent if node.registered else f"joining, or {silent}"
 

@@ -35,12 +35,13 @@ class _LastSearch:
 
 
 class MeshAddresses:
-    """Of node `name`."""
+    """Of node `name`, whose short lease lasts `lease_ttl` seconds."""
 
-    def __init__(self, client: Client, keys: Keys, name: str) -> None:
+    def __init__(self, client: Client, keys: Keys, name: str, lease_ttl: int) -> None:
         self._client = client
         self._keys = keys
         self._name = name
+        self._wait = claims.pause(lease_ttl)
         self._log = structlog.get_logger().bind(node=name)
         self._subnets: tuple[IPNetwork, ...] = ()
         self.addresses: tuple[IPAddress, ...] = ()
@@ -48,7 +49,7 @@ class MeshAddresses:
         self.lease = 0
         """What their reservation is under."""
         self._unused: claims.Unused | None = None
-        """What a search saw, see `claims.LONGEST_PAUSE`."""
+        """What a search saw, see `claims.LONGEST_PAUSES`."""
         self._last: _LastSearch | None = None
         self._full: tuple[IPNetwork, ...] = ()
         """The subnets in which no address was left."""
@@ -97,11 +98,12 @@ class MeshAddresses:
                 renumber=renumber,
                 doubted=doubted,
                 unused=self._unused,
+                pause=self._wait,
             )
         except claims.TakeLater as end:
             if end.unused != self._unused:
-                self._log.info("no mesh address is free; an unused one is taken if nobody comes back to it",
-                               seconds=claims.PAUSE)  # fmt: skip
+                self._log.info("no mesh address is free; an unused one is taken if its former owner stays away",
+                               seconds=self._wait)  # fmt: skip
             self._unused = end.unused
             self._last = _LastSearch(subnets, doubted, end, end.unused.due)
             raise

@@ -133,7 +133,7 @@ class Session:
         """Since when this run has its short lease, on trio's clock; None: it has had none yet."""
         self._candidacy = WantedCandidacy(keys, node_name)
         self._published = Published(keys, node_name)
-        self._addresses = MeshAddresses(client, keys, node_name)
+        self._addresses = MeshAddresses(client, keys, node_name, lease_ttl)
         self._foreign = ForeignKeys(keys, node_name)
         self._registration = Registration(
             client,
