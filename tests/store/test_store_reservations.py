@@ -20,8 +20,9 @@ from structlog.testing import capture_logs
 from helpers import eventually, examples
 from kilo_etcd.etcd.api import Compare, Delete, EtcdError, Full, Op, PermissionDenied, Put, TxnResult
 from kilo_etcd.model import CandidateClass, IPAddress, IPNetwork
+from kilo_etcd.store import claims
 from kilo_etcd.store.claims import NoAddressLeft
-from kilo_etcd.store.mirror import Mirror
+from kilo_etcd.store.mirror import ClusterNotTrusted, Mirror
 from kilo_etcd.store.records import StatusRecord, encode
 from kilo_etcd.store.session.cluster_guard import NoGuard
 from kilo_etcd.store.session.node_identity import NameTaken
@@ -495,6 +496,44 @@ async def test_what_was_unused_in_another_etcd_does_not_count() -> None:
         started = trio.current_time()
         await it.claim_addresses(FOUR)
         assert trio.current_time() - started == pytest.approx(10, abs=0.1)
+
+
+async def test_nothing_is_taken_in_an_etcd_that_is_not_followed_any_more_after_the_wait() -> None:
+    class Guard(NoGuard):
+        trusted = True
+
+        async def verify(self) -> None:
+            await super().verify()
+            if not self.trusted:
+                raise ClusterNotTrusted("another etcd")
+
+    async with followed() as etcd:
+        fill(etcd)
+        guard = Guard()
+        it = session(etcd.client(), "host", guard=guard)
+        async with trio.open_nursery() as nursery:
+
+            @nursery.start_soon
+            async def claim() -> None:
+                with pytest.raises(ClusterNotTrusted):
+                    await it.claim_addresses(FOUR)
+
+            await trio.sleep(5)
+            guard.trusted = False
+        assert of(etcd, "host") == []
+
+
+async def test_what_was_unused_a_moment_ago_is_not_taken_before_its_time() -> None:
+    async with followed() as etcd:
+        fill(etcd)
+        client = etcd.client()
+        leases = claims.Leases(reservation=(await client.grant_lease(300)).id)
+        unused = claims.Unused(frozenset(FOUR[0].hosts()), trio.current_time(), claims.PAUSE)
+        await trio.sleep(claims.PAUSE - 1)
+        with pytest.raises(claims.TakeLater):
+            await claims.claim_addresses(client, KEYS, "host", FOUR, leases=leases, unused=unused)
+        await trio.sleep(1)
+        assert await claims.claim_addresses(client, KEYS, "host", FOUR, leases=leases, unused=unused)
 
 
 async def test_two_hosts_that_wait_while_one_address_comes_free_share_out_what_there_is() -> None:
