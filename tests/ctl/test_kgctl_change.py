@@ -405,6 +405,18 @@ def test_claims_are_listed_and_the_dead_forgotten_without_their_names(
     assert etcd.keys("/kilo/by/home-1/") != []
 
 
+def test_a_node_without_a_record_whose_reservation_is_kept_is_not_called_silent(
+    etcd: FakeEtcd, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def claiming(*_: object) -> tuple[Claiming, ...]:
+        await trio.lowlevel.checkpoint()
+        return (Claiming(name="new", registered=False, reserved=True, alive=False),)
+
+    monkeypatch.setattr(silence, "claiming", claiming)
+    assert "joining, or an agent keeps its addresses without a record" in run("node", "list", "--claims").output
+    assert "Nothing to change" in run("node", "forget", "--dead-for", "1s", "--yes").output
+
+
 def test_a_node_that_is_gone_meanwhile_does_not_keep_the_other_dead_ones(
     etcd: FakeEtcd, monkeypatch: pytest.MonkeyPatch
 ) -> None:
