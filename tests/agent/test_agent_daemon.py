@@ -527,7 +527,7 @@ async def test_new_addresses_that_cannot_be_registered_do_not_end_the_agent(
         monkeypatch.setattr(daemon.session, "register", refused)
         world.facts = HostFacts(hostname="h1")
         await trio.sleep(70)
-        assert world.logged("are not registered yet") == 1
+        assert world.logged("is not registered yet") == 1
         assert world.logged("address chosen") == 2  # internal IP and endpoint, as it started
 
 
