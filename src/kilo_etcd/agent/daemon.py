@@ -135,7 +135,7 @@ class Daemon:
             session, keys, name, once, mirror=mirror, rng=rng, on_news=lambda: status.publish_again()
         )  # fmt: skip
 
-        # -- what wakes, and what is woken ------------------------------------------------------------------
+        # -- the reconciler and joining ----------------------------------------------------------------------
         self._reconciler = Reconciler(
             self._apply_newest,
             device,
@@ -464,7 +464,7 @@ class Daemon:
             if task is not None:
                 nursery.start_soon(task)
 
-    # -- the one that acts ----------------------------------------------------------------------------------
+    # -- what the reconciler calls --------------------------------------------------------------------------
 
     async def _apply_newest(self, fresh: bool) -> None:
         if self.snapshots.snapshot is not None:

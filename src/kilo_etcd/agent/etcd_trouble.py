@@ -13,7 +13,7 @@ from kilo_etcd.store.session.session import Session
 
 
 class EtcdTrouble:
-    """Of one host. `lifecycle` says how far the agent has come."""
+    """Says why this host does not follow etcd. `lifecycle` says how far the agent has come."""
 
     def __init__(
         self,
@@ -38,8 +38,8 @@ class EtcdTrouble:
 
     def sentence(self) -> str | None:
         """Why etcd is not followed or does not hold what this host has to say, with etcd's own error and what to do."""
-        if (held := self.not_followed()) is not None:
-            return held
+        if (reason := self.not_followed()) is not None:
+            return reason
         if (trouble := self._mirror.trouble) is not None:
             return f"{trouble}; forwarding goes on by the last plan"
         return self._joining.waiting or self._session.last_error or self._session.contested

@@ -1,6 +1,6 @@
 """From the start of an agent to its registration: settings, mesh address, and the record that makes this host a node.
 
-What etcd does not do is tried until it does. Meanwhile the host forwards by what it knows (`Joining.insist`), and only
+What etcd does not do is tried until it does. Meanwhile the host forwards by what it knows (`Joining._insist`), and only
 says that it is no member (again). A host that could not do its part is never registered: others would send it packets.
 """
 
@@ -49,9 +49,10 @@ def kind_of(failure: Failure) -> str:
 
 
 class Joining:
-    """Of one host. `lifecycle` says how far the agent has come; `follow_etcd` starts what follows etcd, unless it runs,
-    and `forward` what brings snapshots to the kernel, the cached one first, if there is one. `on_settings` is told the
-    mesh's settings; `made_device` says whether the WireGuard device was made by this agent."""
+    """Registers this host, and has it forward until etcd lets it. `lifecycle` says how far the agent has come;
+    `follow_etcd` starts what follows etcd, unless it runs, and `forward` what brings snapshots to the kernel, the
+    cached one first, if there is one. `on_settings` is told the mesh's settings; `made_device` says whether the
+    WireGuard device was made by this agent."""
 
     def __init__(
         self,

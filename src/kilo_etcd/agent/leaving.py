@@ -26,9 +26,10 @@ RESIGN_SECONDS = 2.0
 
 
 class Leaving:
-    """Of the host `name`. `state` gives what is in force, `applied` the event of the next apply, after which that is
-    another. `keep` has a last write to disk done, `forget` remove copies there (OSError), and `remove_names` the names
-    in the hosts file; None: there are none."""
+    """Hands over what the host `name` leads, and removes what it wrote, when its agent stops. `state` gives what is
+    in force, `applied` the event of the next apply, after which that is another. `keep` has a last write to disk
+    done, `forget` remove copies there (OSError), and `remove_names` the names in the hosts file; None: there are
+    none."""
 
     def __init__(
         self,

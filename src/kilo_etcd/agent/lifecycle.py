@@ -6,8 +6,8 @@ STARTING -> FOLLOWING --------------> JOINED
                 +---> FORWARDING -------+
 ```
 
-An agent that etcd does not let join goes through FORWARDING: it forwards by what it knows. Each of them may leave; what
-the agent had come to stays true until it has ended. Pure.
+An agent that etcd does not let join goes through FORWARDING: it forwards by what it knows. An agent may leave
+in any phase; its phase stays. Pure.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ _NEXT = {
 
 @frozen
 class Lifecycle:
-    """`to` and `leave` are the only ways on."""
+    """How far an agent has come. Only `to` and `leave` give the next value."""
 
     phase: Phase = Phase.STARTING
     leaving: bool = False

@@ -21,7 +21,8 @@ from kilo_etcd.topology.segments import Topology
 
 
 class PlanInputs:
-    """Of node `name`. `reachability` None: nothing is probed. `etcd_away`: whether this host has not joined."""
+    """Collects what node `name` knows for its plan. `reachability` None: nothing is probed. `etcd_away`: whether
+    this host has not joined."""
 
     def __init__(
         self,

@@ -18,8 +18,8 @@ from kilo_etcd.store.session.session import Session
 
 
 class Reloader:
-    """Of one agent, which is no longer reloaded when `stopping` is set. `note` takes a sentence on installed code that
-    does not run."""
+    """Tries the installed code and runs it in this process, unless `stopping` is set. `note` takes a sentence on
+    installed code that does not run."""
 
     def __init__(
         self,

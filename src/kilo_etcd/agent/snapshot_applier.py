@@ -51,9 +51,9 @@ class AppliedSnapshot:
 
 
 class SnapshotApplier:
-    """Of one host. `missing_addresses` gives sentences on internal IPs that the host does not have. `on_snapshot` is
-    told what is about to be applied, `publish` writes the status, and `on_applied` is told what is in the kernel after
-    that."""
+    """Brings snapshots to the kernel of this host. `missing_addresses` gives sentences on internal IPs that the
+    host does not have. `on_snapshot` is told what is about to be applied, `publish` writes the status, and
+    `on_applied` is told what is in the kernel after that."""
 
     def __init__(
         self,
@@ -145,8 +145,8 @@ class SnapshotApplier:
         return topology
 
     async def _apply_nothing(self, snapshot: Snapshot) -> None:
-        """The snapshot does not have this host."""
-        if self._unknown_host.comes(snapshot):
+        """Report that the snapshot does not have this host, unless it is only too old."""
+        if self._unknown_host.is_outdated(snapshot):
             return
         why = await self._unknown_host.explain(snapshot)
         self._set(failures=(why,))

@@ -22,9 +22,10 @@ WAITS_FOR_OTHERS = (
 
 
 class SnapshotFollower:
-    """Of the host `name`. `run` is its task. `lifecycle` says how far the agent has come, `topology` what is in force;
-    `on_hold` is told the snapshots of etcd that wait, and `on_subnets` the mesh's subnets in those that are followed
-    before this host has joined. `nudge` has the snapshot brought to the kernel."""
+    """Chooses the snapshot that the host `name` is to bring to the kernel. `run` is its task. `lifecycle` says how
+    far the agent has come, `topology` what is in force; `on_hold` is told the snapshots of etcd that wait, and
+    `on_subnets` the mesh's subnets in those that are followed before this host has joined. `nudge` has the snapshot
+    brought to the kernel."""
 
     def __init__(
         self,

@@ -35,8 +35,8 @@ DEMOTED = (
 
 
 class StatusPublisher:
-    """Of one host. `snapshot` gives the one that is to be in force, `state` what is; `leaving` says whether the agent
-    was asked to stop."""
+    """Writes the status of this host to etcd. `snapshot` gives the one that is to be in force, `state` what is;
+    `leaving` says whether the agent was asked to stop."""
 
     def __init__(
         self,

@@ -81,12 +81,12 @@ _LOGGED = {
 
 
 def sentences(what: Sentences) -> tuple[str, ...]:
-    """As a tuple without empty ones."""
+    """Return the sentences that are not empty."""
     return tuple(filter(None, (what,) if isinstance(what, str) or what is None else what))
 
 
 class Troubles:
-    """Of one host. `on_change` is called after what was noted has changed."""
+    """Gathers what is wrong on this host, for its status. `on_change` is called after what was noted has changed."""
 
     def __init__(
         self, once: Once, sources: Mapping[HostTrouble, Callable[[], Sentences]], *, on_change: Callable[[], None]

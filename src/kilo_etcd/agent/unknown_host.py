@@ -37,7 +37,7 @@ class UnknownHost:
         self._public_key, self._mirror, self._session = public_key, mirror, session
         self._registration, self._namesakes, self._applier = registration, namesakes, applier
 
-    def comes(self, snapshot: Snapshot) -> bool:
+    def is_outdated(self, snapshot: Snapshot) -> bool:
         """Whether the snapshot is older than the registration, so that the one that has it is on its way."""
         record = self._mirror.kv(self._keys.node(self._name))
         return record is None or record.mod_revision > snapshot.revision

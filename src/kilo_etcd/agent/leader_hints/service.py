@@ -43,7 +43,7 @@ class PeerQueryService:
         self.peer_query = (
             None
             if secret is None or transport is None
-            else PeerQuery(name, transport, secret, etcd_away=etcd_away, on_hints=self._hear, sources=sources)
+            else PeerQuery(name, transport, secret, etcd_away=etcd_away, on_hints=self._note_hints, sources=sources)
         )
 
     def follow(self, topology: Topology) -> Snapshot:
@@ -53,7 +53,7 @@ class PeerQueryService:
         self.peer_query.follow(topology)
         return followed(topology, self.hints)
 
-    def _hear(self, hints: LeaderHints) -> None:
+    def _note_hints(self, hints: LeaderHints) -> None:
         self.hints = hints
         if hints.leaders:
             self._log().warning("etcd is out of reach; following the leaders that other nodes report",
