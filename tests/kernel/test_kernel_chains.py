@@ -1002,6 +1002,28 @@ async def test_what_very_many_services_translate_is_of_their_addresses() -> None
                 sh("nft delete table ip n")
 
 
+@pytest.mark.parametrize(("count", "readings"), [(10, 12), (2000, 3)])
+def test_very_many_addresses_of_the_host_are_read_more_rarely(
+    count: int, readings: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """10,000 take 0.2 s, while the kernel's one lock is held."""
+    now, read = 1000.0, 0
+    held = frozenset(SERVICES[number] for number in range(count))
+
+    def own() -> OwnAddresses:
+        nonlocal read
+        read += 1
+        return OwnAddresses(everywhere=held)
+
+    monkeypatch.setattr(time, "monotonic", lambda: now)
+    drop, xtables = one_rule(Condition("daddr", SERVICES)), NoXtables("kilo0", tmp_path / "y", lambda: 1)
+    chains = ForwardChains("kilo0", tmp_path / "x", Chains(drop), xtables, opening=False, own=own)
+    for _ in range(12):
+        assert cut_networks(chains.obstacles(OFFERS_SERVICES, ["eth0"])) == [SERVICES]
+        now += 10
+    assert read == readings
+
+
 def test_of_a_long_table_of_the_older_xtables_the_addresses_are_known(tmp_path: Path) -> None:
     lines = [
         "-P PREROUTING ACCEPT",

@@ -8,6 +8,7 @@ is.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Collection, Iterator
 from contextlib import suppress
 from operator import is_
@@ -42,6 +43,9 @@ LEGACY_SECONDS, LEGACY_DROPPING_SECONDS = 40.0, 15.0
 """How long a reading of the older xtables' chain is believed: with the pauses between two looks at what drops forwarded
 packets that makes less than a minute. If something drops, its end is to be seen sooner."""
 
+_MANY_ADDRESSES, _ADDRESSES_SECONDS = 1000, 40.0
+"""How long the host's own addresses are believed if there are more than so many: services may have very many. Else they
+are read each time."""
 _ATTEMPTS = 3
 """Readings of both at most, while somebody goes on changing them; the next call reads them again."""
 
@@ -74,7 +78,8 @@ class ForwardChains:
         self._netfilter = netfilter
         self._iptables = iptables
         self._opening = opening
-        self._own = own
+        self._read_own = own
+        self._last_own: tuple[float, OwnAddresses] | None = None
         self._legacy_drops = False
         """Whether a chain of the older xtables dropped mesh traffic when it was last looked at."""
         self._by_destination: _Found | None = None
@@ -145,6 +150,12 @@ class ForwardChains:
             obstacles = destination_obstacles(chains, translated(to, translating, own, subnets), sent, subnets)
             last = self._by_destination = evolve(last, translating=translating, own=own, obstacles=obstacles)
         return last.obstacles
+
+    def _own(self) -> OwnAddresses:
+        last, now = self._last_own, time.monotonic()
+        if last is None or len(last[1].everywhere) <= _MANY_ADDRESSES or now - last[0] > _ADDRESSES_SECONDS:
+            last = self._last_own = now, self._read_own()
+        return last[1]
 
     def _translating(self) -> tuple[BaseChain, ...]:
         """The chains that may translate the destinations of forwarded packets. All that packets pass are among them: a
