@@ -639,11 +639,20 @@ def test_of_members_and_of_hosts_on_a_link_only_a_translation_of_all_counts(
     for drop in (one_rule(Condition("daddr", every)), one_rule(Condition("saddr", every))):
         chains = ForwardChains(
             "kilo0", tmp_path / "x", Chains(nat, drop), NoXtables("kilo0", tmp_path / "y", lambda: 1), opening=False,
-            own=lambda: OwnAddresses(links=frozenset((LAN,))),
+            own=lambda: OwnAddresses(links={LAN: frozenset(("br9",))}),
         )  # fmt: skip
         obstacles = chains.obstacles(plan, ["eth0"])
         assert {network for obstacle in obstacles for network in obstacle.networks} == named
         assert all(obstacle.certain for obstacle in obstacles)
+
+
+def test_by_which_device_a_network_on_a_link_is_reached() -> None:
+    narrower = ip_network("192.168.9.128/25")
+    links = {LAN: frozenset(("br9",)), narrower: frozenset(("eth0",)), OFFERED: frozenset(("eth0", "eth1"))}
+    own = OwnAddresses(links=links)
+    for network, device in (("192.168.9.0/24", "br9"), ("192.168.9.0/26", "br9"), ("192.168.9.129/32", "?"),
+                            ("172.20.1.0/24", "?"), ("192.168.0.0/16", "?"), ("10.43.0.0/16", "?")):  # fmt: skip
+        assert own.device_to(ip_network(network)) == device
 
 
 @pytest.mark.parametrize(
@@ -655,7 +664,7 @@ def test_of_members_and_of_hosts_on_a_link_only_a_translation_of_all_counts(
     ],
 )  # fmt: skip
 def test_which_networks_are_of_hosts_on_a_link(network: str, on_link: bool) -> None:
-    own = OwnAddresses(links=frozenset(map(ip_network, ("192.168.9.0/24", "fd09::/64"))))
+    own = OwnAddresses(links={LAN: frozenset(("eth0",)), ip_network("fd09::/64"): frozenset(("eth0",))})
     assert own.on_link(ip_network(network)) is on_link
     assert not OwnAddresses().on_link(ip_network(network))
 
@@ -933,6 +942,28 @@ async def test_of_a_network_that_is_translated_on_its_way_nothing_is_certain_whe
         sh("nft delete table ip x")
         load(f"table ip x {{ chain n {{ {NAT} ip daddr 10.43.0.0/16 drop; ip daddr 10.43.0.1 dnat to 10.42.0.5; }}\n}}")
         assert cut_networks(await kernel.obstacles()) == [SERVICES]
+
+
+@pytest.mark.root
+@pytest.mark.usefixtures("own_namespaces")
+async def test_what_is_dropped_by_the_device_of_a_network_behind_the_host_is_named() -> None:
+    sh("ip link add eth0 type veth peer eth1; ip addr add 192.168.9.1/24 dev eth0; ip link set eth0 up; "
+       "ip route add default via 192.168.9.2; ip link add lan0 type veth peer lan1; "
+       "ip addr add 172.20.1.1/24 dev lan0; ip link set lan0 up; ip link set lan1 up")  # fmt: skip
+    forward, egress = "type filter hook forward priority 0", 'type filter hook egress device "{}" priority 0'
+    async with open_kernel(Setup(private_key=PRIVATE)) as kernel:
+        await kernel.apply(evolve(LEADER, behind=(OFFERED, SERVICES)))
+        for family, rules, named in (
+            ("inet", f'{forward}; oifname "lan0" drop', [OFFERED]),
+            ("inet", f'{forward}; iifname "lan0" drop', [OFFERED]),  # The answers.
+            ("inet", f'{forward}; oifname "lan1" drop', []),
+            ("inet", f'{forward}; iifname "eth7" oifname "lan0" drop', []),
+            ("netdev", f"{egress.format('lan0')}; policy drop", [OFFERED]),
+            ("netdev", f"{egress.format('lan1')}; policy drop", []),
+        ):
+            load(f"table {family} x {{ chain f {{ {rules}; }}\n}}")
+            assert cut_networks(await kernel.obstacles()) == named, rules
+            sh(f"nft delete table {family} x")
 
 
 @pytest.mark.root
@@ -1270,7 +1301,7 @@ def of_services(*addresses: str, balanced: str = "") -> OwnAddresses:
         (of_services("fd43::1/128", "fd43::2/128", balanced="fd43::2"), "fd43::/112 fd00::/8",
          "fd42::/112 fd43::3/128"),
         # As a load balancer is given an address of the LAN.
-        (evolve(of_services("192.168.9.240/32", balanced="192.168.9.240"), links=frozenset((LAN,))),
+        (evolve(of_services("192.168.9.240/32", balanced="192.168.9.240"), links={LAN: frozenset(("br9",))}),
          "192.168.9.240/32", "192.168.9.0/24 192.168.0.0/16 192.168.9.240/29 192.168.9.241/32"),
     ],
 )  # fmt: skip

@@ -413,16 +413,17 @@ class Host:
         self._read_links()
         addresses, balanced = self._read_addresses(), ipvs.read()
         for_services = frozenset(item.address for item in addresses if item.for_services)
+        links: dict[IPNetwork, frozenset[str]] = {}
+        for item in addresses:
+            network = item.address.network
+            if item.up and not item.for_services and network.prefixlen < network.max_prefixlen:
+                links[network] = links.get(network, frozenset()) | {item.interface}
         return OwnAddresses(
             everywhere=frozenset(item.address.ip for item in addresses),
             for_services=for_services,
             # At each of them a service may be balanced, if the kernel does not show where.
             balanced=frozenset(address.ip for address in for_services) if balanced is None else balanced,
-            links=frozenset(
-                item.address.network
-                for item in addresses
-                if item.up and not item.for_services and item.address.network.prefixlen < item.address.max_prefixlen
-            ),
+            links=links,
         )
 
     def _read_routes(self) -> tuple[dict[IPNetwork, Route], list[Route], dict[IPNetwork, Route], set[IPNetwork]]:

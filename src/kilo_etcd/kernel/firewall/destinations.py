@@ -30,7 +30,7 @@ from kilo_etcd.kernel.firewall.chains import (
     translates,
 )
 from kilo_etcd.kernel.firewall.ranges import Index, Networks, bounds
-from kilo_etcd.model import IPAddress, IPInterface, IPNetwork
+from kilo_etcd.model import IPAddress, IPInterface, IPNetwork, overlap
 from kilo_etcd.planning.dropped import drops_packets_for
 
 Place = tuple[float, float]
@@ -228,8 +228,14 @@ class OwnAddresses:
     """Those of loopback and dummy devices, with the networks that these hold."""
     balanced: frozenset[IPAddress] = frozenset()
     """Those at which the kernel balances services (IPVS)."""
-    links: frozenset[IPNetwork] = frozenset()
-    """The networks of other devices, behind which there is a link."""
+    links: Mapping[IPNetwork, frozenset[str]] = field(factory=dict)
+    """The networks of other devices, behind which there is a link, and these devices."""
+
+    def device_to(self, network: IPNetwork) -> str:
+        """The device by which packets for a network go out, if it is on one link; else it is not known."""
+        holding = (link for link in self.links if link.prefixlen <= network.prefixlen and overlap(link, network))
+        names = frozenset[str]().union(*(self.links[link] for link in holding))
+        return next(iter(names)) if len(names) == 1 else UNKNOWN_DEVICE
 
     def on_link(self, network: IPNetwork) -> bool:
         """Whether a network is one of hosts on a link of this one, or holds such a network: none of services. A single

@@ -9,7 +9,7 @@ is.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import suppress
 from operator import is_
 from pathlib import Path
@@ -18,7 +18,6 @@ from attrs import evolve, frozen
 
 from kilo_etcd.kernel import sysctl
 from kilo_etcd.kernel.firewall.chains import (
-    UNKNOWN_DEVICE,
     BaseChain,
     Obstacle,
     Packet,
@@ -56,6 +55,8 @@ class _Found:
 
     plan: HostPlan
     devices: tuple[str, ...]
+    ways: Mapping[IPNetwork, str]
+    """The devices by which networks behind the host are reached."""
     chains: tuple[BaseChain, ...]
     untranslated: tuple[Obstacle, ...]
     """If no packet had its destination translated."""
@@ -135,17 +136,25 @@ class ForwardChains:
     ) -> tuple[Obstacle, ...]:
         if plan is None:
             return ()
-        last, subnets = self._by_destination, _subnets(plan)
-        if last is None or last.plan is not plan or last.devices != devices or not _same(last.chains, chains):
-            obstacles = destination_obstacles(chains, destinations(plan, self._interface, devices), sent, subnets)
-            last = _Found(plan=plan, devices=devices, chains=chains, untranslated=obstacles, obstacles=obstacles)
-            self._by_destination = last
+        last, subnets, own = self._by_destination, _subnets(plan), self._own() if plan.behind else None
+        ways = {network: own.device_to(network) for network in plan.behind} if own is not None else {}
+        if (
+            last is None
+            or last.plan is not plan
+            or (last.devices, last.ways) != (devices, ways)
+            or not _same(last.chains, chains)
+        ):
+            every = destinations(plan, self._interface, devices, ways)
+            obstacles = destination_obstacles(chains, every, sent, subnets)
+            last = self._by_destination = _Found(
+                plan=plan, devices=devices, ways=ways, chains=chains, untranslated=obstacles, obstacles=obstacles
+            )
         if not last.untranslated:
             return ()
-        translating, own = self._translating(), self._own()
+        translating, own = self._translating(), own or self._own()
         if not _same(last.translating, translating) or last.own != own:
             named = {network for obstacle in last.untranslated for network in obstacle.networks}
-            every = destinations(plan, self._interface, devices)
+            every = destinations(plan, self._interface, devices, ways)
             to = (destination for destination in every if destination.network in named)
             obstacles = destination_obstacles(chains, translated(to, translating, own, subnets), sent, subnets)
             last = self._by_destination = evolve(last, translating=translating, own=own, obstacles=obstacles)
@@ -214,16 +223,18 @@ def _reaches_members(plan: HostPlan) -> bool:
     return any(route.via is not Via.TUNNEL for route in plan.routes.values())
 
 
-def destinations(plan: HostPlan, interface: str, devices: Collection[str]) -> Iterator[Destination]:
+def destinations(
+    plan: HostPlan, interface: str, devices: Collection[str], ways: Mapping[IPNetwork, str]
+) -> Iterator[Destination]:  # fmt: skip
     """The members and the offered networks to which a host forwards packets of the mesh, or would if it led. `devices`:
-    those by which it reaches its location's network."""
+    those by which it reaches its location's network; `ways`: that by which it reaches each network behind it."""
     subnets = _subnets(plan)
     reaches = _reaches_members(plan)
     near = tuple(devices) if reaches else ()
     leads = any(route.via is Via.TUNNEL and route.destination in subnets for route in plan.routes.values())
     for network in plan.behind:
         incoming = (*((interface,) if leads else ()), *near)
-        yield Destination(network=network, ways=tuple((name, UNKNOWN_DEVICE) for name in incoming), behind=True)
+        yield Destination(network=network, ways=tuple((name, ways[network]) for name in incoming), behind=True)
     outward = tuple((interface, name) for name in devices)
     for network in plan.masquerade:
         yield Destination(network=network, ways=outward, by_forward=not reaches)
