@@ -23,7 +23,9 @@ from attrs import frozen
 import kilo_etcd
 from helpers import eventually, require
 from kilo_etcd.agent import main
+from kilo_etcd.agent.endings import Fatal, Reload, StoppedAtOnce
 from kilo_etcd.agent.trial import reason
+from kilo_etcd.runtime.key_file import UnusableKey
 from kilo_etcd.testing.etcd_server import EtcdServer
 
 SOURCE = Path(kilo_etcd.__file__).parent
@@ -190,3 +192,33 @@ def test_an_agent_that_crashes_at_its_start_waits_and_a_healthy_one_does_not(
     with suppress(ExceptionGroup, SystemExit):
         main._run(main._agent, None)  # type: ignore[arg-type]
     assert len(said) == pauses
+
+
+@pytest.mark.parametrize(
+    ("errors", "status", "paused"),
+    [
+        ([Fatal("it is broken")], 1, ["it is broken"]),
+        ([StoppedAtOnce("stopped at once")], 1, []),
+        ([UnusableKey("no key"), Fatal("it is broken")], 2, []),
+        ([KeyboardInterrupt()], 130, []),
+        ([Fatal("it is broken"), KeyboardInterrupt()], 130, []),
+        ([Reload()], 1, []),
+    ],
+)
+def test_the_exit_status_is_that_of_the_errors_in_a_group(
+    monkeypatch: pytest.MonkeyPatch, errors: list[BaseException], status: int, paused: list[str]
+) -> None:
+    said: list[str] = []
+    monkeypatch.setattr(main, "_pause", said.append)
+
+    def run(*_arguments: object) -> None:
+        raise BaseExceptionGroup("", errors)
+
+    def execv(*_arguments: object) -> None:
+        raise FileNotFoundError(2, "No such file or directory")
+
+    monkeypatch.setattr(trio, "run", run)
+    monkeypatch.setattr(os, "execv", execv)
+    with pytest.raises(SystemExit) as ended:
+        main._run(main._agent, None)  # type: ignore[arg-type]
+    assert (ended.value.code, said) == (status, paused)

@@ -12,6 +12,7 @@ from functools import partial
 from ipaddress import ip_address, ip_interface, ip_network
 from typing import Any
 
+import click
 import pytest
 import trio
 from attrs import evolve
@@ -20,6 +21,7 @@ from helpers import eventually, put_kept
 from kilo_etcd import kernel
 from kilo_etcd.connect import connection as connection_module
 from kilo_etcd.connect import registration as registration_module
+from kilo_etcd.connect.command import run_here
 from kilo_etcd.connect.connection import Edges, Names, PeerConnection, Settings
 from kilo_etcd.connect.registration import LEASE_SECONDS, DesiredPeer, Gone, PeerRegistration
 from kilo_etcd.ctl.context import Failure
@@ -998,3 +1000,23 @@ async def test_no_two_machines_choose_one_address_and_none_a_nodes(world: World)
     ]
     assert sorted(map(str, chosen)) == [f"10.4.0.{n}" for n in range(2, 7)]
     await refused(world, "no address is left for this machine in 10.4.0.0/29")
+
+
+@pytest.mark.parametrize(
+    ("errors", "ends"),
+    [
+        ([Failure("one"), key_file.KeyFileError("two")], Failure),
+        ([KeyboardInterrupt()], KeyboardInterrupt),
+        ([click.exceptions.Exit(3)], click.exceptions.Exit),
+        ([KeyboardInterrupt(), Failure("one")], Failure),
+    ],
+)
+def test_errors_in_a_group_end_the_command_as_errors_alone_do(
+    errors: list[BaseException], ends: type[BaseException]
+) -> None:
+    async def work() -> None:
+        await trio.lowlevel.checkpoint()
+        raise BaseExceptionGroup("", errors)
+
+    with pytest.raises(ends):
+        run_here(work)

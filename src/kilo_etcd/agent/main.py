@@ -100,6 +100,8 @@ def trial_command(config: AgentConfig, etcd_answers: bool) -> None:
 
 def _run(work: Callable[[AgentConfig], Awaitable[None]], config: AgentConfig) -> None:
     began = time.monotonic()
+    status, trouble = 0, ""
+    # Up to Python 3.11.3 what is raised within `except*` gets out of it in a group, SystemExit too.
     try:
         trio.run(work, config)
     except* EXPECTED as group:
@@ -107,33 +109,34 @@ def _run(work: Callable[[AgentConfig], Awaitable[None]], config: AgentConfig) ->
         sentences = list(dict.fromkeys(map(str, errors)))
         for sentence in sentences:
             click.echo(f"kg: {sentence}", err=True)
-        if any(isinstance(error, key_file.UnusableKey) for error in errors):
-            sys.exit(2)
+        status = 2 if any(isinstance(error, key_file.UnusableKey) for error in errors) else 1
         if work is _agent and not any(isinstance(error, StoppedAtOnce) for error in errors):
-            _pause(sentences[0])
-        sys.exit(1)
+            trouble = sentences[0]
     except* Reload:
         _run_anew()
+        status = 1
     except* KeyboardInterrupt:
-        sys.exit(130)
+        status = 130
     except* Exception as group:
         if work is not _agent or time.monotonic() - began >= SOON_SECONDS:
             raise
         # Started again at once it would most likely crash again.
         traceback.print_exception(group)
-        _pause("it crashed as soon as it had started, see the journal")
-        sys.exit(1)
+        status, trouble = 1, "it crashed as soon as it had started, see the journal"
+    if trouble and status == 1:
+        _pause(trouble)
+    if status:
+        sys.exit(status)
 
 
 def _run_anew() -> None:
-    """The same command line in this very process, with the code that is installed now."""
+    """The same command line in this very process, with the code that is installed now. Returns only if it fails."""
     try:
         os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
     except OSError as error:
         click.echo(
             f"kg: {sys.executable} cannot be run again: {error.strerror}; is the new version installed?", err=True
         )
-        sys.exit(1)
 
 
 def _pause(sentence: str) -> None:

@@ -205,17 +205,20 @@ def run_here(work: Callable[..., Awaitable[None]], *arguments: Any) -> None:
     from kilo_etcd.runtime.lock_file import AlreadyRunning
 
     sentences: list[str] = []
+    ends: list[BaseException] = []
+    # Up to Python 3.11.3 what is raised within `except*` gets out of it in a group.
     try:
         trio.run(work, *arguments)
     except* KeyboardInterrupt:
-        raise KeyboardInterrupt from None
+        ends.append(KeyboardInterrupt())
     except* (Failure, etcd.EtcdError, kernel.KernelError, AlreadyRunning, KeyFileError, HostsFileError) as group:
         sentences += [error.message if isinstance(error, Failure) else str(error) for error in _leaves(group)]
     except* click.exceptions.Exit as group:
-        (raised, *_) = _leaves(group)
-        raise raised from None
+        ends += _leaves(group)
     if sentences:
         raise Failure("; ".join(dict.fromkeys(sentences)))
+    if ends:
+        raise ends[0] from None
 
 
 def _leaves(error: BaseException) -> list[BaseException]:

@@ -78,7 +78,7 @@ class PeerQueryService:
                 self._once.warning("peer query", "peer queries do not work while etcd is away",
                                    error=str(lone))  # fmt: skip
                 self._note_answers(False)
-                await trio.sleep(TRANSPORT_RETRY_SECONDS)
+            await trio.sleep(TRANSPORT_RETRY_SECONDS)
 
     def _note_answers(self, answers: bool) -> None:
         if answers != self.answers:
