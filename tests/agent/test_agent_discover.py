@@ -592,9 +592,15 @@ async def test_the_hosts_own_facts_can_be_gathered(monkeypatch: pytest.MonkeyPat
     async def list_addresses() -> HostAddresses:
         return HostAddresses(addresses=LO, default_routes=(default("eth0", "10.0.0.1"),))
 
+    async def lookup(name: str) -> tuple[IPAddress, ...]:
+        if name != "node-1":
+            raise socket.gaierror(socket.EAI_NONAME, "Name or service not known")
+        return (ip_address("10.1.0.5"),)
+
     monkeypatch.setattr(kernel, "list_addresses", list_addresses)
-    found = await gather(AgentConfig(hostname="localhost", interface="wg7"))
-    assert ip_address("127.0.0.1") in found.resolved
+    monkeypatch.setattr(discover, "lookup", lookup)
+    found = await gather(AgentConfig(hostname="node-1", interface="wg7"))
+    assert found.resolved == (ip_address("10.1.0.5"),)
     assert (found.addresses, found.own_interface) == (LO, "wg7")
     assert found.default_routes == (default("eth0", "10.0.0.1"),)
     assert (await gather(AgentConfig(hostname="no-such-name.invalid"))).resolved == ()
