@@ -72,22 +72,25 @@ def test_a_directory_that_cannot_be_had_is_named_with_what_a_start_would_do(stat
 
 
 @pytest.mark.parametrize(
-    ("values", "reason"),
+    ("values", "full_for"),
     [
-        ({"f_bavail": 0, "f_bfree": 0}, "No space left on device"),
-        ({"f_bavail": 0, "f_bfree": 5}, None),
-        ({"f_favail": 0, "f_ffree": 0, "f_files": 5}, "No space left on device"),
-        ({"f_favail": 0, "f_ffree": 3, "f_files": 5}, None),
-        ({"f_favail": 0, "f_ffree": 0, "f_files": 0}, None),
+        ({"f_bavail": 0, "f_bfree": 0}, {0, 1000}),
+        ({"f_bavail": 0, "f_bfree": 5}, {1000}),
+        ({"f_favail": 0, "f_ffree": 0, "f_files": 5}, {0, 1000}),
+        ({"f_favail": 0, "f_ffree": 3, "f_files": 5}, {1000}),
+        ({"f_favail": 0, "f_ffree": 0, "f_files": 0}, set()),
     ],
 )
+@pytest.mark.parametrize("user", [0, 1000])
 def test_a_full_disk_is_named(
-    state: Path, monkeypatch: pytest.MonkeyPatch, values: dict[str, int], reason: str | None
+    state: Path, monkeypatch: pytest.MonkeyPatch, values: dict[str, int], full_for: set[int], user: int
 ) -> None:
+    """What is reserved for root is free for root only."""
     space(monkeypatch, **values)
+    monkeypatch.setattr(os, "geteuid", lambda: user)
     trouble = look(state, PRIVATE).trouble
-    assert (trouble is None) == (reason is None)
-    assert trouble is None or f"the state directory {state} cannot be written to: {reason}" in trouble
+    assert (trouble is not None) == (user in full_for)
+    assert trouble is None or f"the state directory {state} cannot be written to: No space left on device" in trouble
 
 
 def test_a_read_only_directory_is_named(state: Path, monkeypatch: pytest.MonkeyPatch) -> None:
