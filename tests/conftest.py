@@ -36,6 +36,10 @@ hypothesis.settings.load_profile("kilo-etcd")
 
 
 NEEDS = ("etcd", "root", "lab", "guest")
+"""Markers of tests that run in a stream of their own."""
+
+NOT_FAST = {*NEEDS, "graphviz"}
+"""Markers of tests that need what an ordinary user may not have: `--fast` leaves them out."""
 
 
 LAST = 6
@@ -72,6 +76,11 @@ def pytest_make_parametrize_id(val: object) -> str | None:
     return None
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """`--fast`, for `make test-fast` and `make matrix`."""
+    parser.addoption("--fast", action="store_true", help="only tests that need no root and no program of the system")
+
+
 def pytest_collection() -> None:
     """What is imported stays, so that looking for garbage among it is in vain."""
     gc.disable()
@@ -79,12 +88,16 @@ def pytest_collection() -> None:
 
 # Before xdist's own hook, which reads the groups.
 @pytest.hookimpl(tryfirst=True)
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Streams for `pytest --dist loadgroup`, the longest first. Where packets and times are looked at, nothing runs
-    beside itself: guests, which have one processor each, are a stream, and so are labs, what else uses this machine's
-    namespaces and clock, and real etcd servers on loopback, which mostly wait. The rest runs beside them: guests that
-    are marked `beside`, what else is marked so, file by file, and what needs nothing, test by test, so that no worker
-    has much left when the others have nothing."""
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """With `--fast`, leave out what is not. Make streams for `pytest --dist loadgroup`, the longest first. Where
+    packets and times are looked at, nothing runs beside itself: guests, which have one processor each, are a stream,
+    and so are labs, what else uses this machine's namespaces and clock, and real etcd servers on loopback, which mostly
+    wait. The rest runs beside them: guests that are marked `beside`, what else is marked so, file by file, and what
+    needs nothing, test by test, so that no worker has much left when the others have nothing."""
+    if config.getoption("fast"):
+        left_out = {item for item in items if NOT_FAST & {mark.name for mark in item.iter_markers()}}
+        items[:] = [item for item in items if item not in left_out]
+        config.hook.pytest_deselected(items=list(left_out))
     items.sort(key=lambda item: _stream(item)[0])
     for item in items:
         item.add_marker(pytest.mark.xdist_group(_stream(item)[1]))

@@ -1,4 +1,5 @@
-"""The streams of `make test` are in force: a test's id ends in its stream, by which pytest-xdist groups tests."""
+"""What `tests/conftest.py` does to a run is in force. In `make test` a test's id ends in its stream, by which
+pytest-xdist groups tests; in `make test-fast` nothing runs that needs what an ordinary user may not have."""
 
 from __future__ import annotations
 
@@ -12,3 +13,9 @@ def test_a_test_carries_the_stream_that_xdist_groups_it_by(request: pytest.Fixtu
     # Only a worker of `--dist loadgroup` has that.
     if getattr(request.config.option, "loadgroup", False):
         assert request.node.nodeid.endswith(f"@{stream}"), "this pytest-xdist knows no groups with this pytest"
+
+
+def test_a_fast_run_has_no_test_with_needs(request: pytest.FixtureRequest) -> None:
+    markers = {mark.name for item in request.session.items for mark in item.iter_markers()}
+    needs = markers & {"etcd", "graphviz", "root", "lab", "guest"}
+    assert not needs or not request.config.getoption("fast")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
@@ -253,9 +252,9 @@ def test_mermaid_takes_any_name(mesh: Mesh) -> None:
     assert 'subgraph s0["location: a #34;b#34; #60;c#62;#59;#35;1#59;#124;"]' in drawn
 
 
+@pytest.mark.graphviz
 def test_graphviz_draws(mesh: Mesh, monkeypatch: pytest.MonkeyPatch) -> None:
-    if shutil.which("circo") is None:
-        pytest.fail("this test needs graphviz's circo: apt install graphviz", pytrace=False)
+    require("circo")
     assert b"<svg" in mesh.run("graph", "-o", "svg", "--plain").stdout_bytes
     assert mesh.run("graph", "-o", "png", "--plain").stdout_bytes.startswith(b"\x89PNG")
     monkeypatch.setenv("PATH", "/nowhere")

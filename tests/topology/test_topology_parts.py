@@ -7,11 +7,11 @@ import re
 import subprocess
 from ipaddress import ip_address, ip_network
 from itertools import combinations
-from shutil import which
 
 import pytest
 from attrs import evolve
 
+from helpers import require
 from kilo_etcd.model import Candidate, CandidateClass, Endpoint, Granularity, InternalIPs, IPNetwork
 from kilo_etcd.model.hostplan import HostPlan
 from kilo_etcd.planning.plan import host_plan
@@ -270,10 +270,10 @@ class TestGraph:
         colours = dict(re.findall(r'"(..)" \[.*fillcolor="(#......)"', text))
         assert colours["a1"] == colours["a2"] != colours["b1"]
 
+    @pytest.mark.graphviz
     @pytest.mark.parametrize("granularity", Granularity)
     def test_a_picture_of_many_tunnels_is_drawn_at_once_and_none_hides_another(self, granularity: Granularity) -> None:
-        if which("circo") is None:
-            pytest.fail("this test needs graphviz's circo: apt install graphviz")
+        require("circo")
         nodes = [node(f"n{n}", n, f"site-{n % 30}", f"10.{n % 30}.0.{n + 1}/24", f"203.0.113.{n}") for n in range(40)]
         world = snapshot(nodes, granularity, [peer(f"phone-{n}", f"10.9.0.{n}/32") for n in range(8)])
         # circo by itself needs more than a minute.
@@ -287,10 +287,10 @@ class TestGraph:
         assert len(places) == 48
         assert min(math.dist(one, other) for one, other in combinations(places, 2)) > 0.9 * APART
 
+    @pytest.mark.graphviz
     @pytest.mark.parametrize("granularity", Granularity)
     def test_graphviz_takes_any_name(self, granularity: Granularity) -> None:
-        if which("circo") is None:
-            pytest.fail("this test needs graphviz's circo: apt install graphviz")
+        require("circo")
         nodes = [node(name, n, NAMES[n // 2], f"10.0.0.{n + 1}/24", f"203.0.113.{n}") for n, name in enumerate(NAMES)]
         nodes.append(evolve(A1, name="peer x", endpoint=Endpoint("a.example", 1)))
         world = snapshot(nodes, granularity, [peer("x", "10.9.0.1/32"), peer('"', "10.9.0.2/32")])
