@@ -158,7 +158,31 @@ async def test_an_address_that_an_older_claim_has_is_given_up(world: World) -> N
         await eventually(lambda: now.rpartition("/")[2] in str(world.host.observed.addresses), 10, every=0.1)
         assert claim.rpartition("/")[2] not in str(world.host.observed.addresses)
         assert claim.replace("h1", "h2") in world.etcd
-        assert world.logged("this host has mesh address") == 1
+        assert world.logged("this host took mesh address") == 1
+
+
+async def test_that_this_host_lost_its_address_is_reported_until_nobody_else_claims_it(world: World) -> None:
+    def sentences(lost: str) -> tuple[str, ...]:
+        errors = decode_status(world.value("/kilo-status/by/h1/status")).errors
+        return tuple(error for error in errors if lost in error)
+
+    async with running(world):
+        (claim,) = world.etcd.keys("/kilo/by/h1/addresses/")
+        rival, lost = claim.replace("h1", "h2"), claim.rpartition("/")[2]
+        world.etcd.put("/kilo/by/h2/node", encode(NodeRecord(public_key="B" + "A" * 42 + "=")))
+        world.etcd.put(rival, "")
+        world.etcd.delete(claim)
+        await eventually(lambda: world.etcd.keys("/kilo/by/h1/addresses/") not in ([], [claim]), 10, every=0.1)
+        await eventually(lambda: len(sentences(lost)) == 1, 10, every=0.1)
+        await trio.sleep(60)
+        (sentence,) = sentences(lost)
+        assert (
+            f"lost {lost}: node h2 had the older claim of {lost}; if that claim is a mistake, etcdctl del {rival}; "
+            in (sentence)
+        )
+        world.etcd.delete(rival)
+        await eventually(lambda: not sentences(lost), 10, every=0.1)
+        assert world.logged("no other node claims the mesh address that this host lost") == 1
 
 
 async def test_a_claim_that_cannot_be_restored_shows_in_the_health_and_the_status_until_it_can(

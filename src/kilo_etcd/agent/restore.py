@@ -15,7 +15,7 @@ import trio
 from kilo_etcd.agent.leadership import candidacy_policy
 from kilo_etcd.base.backoff import RepairBackoff
 from kilo_etcd.etcd import api as etcd
-from kilo_etcd.model import Granularity, MeshSettings, Snapshot
+from kilo_etcd.model import Granularity, IPAddress, MeshSettings, Snapshot
 from kilo_etcd.runtime.logs import Once, get_logger
 from kilo_etcd.store.addresses import named
 from kilo_etcd.store.claims import NoAddressLeft
@@ -61,7 +61,8 @@ class Restorer:
         self._snapshot: Snapshot | None = None
         self._settings = MeshSettings(Granularity.LOCATION, ())
         self.renumbered: str | None = None
-        """A sentence on the address that this host has lost since it joined."""
+        """A sentence on the addresses that this host has lost since it joined, while others claim them."""
+        self._lost_to_others: tuple[IPAddress, ...] = ()
         self.trouble: str | None = None
         """A sentence on the claim that cannot be restored."""
         self._on_news = on_news
@@ -81,6 +82,7 @@ class Restorer:
             self._settings = self._settings._replace(internal_ips=snapshot.internal_ips)
         if self._lost_claims():
             self._unclaimed.set()
+        self._forget_renumbering()
         if self._lacks_settings():
             self._unsettled.set()
 
@@ -137,12 +139,35 @@ class Restorer:
                 log.error("another writer deleted the claim of this host's mesh address; restored",
                           claim="; ".join(lost))  # fmt: skip
                 continue
-            now, then = (",".join(map(str, ips)) for ips in (addresses, before))
-            self.renumbered = (
-                f"this host has mesh address {now} and no longer {then}: {'; '.join(lost)}; see which users may write "
-                f"{self._keys.by_root}"
-            )
-            log.error(self.renumbered)
+            self._note_renumbering(before, lost)
+
+    def _note_renumbering(self, before: tuple[IPAddress, ...], lost: tuple[str, ...]) -> None:
+        addresses = self._session.addresses
+        self._lost_to_others = tuple(address for address in before if address not in addresses)
+        holders = [(address, self._mirror.holder(address)) for address in self._lost_to_others]
+        why = [f"{named(holder)} had the older claim of {address}" for address, holder in holders if holder] or lost
+        claims = [
+            self._keys.address(holder[1], address) for address, holder in holders if holder and holder[0] == "node"
+        ]
+        now, then = (",".join(map(str, ips)) for ips in (addresses, before))
+        remedy = f"if that claim is a mistake, etcdctl del {' '.join(claims)}; " if claims else ""
+        self.renumbered = (
+            f"this host took mesh address {now} and lost {then}: {'; '.join(why)}; {remedy}see which users may write "
+            f"{self._keys.by_root}"
+        )
+        self._once.error("renumbered", self.renumbered)
+        self._on_news()
+
+    def _forget_renumbering(self) -> None:
+        """Once nobody else claims what this host has lost. A mirror that has this host's new claims has seen what
+        stood before them."""
+        new = (self._keys.address(self._name, address) for address in self._session.addresses)
+        if self.renumbered is None or any(self._mirror.kv(key) is None for key in new):
+            return
+        if {self._mirror.holder(address) for address in self._lost_to_others} <= {None, ("node", self._name)}:
+            self.renumbered, self._lost_to_others = None, ()
+            self._once.clear("renumbered", "no other node claims the mesh address that this host lost")
+            self._on_news()
 
     def _claimed(self) -> None:
         self._once.clear("claim", "this host's mesh address is claimed again")
