@@ -12,7 +12,7 @@ from types import MappingProxyType
 import pytest
 from attrs import evolve
 
-from kilo_etcd.ctl.reports.arrivals import across, losses, path
+from kilo_etcd.ctl.reports.arrivals import across, losses, path, reached_by
 from kilo_etcd.ctl.reports.live import Live
 from kilo_etcd.ctl.reports.lossy import limited, lossy, unsteady
 from kilo_etcd.ctl.reports.narrow import narrow
@@ -132,6 +132,51 @@ def test_what_lost_packets_say(case: str) -> None:
     for loss, (_, text) in zip(found, said, strict=True):
         assert loss.text.startswith(text), loss.text
         assert loss.filtered == ("its own packets are answered" in text)
+
+
+def in_two_families(lost: Lost) -> tuple[Topology, Live]:
+    """A mesh of both families, and the answers of its hosts where only IPv6 is `lost`."""
+    usual = mesh()
+    nodes = {
+        name: evolve(node, mesh_addresses=(*node.mesh_addresses, ip_address(f"fd00::{number}")))
+        for number, (name, node) in enumerate(usual.snapshot.nodes.items(), 1)
+    }
+    topology = build_topology(evolve(usual.snapshot, nodes=nodes))
+    answers = {}
+    for name, answer in asked(topology, lambda one, other: False).answers.items():
+        found: dict[bool, list[str]] = {False: [], True: []}
+        for other, node in nodes.items():
+            if other != name:
+                found[lost(name, other)].append(str(node.mesh_addresses[1]))
+        answers[name] = evolve(answer, reached=(*answer.reached, *found[False]), unreached=tuple(found[True]))
+    return topology, Live(answers=answers)
+
+
+@pytest.mark.parametrize(
+    ("lost", "said"),
+    [
+        (behind("a1"), "it leads its location and does not forward IPv6: through it no IPv6 arrives between a2, a3 and "
+                       "b1, b2, c1"),
+        (lambda one, other: {one, other} == {"a2", "a3"}, "a2 and a3 do not reach each other in IPv6"),
+        (lambda one, other: one == "a3",
+         "none of the IPv6 echo requests that it sends to a1, a2, b1, b2, c1 is answered, although it answers "),
+        (lambda one, other: "a3" in (one, other),
+         "no echo request to it at fd00::3 was answered (tried by a1, a2, b1, b2, c1), nor an IPv6 one of its own, "
+         "although in IPv4 it is reached"),
+    ],
+)  # fmt: skip
+def test_what_is_lost_in_one_family_is_said_of_that_one(lost: Lost, said: str) -> None:
+    (loss,) = losses(*in_two_families(lost))
+    assert loss.text.startswith(said), loss.text
+    assert "is the host up" not in loss.remedy
+
+
+def test_where_all_ipv6_is_lost_the_hosts_are_said_to_answer() -> None:
+    topology, live = in_two_families(lambda one, other: True)
+    assert all("no echo request to it at fd00::" in loss.text for loss in losses(topology, live))
+    (loss,) = losses(topology, live, queries_answered=True)
+    assert loss.text.startswith("none of the IPv6 echo requests that 6 hosts sent to mesh addresses was answered")
+    assert reached_by(topology, live)["a2"] == ("a1", "a3", "b1", "b2", "c1")
 
 
 def test_the_remedy_for_a_pair_names_the_leaders_between_the_two() -> None:

@@ -55,6 +55,14 @@ class _Tried:
     good: frozenset[tuple[str, str]]
     bad: Mapping[tuple[str, str], frozenset[int]]
     """Pair -> the families in which there was no answer."""
+    partly: frozenset[tuple[str, str]] = frozenset()
+    """Of the bad pairs those that have reached each other in the other family."""
+
+    def family(self, pairs: Iterable[tuple[str, str]]) -> int | None:
+        """The one family in which alone packets between these bad pairs are lost; None: there is no such family."""
+        pairs = frozenset(pairs)
+        versions = frozenset(version for pair in pairs for version in self.bad.get(pair, ()))
+        return next(iter(versions)) if len(versions) == 1 and not pairs.isdisjoint(self.partly) else None
 
     def meet(self, one: str, other: str) -> bool:
         """Whether one of the two has reached the other, or they are the same."""
@@ -113,7 +121,8 @@ def losses(
         others_reach = any(one != sender and other in targets for one, other in tried.good)
         if len(targets) > 1 and answered and others_reach and not any(asker == sender for asker, _ in tried.good):
             remaining = {pair for pair in remaining if pair[0] != sender}
-            result.append(_unanswered_sender(sender, targets, answered))
+            family = tried.family((sender, target) for target in targets)
+            result.append(_unanswered_sender(sender, targets, answered, family))
     for target in sorted({pair[1] for pair in remaining}):
         askers = sorted(one for one, other in (*remaining, *tried.good) if other == target)
         if any((asker, target) in tried.good for asker in askers):
@@ -126,10 +135,21 @@ def losses(
         families = frozenset(version for asker in askers for version in tried.bad[asker, target])
         remaining = {pair for pair in remaining if pair[1] != target}
         own = target in tried.tried
+        family = tried.family((asker, target) for asker in askers)
         answer = live.answers.get(target)
         unsent = answer is not None and bool(answer.unsent_peers)
         result.append(
-            _unreached(topology, target, askers, families, own=own, reaches=reaches, sessions=sessions, unsent=unsent)
+            _unreached(
+                topology,
+                target,
+                askers,
+                families,
+                own=own,
+                reaches=reaches,
+                sessions=sessions,
+                unsent=unsent,
+                family=family,
+            )
         )
     mute = {loss.subject for loss in result if not loss.filtered}
     # A host that is cut off reaches no other host either; one finding is enough.
@@ -150,9 +170,10 @@ def limiting_hosts(live: Live) -> frozenset[str]:
 
 
 def reached_by(topology: Topology, live: Live) -> dict[str, tuple[str, ...]]:
-    """Node -> the hosts whose echo requests it has answered, whether its agent lives or not."""
+    """Node -> the hosts whose echo requests it has answered, be it in one family, whether its agent lives or not."""
     reached: dict[str, list[str]] = {}
-    for one, other in sorted(_tried(topology, live).good):
+    tried = _tried(topology, live)
+    for one, other in sorted(tried.good | tried.partly):
         reached.setdefault(other, []).append(one)
     return {name: tuple(askers) for name, askers in reached.items()}
 
@@ -241,7 +262,7 @@ def _tried(topology: Topology, live: Live) -> _Tried:
                 pair = name, target
                 bad[pair] = bad.get(pair, frozenset()) | {ip_address(address).version}
         good |= {(name, by_address[address]) for address in answer.reached if address in by_address}
-    return _Tried(frozenset(good - bad.keys()), bad)
+    return _Tried(frozenset(good - bad.keys()), bad, frozenset(good & bad.keys()))
 
 
 def _explained(topology: Topology, one: str, other: str, down: Collection[frozenset[str]]) -> bool:
@@ -256,11 +277,16 @@ def _unanswered(topology: Topology, tried: _Tried, sessions: Collection[Pair]) -
     signal = tunnel if sessions else "members of a location answer each other's peer queries"
     return Loss(
         subject="packets", filtered=True,
-        text=f"none of the echo requests that {senders} to mesh addresses was answered, although {signal}: it is not "
-             "known whether other packets arrive",
+        text=f"none of the {_ip(tried.family(tried.bad))}echo requests that {senders} to mesh addresses was answered, "
+             f"although {signal}: it is not known whether other packets arrive",
         remedy="let ICMP echo requests from the mesh pass the hosts' firewalls; if they do pass, look for what drops "
                "all that comes in by kilo0 (nft list ruleset), and for a rule or route of the operator's (ip rule)",
     )  # fmt: skip
+
+
+def _ip(family: int | None) -> str:
+    """An adjective for packets of one family alone; empty for all."""
+    return "" if family is None else f"IPv{family} "
 
 
 def end_of(topology: Topology, name: str) -> str:
@@ -278,9 +304,10 @@ def _unreached(
     reaches: bool,
     sessions: Collection[Pair],
     unsent: bool = False,
+    family: int | None = None,
 ) -> Loss:
     """`own`: it has sent echo requests itself; `reaches`: one of them was answered; `unsent`: its WireGuard receives
-    and does not send."""
+    and does not send; `family`: in the other one it is reached."""
     addresses = " and ".join(
         str(address) for address in topology.snapshot.nodes[target].mesh_addresses if address.version in families
     )
@@ -292,7 +319,13 @@ def _unreached(
                    "packets arrive there",
         )  # fmt: skip
     unanswered = f"no echo request to it at {addresses} was answered (tried by {some(askers)})"
-    its_own = ", nor one of its own" if own else ""
+    its_own = f", nor {'one' if family is None else f'an IPv{family} one'} of its own" if own else ""
+    if family is not None:
+        return Loss(
+            subject=target, text=f"{unanswered}{its_own}, although in IPv{10 - family} it is reached",
+            remedy=f"look there for what drops IPv{family} packets that come in by kilo0 or go out by it: nft list "
+                   f"ruleset, ip -{family} rule, ip xfrm policy",
+        )  # fmt: skip
     far = sorted({pair.one if pair.other == target else pair.other
                   for pair in sessions if target in (pair.one, pair.other)})  # fmt: skip
     if far:
@@ -310,11 +343,11 @@ def _unreached(
     )  # fmt: skip
 
 
-def _unanswered_sender(sender: str, targets: Iterable[str], answered: Iterable[str]) -> Loss:
+def _unanswered_sender(sender: str, targets: Iterable[str], answered: Iterable[str], family: int | None) -> Loss:
     return Loss(
         subject=sender,
-        text=f"none of the echo requests that it sends to {some(targets)} is answered, although it answers those of "
-             f"{some(answered)}",
+        text=f"none of the {_ip(family)}echo requests that it sends to {some(targets)} is answered, although it "
+             f"answers those of {some(answered)}",
         remedy="look there for what drops or changes its own packets: nft list ruleset and iptables-save (snat, "
                "masquerade, drop), ip rule, ip xfrm policy",
     )  # fmt: skip
@@ -356,11 +389,13 @@ def _by_leader(
             if out and back
             else f"from {some(near if out else far)} to {some(far if out else near)}"
         )
+        family = tried.family(lost)
         answer = live.answers.get(leader)
         obstacles = () if answer is None else (*answer.trouble, *answer.possible_obstacles)
         yield Loss(
             subject=leader,
-            text=f"it leads its location and does not forward: through it nothing arrives {way}",
+            text=f"it leads its location and does not forward{'' if family is None else f' IPv{family}'}: through it "
+                 f"{'nothing' if family is None else f'no IPv{family}'} arrives {way}",
             remedy="; ".join(obstacles) or f"look there for {FORWARDING_LOOK}",
             between=None if obstacles else (source, target),
         )  # fmt: skip
@@ -382,12 +417,14 @@ def _apart(topology: Topology, lost: Collection[tuple[str, str]], tried: _Tried)
         leaders = {name for other in others for name in path(topology, host, other)[1:-1]}
         between = sorted(leaders - {host, first, *others})
         where = "one of the two" if len(others) == 1 else host
+        family = tried.family(pair for other in others for pair in ((host, other), (other, host)) if pair in lost)
+        only = "" if family is None else f" in IPv{family}"
         if first:
             where = f"{first} first, then on {where}"
         yield Loss(
             subject=" - ".join(ends) if len(others) == 1 else f"{first} - {host}" if first else host,
-            text=(f"{' and '.join(ends)} do not reach each other" if out and back
-                  else f"{ends[0]} {does} not reach {ends[1]}")
+            text=(f"{' and '.join(ends)} do not reach each other{only}" if out and back
+                  else f"{ends[0]} {does} not reach {ends[1]}{only}")
                  + (f", and all that is lost passes {first}; what arrives there does not" if first else ""),
             remedy="look for a firewall (nft list ruleset), " + ("a translation of addresses (snat), " if first else "")
                    + f"another program's rule (ip rule) or IPsec policy (ip xfrm policy), on {where}"

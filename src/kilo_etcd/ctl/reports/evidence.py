@@ -287,7 +287,9 @@ def _unresponsive(
     for name, answer in sorted(live.answers.items()):
         for address in answer.unreached:
             target = by_address.get(address)
-            if target is not None and target in names and name in topology.snapshot.nodes:
+            if target is None or target not in names or name not in topology.snapshot.nodes:
+                continue
+            if name not in reached.get(target, ()):  # A host that answers in one family is there.
                 tried.setdefault(target, []).append(name)
     forwarding = {name for hosts in paths for name in hosts[1:-1]}
 
