@@ -23,7 +23,7 @@ from kilo_etcd.ctl.reports.hops import suspicions
 from kilo_etcd.ctl.reports.live import Live, ago, amount
 from kilo_etcd.ctl.reports.report import Report
 from kilo_etcd.ctl.reports.trace import Plans, explain
-from kilo_etcd.etcd.api import Client, Config, PermissionDenied, Status, Unavailable
+from kilo_etcd.etcd.api import Client, Config, EtcdError, Full, PermissionDenied, Status, Unavailable
 from kilo_etcd.etcd.client import open_client
 from kilo_etcd.etcd.values import Member
 from kilo_etcd.kernel.errors import cannot_ping, failure
@@ -64,6 +64,7 @@ class Mesh:
         self.lost: Callable[[str, str], bool] = lambda source, target: False
         """Whether packets between two nodes are lost."""
         self.denied = False
+        self.refusal: EtcdError = PermissionDenied("user eve may not grant a lease in etcd")
         self.snapshot: Snapshot = trio.run(self._fill)
 
     async def _fill(self) -> Snapshot:
@@ -137,7 +138,7 @@ def mesh(monkeypatch: pytest.MonkeyPatch, virtual_time: None) -> Mesh:
 
     async def denied(*_: object) -> None:
         await trio.lowlevel.checkpoint()
-        raise PermissionDenied("user eve may not grant a lease in etcd")
+        raise made.refusal
 
     monkeypatch.setattr("kilo_etcd.etcd.client.open_client", opened)
     return made
@@ -178,6 +179,19 @@ def test_who_does_not_answer_and_who_may_not_ask_are_told(mesh: Mesh) -> None:
     result = mesh.run("status", "--live")
     assert result.exit_code == 0
     assert "no host could be asked: user eve may not grant a lease in etcd" in result.output
+
+
+def test_what_to_do_where_the_hosts_cannot_be_asked_follows_from_what_etcd_said(mesh: Mesh) -> None:
+    def remedy() -> str:
+        findings = json.loads(mesh.run("check", "-o", "json").stdout)
+        (finding,) = (finding for finding in findings if finding["subject"] == "hosts")
+        assert finding["text"] == f"their agents could not be asked: {mesh.refusal}"
+        return str(finding["remedy"])
+
+    mesh.denied = True
+    assert remedy().startswith("ask as a user who may write below /kilo-status/")
+    mesh.refusal = Full("etcd is full: could not grant a lease; compact, defragment, then etcdctl alarm disarm")
+    assert remedy() == "mend that and check again, or look on the hosts: wg show, journalctl -u kilo-etcd"
 
 
 def test_a_graph_is_coloured_by_what_either_end_says(mesh: Mesh) -> None:

@@ -485,8 +485,9 @@ def _hosts(examined: Examined, places: Evidence, wrong: Collection[Finding]) -> 
     if live.refused:
         yield Finding(
             severity=Severity.WARNING, subject="hosts", text=f"their agents could not be asked: {live.refused}",
-            remedy="ask as a user who may write below /kilo-status/ (ETCDCTL_USER; a host's own user may not), or look "
-                   "on the hosts: wg show, journalctl -u kilo-etcd",
+            remedy=("ask as a user who may write below /kilo-status/ (ETCDCTL_USER; a host's own user may not), or "
+                    if live.denied else "mend that and check again, or ")
+                   + "look on the hosts: wg show, journalctl -u kilo-etcd",
         )  # fmt: skip
     alive = {row.name for row in examined.report.nodes if row.alive}
     for name in live.silent:

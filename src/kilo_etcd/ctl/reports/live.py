@@ -11,7 +11,7 @@ from collections.abc import Collection, Iterable, Mapping
 
 from attrs import evolve, field, frozen
 
-from kilo_etcd.etcd.api import Client, EtcdError
+from kilo_etcd.etcd.api import Client, EtcdError, PermissionDenied
 from kilo_etcd.model import SESSION_SECONDS
 from kilo_etcd.runtime.parsing import shown_duration
 from kilo_etcd.store.diagnostics import PATIENCE_SECONDS, request_diagnostics
@@ -29,6 +29,8 @@ class Live:
     silent: tuple[str, ...] = ()
     refused: str = ""
     """Why nothing could be asked at all, in a sentence."""
+    denied: bool = False
+    """Nothing could be asked because etcd's user may not."""
     clocks: Mapping[str, float] = field(factory=dict)
     """Seconds by which a host's clock is ahead of ours, beyond what the asking itself explains; behind: negative."""
 
@@ -74,7 +76,7 @@ async def gather(
     try:
         answers = await request_diagnostics(client, keys, names, patience=patience, tries=tries, targets=targets)
     except EtcdError as error:
-        return Live(refused=str(error))
+        return Live(refused=str(error), denied=isinstance(error, PermissionDenied))
     after = time.time()
     return Live(
         answers=answers,
