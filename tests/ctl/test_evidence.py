@@ -247,6 +247,23 @@ def test_an_agent_that_is_dead_is_an_error_if_its_host_leads_and_passes_nothing(
     )
 
 
+def test_the_nodes_that_leave_by_an_exit_node_at_which_nothing_arrives_are_named() -> None:
+    topology, live = world(around("b2"), set(PLACES) - {"b2"})
+    nodes = dict(topology.snapshot.nodes)
+    nodes["b2"] = evolve(nodes["b2"], advertises_exit_node=True)
+    nodes |= {name: evolve(nodes[name], exit_node="b2") for name in ("a2", "b1")}
+    topology = build_topology(evolve(topology.snapshot, nodes=nodes))
+    for dead in ((), ("b2",)):
+        (one,) = [each for each in told(topology, live, dead=dead) if each.subject == "b2"]
+        assert one.severity == Severity.ERROR
+        assert "; a2, b1 leave for the internet by it, so from there nothing gets out but for the mesh" in one.text
+        assert one.remedy.startswith("kgctl annotate NODE exit-node=ANOTHER")
+    # Packets arrive there, so they may leave.
+    _, live = world(lambda one, other: False, set(PLACES) - {"b2"})
+    for dead in ((), ("b2",)):
+        assert not [each for each in told(topology, live, dead=dead) if "leave for the internet" in each.text]
+
+
 def test_tunnels_without_a_session_are_one_error_for_each_host() -> None:
     topology = mesh()
     (one,) = told(topology, with_sessions(topology, asked(topology, around("c1")), ("a1", "b1")))

@@ -67,6 +67,7 @@ from kilo_etcd.ctl.trust import distrust
 from kilo_etcd.etcd.api import Client, Config, EtcdError, Unavailable
 from kilo_etcd.etcd.endpoint import parse_endpoint
 from kilo_etcd.model import InternalIPs, IPNetwork
+from kilo_etcd.planning.exit_node import BYPASSES
 from kilo_etcd.runtime.etcd_members import Usable, usable
 from kilo_etcd.store import operator
 from kilo_etcd.store.keys import Keys
@@ -101,6 +102,11 @@ _LOSSY = (
     "first, then look at systemctl status kilo-etcd there"
 )
 """The remedy for an agent that answers late or not at all, if some packets to or from its host get lost."""
+
+
+_ANOTHER_EXIT_NODE = (
+    "kgctl annotate NODE exit-node=ANOTHER, or exit-node- (its own network), for each node that leaves by it; "
+)
 
 
 class Severity(StrEnum):
@@ -307,14 +313,16 @@ def _agents(
                 continue
             gone = places is not None and row.name in places.gone
             leads = gone and places is not None and _leads_location(places.topology, row.name)
+            cut_off = "" if places is None else _cut_off_by_exit_node(places, row.name)
             yield Finding(
-                severity=Severity.ERROR if leads else Severity.WARNING, subject=row.name,
-                text=f"its agent does not report, and it leads its location, through which nothing arrives (tried by "
+                severity=Severity.ERROR if leads or cut_off else Severity.WARNING, subject=row.name,
+                text=(f"its agent does not report, and it leads its location, through which nothing arrives (tried by "
                      f"{first_of(tried, SHOWN)})" if leads
                      else "its agent does not report" + (
                          f", and the host answers no echo request (tried by {first_of(tried, SHOWN)})" if tried else ""
-                     ) + "; its place in the mesh is kept",
-                remedy="is the host up? has it a default route and a way to etcd (ip route, ip neigh)? does its "
+                     ) + "; its place in the mesh is kept") + cut_off,
+                remedy=_ANOTHER_EXIT_NODE * bool(cut_off)
+                       + "is the host up? has it a default route and a way to etcd (ip route, ip neigh)? does its "
                        "firewall drop what comes in (nft list ruleset)? systemctl status kilo-etcd there; gone for "
                        f"good: kgctl node forget {row.name}",
             )  # fmt: skip
@@ -336,6 +344,17 @@ def _agents(
             severity=Severity.NOTE, subject="agents", text=f"different versions run: {listed}",
             remedy="upgrade the older ones when it suits",
         )  # fmt: skip
+
+
+def _cut_off_by_exit_node(places: Evidence, name: str) -> str:
+    """Which nodes have no internet because they leave by a node at which nothing arrives, as the end of a sentence;
+    empty: none."""
+    nodes = places.topology.snapshot.nodes
+    users = sorted(user for user, node in nodes.items() if node.exit_node == name and user not in places.unresponsive)
+    if not users or name not in places.gone:
+        return ""
+    leave = "leaves" if len(users) == 1 else "leave"
+    return f"; {some(users)} {leave} for the internet by it, so from there nothing gets out but for {BYPASSES}"
 
 
 def _leads_location(topology: Topology, name: str) -> bool:
@@ -494,13 +513,15 @@ def _hosts(examined: Examined, places: Evidence, wrong: Collection[Finding]) -> 
         # If only some packets get lost, others may have no answer although the host answers.
         lossy = name in places.in_part.hosts
         tried = None if lossy else places.unresponsive.get(name)
+        cut_off = _cut_off_by_exit_node(places, name) if tried else ""
         if name in places.stopped or (tried and name not in alive):
             continue  # `_agents` says that.
         yield Finding(
             severity=Severity.ERROR if tried else Severity.WARNING, subject=name,
             text=f"its agent has not answered in time, and its host answers no echo request of "
-                 f"{first_of(tried, SHOWN)}" if tried else "its agent lives, but has not answered in time",
-            remedy="is the host up, with its default route (ip route), and its WireGuard running? systemctl status "
+                 f"{first_of(tried, SHOWN)}{cut_off}" if tried else "its agent lives, but has not answered in time",
+            remedy=_ANOTHER_EXIT_NODE * bool(cut_off)
+                   + "is the host up, with its default route (ip route), and its WireGuard running? systemctl status "
                    "kilo-etcd there" if tried
                    else _LOSSY if lossy
                    else "systemctl status kilo-etcd there; an agent of an older version does not answer diagnostics "
