@@ -214,6 +214,34 @@ async def test_wireguard_changed_by_hand_which_no_event_tells_is_found_soon(harm
         await settled(kernel, WORLD)
 
 
+async def test_what_goes_with_an_address_of_its_own_is_restored_at_once_and_nobodys_doing() -> None:
+    underlay()
+    moved = [evolve(route, source=ip_address("10.4.0.9")) if route.source == ip_address("10.4.0.1") else route
+             for route in WORLD.routes.values()]  # fmt: skip
+    addresses = (ip_interface("10.4.0.9/32"), *WORLD.addresses[1:])
+    renumbered = evolve(WORLD, addresses=addresses, routes={route.destination: route for route in moved})
+    # The kernel drops all routes of a device with the last address of their family.
+    bare = evolve(
+        WORLD,
+        addresses=WORLD.addresses[1:],
+        routes={each.destination: evolve(each, source=None) if each.destination.version == 4 else each
+                for each in WORLD.routes.values()},
+    )  # fmt: skip
+    async with agent() as kernel:
+        for wanted in (WORLD, renumbered, WORLD, bare, WORLD):
+            report = await kernel.apply(wanted)
+            assert report.failures == ()
+            assert {str(route.source) for route in wanted.routes.values() if route.source} >= {
+                line.split(" src ")[1].split()[0] for line in routes() if " src 10" in line
+            }
+            assert len(routes()) == len(WORLD.routes) + len(UNREACHABLE)
+            await kernel.observe()
+            with trio.move_on_after(1.0) as time_is_up:
+                pytest.fail(await kernel.wait_drift())
+            assert time_is_up.cancelled_caught
+            await settled(kernel, wanted)
+
+
 async def test_an_endpoint_that_was_learnt_is_nobodys_doing() -> None:
     underlay()
     async with agent() as kernel:

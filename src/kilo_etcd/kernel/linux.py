@@ -601,6 +601,15 @@ class LinuxKernel:
             todo = difference(plan, observed, self._memory, target, reset=reset)
         made, failed = self._make(todo.changes)
         all_made.extend(made)
+        if not failed and any(isinstance(change, DeleteAddress | DeleteLink) for change in made):
+            # What goes takes other things along, such as the routes of an address. Nobody else did that, and nobody is
+            # to wait for the kernel to report it.
+            observed = self._read()
+            settled, target = None, self._target(plan)
+            reset -= {change.public_key for change in made if isinstance(change, SetPeer)}
+            todo = difference(plan, observed, self._memory, target, reset=reset)
+            made, failed = self._make(todo.changes)
+            all_made.extend(made)
         if failed:
             # What was believed may have been wrong, or one change in another's way: look again, once.
             for change, why in failed:
