@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import shutil
+import struct
 import time
 from collections.abc import Iterable
 from ipaddress import ip_address, ip_interface, ip_network
@@ -36,7 +37,8 @@ from kilo_etcd.kernel.firewall.destinations import OwnAddresses
 from kilo_etcd.kernel.firewall.forwardchains import ForwardChains
 from kilo_etcd.kernel.firewall.iptables import Iptables
 from kilo_etcd.kernel.firewall.netfilter import Netfilter
-from kilo_etcd.kernel.read.hooks import MOST_MEMBERS, MOST_TARGETS
+from kilo_etcd.kernel.netlink.codec import UNREADABLE
+from kilo_etcd.kernel.read.hooks import _INTERVAL, MOST_MEMBERS, MOST_TARGETS, _ranges
 from kilo_etcd.kernel.state import Setup
 from kilo_etcd.model import IPNetwork
 from kilo_etcd.model.hostplan import RoutePlan, Via
@@ -1525,6 +1527,14 @@ def test_sets_and_maps_are_read_field_by_field_and_range_by_range() -> None:
 
 @pytest.mark.root
 @pytest.mark.usefixtures("own_namespaces")
+def test_keys_of_several_lengths_in_one_set_are_not_readable() -> None:
+    """The rule that uses it cannot be told then; the others are read."""
+    keys = (b"\x01", b"\x0a\x04\x00\x00")
+    members = [{"NFTA_SET_ELEM_KEY": struct.pack("=HH", 4 + len(key), 1) + key.ljust(4, b"\0")} for key in keys]
+    with pytest.raises(UNREADABLE):
+        list(_ranges(members, _INTERVAL))
+
+
 def test_a_goto_that_may_match_takes_a_packet_past_the_rest_of_its_chain() -> None:
     netfilter = Netfilter()
     for policy, rules, expected in (

@@ -40,7 +40,7 @@ _SHAPES = 256
 """Shapes that are remembered for one class; beyond that they are learnt anew."""
 
 
-UNREADABLE = (ValueError, LookupError, struct.error)
+UNREADABLE = (ValueError, LookupError, struct.error, OverflowError)
 """What reading a message raises that is not as the kernel has it."""
 
 
