@@ -346,6 +346,8 @@ def test_a_program_that_does_not_end_is_waited_for_more_and_more_rarely(
         return len(ran)
 
     assert look(3600) <= 15
+    monkeypatch.setattr(iptables, "_DEADLINE", iptables._LOCK_SECONDS)
+    assert look(3600) <= 15, "another program holds the lock"
     waits = False
     look(600)
     assert look(600) >= 30, "it ends again"
@@ -1115,6 +1117,31 @@ async def test_what_iptables_and_its_older_tables_translate_is_seen() -> None:
                 await kernel.apply(OFFERS_SERVICES)
                 assert cut_protocols(await kernel.obstacles()) == certain, (program, rules)
         sh(f"{program} -t nat -F; {program} -t nat -X")
+
+
+def test_a_drop_is_known_while_another_program_holds_the_lock(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    names, now, locked = tmp_path / "names", 1000.0, False
+    names.write_text("filter")
+
+    def run(*command: str) -> str:
+        nonlocal now
+        if locked:
+            now += iptables._LOCK_SECONDS
+            raise iptables.IptablesError("Another app is currently holding the xtables lock")
+        return "-P FORWARD DROP"
+
+    monkeypatch.setattr(iptables, "_LEGACY_TABLES", {4: names, 6: tmp_path / "none"})
+    monkeypatch.setattr(iptables, "_run", run)
+    monkeypatch.setattr(shutil, "which", lambda name, path: name if "legacy" in name else None)
+    monkeypatch.setattr(time, "monotonic", lambda: now)
+    xtables = Iptables("kilo0", tmp_path / "y", lambda: 1)
+    for _ in range(3):
+        chain = xtables.legacy(4, patience=15)
+        assert chain is not None
+        assert chain.drops
+        now, locked = now + 100, True
+    names.write_text("")
+    assert xtables.legacy(4, patience=15) is None, "the table is gone"
 
 
 @pytest.mark.parametrize(

@@ -506,9 +506,9 @@ _TRANSLATED = re.compile(
 """A rule that may translate what is for a network, or leads to others that may."""
 
 
-def from_iptables(printed: str, version: int) -> BaseChain | None:
-    """The chain FORWARD of what `iptables -S` or `ip6tables -S` prints; None: there is none."""
-    return _base_chain(printed.splitlines(), version, "filter", "FORWARD", "forward", 0)
+def from_iptables(printed: str | None, version: int) -> BaseChain | None:
+    """The chain FORWARD of what `iptables -S` or `ip6tables -S` prints (None: nothing was); None: there is none."""
+    return _base_chain((printed or "").splitlines(), version, "filter", "FORWARD", "forward", 0)
 
 
 def translation_from_iptables(printed: str | None, version: int) -> BaseChain:

@@ -26,6 +26,8 @@ from kilo_etcd.kernel.firewall.forward import AddForward, DeleteForward, Forward
 _PROGRAMS = {4: "iptables", 6: "ip6tables"}
 _PATH = "/usr/local/sbin:/usr/sbin:/sbin:/usr/local/bin:/usr/bin:/bin"
 _DEADLINE = 15.0
+_LOCK_SECONDS = 5.0
+"""How long it waits for the lock that others hold."""
 _LEGACY_TABLES = {4: Path("/proc/net/ip_tables_names"), 6: Path("/proc/net/ip6_tables_names")}
 
 
@@ -36,7 +38,7 @@ _MOST_PATIENCE = 32
 @frozen
 class _LegacyReading:
     """A chain that was read, when, and how many times as long as others it is believed: twice as long after each time
-    that the program did not end, since the next one may take all its time too."""
+    that the program did not end, or waited for the lock in vain, since the next one may take all its time too."""
 
     ended: float
     chain: BaseChain | None
@@ -84,7 +86,9 @@ class Iptables:
             if shutil.which(program, path=_PATH) is None:
                 continue
             try:
-                chains[version], own = read_rules(_run(program, "-w", "5", "-S"), version, self._interface)
+                chains[version], own = read_rules(
+                    _run(program, "-w", f"{_LOCK_SECONDS:g}", "-S"), version, self._interface
+                )
             except OSError as error:
                 if descriptors.is_shortage(error):
                     raise  # Else our own rules would be taken to be gone.
@@ -96,16 +100,17 @@ class Iptables:
         """The chain FORWARD of the older xtables, which nftables does not show; None: it has none, or it is not to be
         read. A reading is believed for `patience` seconds, since each one runs a program; that there is no table costs
         nothing to see, and is looked at each time."""
-        return self._read_again("filter", version, patience, _legacy_forward)
+        return self._read_again("filter", version, patience, from_iptables, "-S")
 
     def legacy_translation(self, version: int, *, patience: float) -> BaseChain | None:
         """Likewise its chain PREROUTING that translates addresses. If there is one and it is not to be read, all may be
         translated."""
-        return self._read_again("nat", version, patience, _legacy_translation)
+        return self._read_again("nat", version, patience, translation_from_iptables, "-t", "nat", "-S")
 
     def _read_again(
-        self, table: str, version: int, patience: float, read: Callable[[int], BaseChain | None]
-    ) -> BaseChain | None:
+        self, table: str, version: int, patience: float, read: Callable[[str | None, int], BaseChain | None],
+        *arguments: str,
+    ) -> BaseChain | None:  # fmt: skip
         try:
             tables = _LEGACY_TABLES[version].read_text().split()
         except OSError:
@@ -116,10 +121,13 @@ class Iptables:
         reading = self._legacy.get((version, table))
         if reading is None or time.monotonic() - reading.ended > patience * reading.patience:
             began = time.monotonic()
-            chain = read(version)
+            printed = _run_legacy(version, *arguments)
             ended = time.monotonic()
-            before = 1 if reading is None else reading.patience
-            times = min(2 * before, _MOST_PATIENCE) if ended - began >= _DEADLINE else 1
+            chain, times = read(printed, version), 1
+            if printed is None and ended - began >= _LOCK_SECONDS:
+                times = min(2 * (1 if reading is None else reading.patience), _MOST_PATIENCE)
+                # What holds the lock changes the rules, or hangs: what they were is the best that is known.
+                chain = chain if reading is None else reading.chain
             reading = self._legacy[version, table] = _LegacyReading(ended, chain, times)
         return reading.chain
 
@@ -143,15 +151,6 @@ class Iptables:
         _run(*change.command)
 
 
-def _legacy_forward(version: int) -> BaseChain | None:
-    printed = _run_legacy(version, "-S")
-    return None if printed is None else from_iptables(printed, version)
-
-
-def _legacy_translation(version: int) -> BaseChain:
-    return translation_from_iptables(_run_legacy(version, "-t", "nat", "-S"), version)
-
-
 def _run_legacy(version: int, *arguments: str) -> str | None:
     """What the program for the older xtables prints; None: there is none, or it fails. One without a suffix may be
     another's, which would print the rules of nftables."""
@@ -160,7 +159,7 @@ def _run_legacy(version: int, *arguments: str) -> str | None:
         if shutil.which(name, path=_PATH) is not None:
             with suppress(OSError):
                 if name != program or "nf_tables" not in _run(name, "--version"):
-                    return _run(name, "-w", "5", *arguments)
+                    return _run(name, "-w", f"{_LOCK_SECONDS:g}", *arguments)
     return None
 
 
