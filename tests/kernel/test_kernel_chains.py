@@ -604,6 +604,8 @@ STATELESS = FilterRule(conditions=(Condition("new", False),), verdict="accept")
         ),
         # Some of it the host itself takes.
         ((), (evolve(translation(ONE_ADDRESS), takes=True),), False),
+        # What it takes of other devices is not of it.
+        ((), (evolve(translation(Condition("iif", "lan9")), takes=True), translation(ONE_ADDRESS)), True),
     ],
 )
 def test_a_chain_that_drops_whatever_the_destination_is_named_after_a_translation(
@@ -619,6 +621,19 @@ def test_a_chain_that_drops_whatever_the_destination_is_named_after_a_translatio
     )
     obstacles = [obstacle for obstacle in chains.obstacles(plan, ["eth0"]) if not obstacle.leading]
     assert [obstacle.networks for obstacle in obstacles] == ([(OFFERED,)] if named else [])
+
+
+def test_the_one_host_of_a_service_may_be_this_one(tmp_path: Path) -> None:
+    """As the API server is on a control plane's host, which then gets the packets and forwards none."""
+    service = ip_network("10.43.0.1")
+    dnat = translation(Condition("daddr", service))
+    before = BaseChain(family="ip", table="n", name="p", hook="prerouting", priority=-100, drops=False, rules=(dnat,))
+    drop = BaseChain(family="ip", table="t", name="f", hook="forward", drops=True)
+    for behind in (service, SERVICES):
+        xtables = NoXtables("kilo0", tmp_path / "y", lambda: 1)
+        chains = ForwardChains("kilo0", tmp_path / "x", Chains(before, drop), xtables, opening=False)
+        obstacles = chains.obstacles(evolve(LEADER, behind=(behind,)), ["eth0"])
+        assert [one.networks for one in obstacles if not one.leading] == ([] if behind == service else [(SERVICES,)])
 
 
 @pytest.mark.parametrize(
@@ -662,7 +677,7 @@ def test_by_which_device_a_network_on_a_link_is_reached() -> None:
 @pytest.mark.parametrize(
     ("network", "on_link"),
     [
-        ("192.168.9.0/24", True), ("192.168.0.0/16", True), ("192.168.9.128/25", True), ("192.168.9.240/32", False),
+        ("192.168.9.0/24", True), ("192.168.0.0/16", True), ("192.168.9.128/25", False), ("192.168.9.240/32", False),
         ("192.168.8.0/24", False),
         ("fd09::/64", True), ("fd00::/8", True), ("fd09::5/128", False), ("fd08::/64", False),
     ],
@@ -972,6 +987,53 @@ async def test_what_is_dropped_by_the_device_of_a_network_behind_the_host_is_nam
 
 @pytest.mark.root
 @pytest.mark.usefixtures("own_namespaces")
+async def test_a_narrower_route_leads_a_part_of_a_links_network_elsewhere() -> None:
+    """As those of VPNs and of containers do, whose devices may have no address in it."""
+    sh("ip link add eth0 type veth peer eth1; ip addr add 172.20.0.1/16 dev eth0; ip link set eth0 up; "
+       "ip route add default via 172.20.0.2; ip link add vpn0 type veth peer vpn1; ip link set vpn0 up; "
+       "ip link set vpn1 up; ip link set eth1 up")  # fmt: skip
+    accepting = "policy drop; ct state established,related accept; oifname vpn0 accept"
+    async with open_kernel(Setup(private_key=PRIVATE)) as kernel:
+        await kernel.apply(evolve(LEADER, behind=(OFFERED,)))
+        for rules in (accepting, "oifname eth0 drop"):
+            load(f"table inet x {{ chain f {{ type filter hook forward priority 0; {rules}; }}\n}}")
+            assert cut_networks([one for one in await kernel.obstacles() if not one.leading]) == [OFFERED], rules
+            sh(f"ip route add {OFFERED} dev vpn0")
+            assert cut_networks([one for one in await kernel.obstacles() if not one.leading]) == [], rules
+            sh(f"ip route del {OFFERED}; nft delete table inet x")
+        sh("sysctl -qw net.ipv6.conf.all.forwarding=1; ip addr add fd09::1/64 dev eth0 nodad")
+        await kernel.apply(evolve(LEADER, forwarding=frozenset({6}), behind=(ip_network("fd09::/64"),)))
+        load("table inet x { chain f { type filter hook forward priority 0; oifname eth0 ip6 daddr fd00::/8 drop; }\n}")
+        obstacles = [one for one in await kernel.obstacles() if not one.leading]
+        assert cut_networks(obstacles) == [ip_network("fd09::/64")], "the first address is the host's own to IPv6"
+
+
+@pytest.mark.root
+@pytest.mark.usefixtures("own_namespaces")
+async def test_a_part_of_a_links_network_may_be_for_services() -> None:
+    """As the pool of a load balancer is."""
+    sh("ip link add eth0 type veth peer eth1; ip addr add 192.168.9.1/24 dev eth0; ip link set eth0 up; "
+       "ip route add default via 192.168.9.2")  # fmt: skip
+    pool = ip_network("192.168.9.240/28")
+    load(
+        "table ip n { chain p { type nat hook prerouting priority -100; ip daddr 192.168.9.241 dnat to 10.42.0.1; }\n}"
+    )
+    head = "table inet x { chain f { type filter hook forward priority 0; policy drop; ct state established accept;"
+    async with open_kernel(Setup(private_key=PRIVATE)) as kernel:
+        await kernel.apply(evolve(LEADER, behind=(pool, LAN)))
+        for rule, named in (
+            ("ct status dnat accept", [LAN]),
+            ("ip daddr 10.42.0.0/16 accept", [LAN]),
+            ("", [pool, LAN]),
+        ):
+            load(f"{head} {rule}; }}\n}}")
+            obstacles = [one for one in await kernel.obstacles() if not one.leading]
+            assert sorted(cut_networks(obstacles)) == sorted(named), rule
+            sh("nft delete table inet x")
+
+
+@pytest.mark.root
+@pytest.mark.usefixtures("own_namespaces")
 async def test_what_kube_proxy_drops_of_services_that_are_not_there_is_meant() -> None:
     """It has no IPv6 service yet, and none of UDP. Elsewhere the same drops are none of services."""
     sh("ip link add eth0 type veth peer eth1; ip addr add 192.168.9.1/24 dev eth0; ip link set eth0 up; "
@@ -1224,6 +1286,10 @@ async def test_a_destination_that_is_written_beside_a_translation_or_by_a_prefix
                  f"ip6 {written}; }}\n}}")  # fmt: skip
             assert cut_networks(await kernel.obstacles()) == [SERVICES, *others], written
             sh("nft delete table inet n")
+        load("table inet n { chain p { type filter hook prerouting priority -150; meta nfproto ipv6 iifname kilo0 "
+             "ip6 daddr set fd00:42::5; }\n}")  # fmt: skip
+        assert cut_networks(await kernel.obstacles()) == [SERVICES], "of all that comes in"
+        sh("nft delete table inet n")
         sh(prefix)
         assert cut_networks(await kernel.obstacles()) == [SERVICES]
         load("table ip n { chain p { type nat hook postrouting priority 100; "
@@ -1331,7 +1397,7 @@ def of_services(*addresses: str, balanced: str = "") -> OwnAddresses:
          "fd42::/112 fd43::3/128"),
         # As a load balancer is given an address of the LAN.
         (evolve(of_services("192.168.9.240/32", balanced="192.168.9.240"), links={LAN: frozenset(("br9",))}),
-         "192.168.9.240/32", "192.168.9.0/24 192.168.0.0/16 192.168.9.240/29 192.168.9.241/32"),
+         "192.168.9.240/32 192.168.9.240/29", "192.168.9.0/24 192.168.0.0/16 192.168.9.0/29 192.168.9.241/32"),
     ],
 )  # fmt: skip
 def test_a_network_counts_as_the_hosts_own_if_its_loopback_holds_it_or_addresses_of_it_that_are_balanced(

@@ -152,6 +152,7 @@ class Host:
             self._iptables,
             opening=forward_rules,
             own=self._own_addresses,
+            routed=lambda networks: routing.devices_to(self._route, networks, self.links),
         )
         self.userspace = userspace.UserspaceDevice(uapi_dir, runtime_dir)
         self._kernel: wireguard.KernelDevice | None = None

@@ -238,14 +238,14 @@ class OwnAddresses:
         return next(iter(names)) if len(names) == 1 else UNKNOWN_DEVICE
 
     def on_link(self, network: IPNetwork) -> bool:
-        """Whether a network is one of hosts on a link of this one, or holds such a network: none of services. A single
-        address may be one of a service."""
-        hosts = network.prefixlen < network.max_prefixlen
-        return hosts and self._links.hold((network,), network.version) is not False
+        """Whether a network is that of a link of this host, or holds one: of hosts, and none of services. A part of a
+        link's network may be set apart for services, as load balancers do."""
+        version, whole = network.version, bounds(network)
+        return any(link.version == version and _within(bounds(link), whole) for link in self.links)
 
     def may_be(self, network: IPNetwork) -> bool:
         """Whether all packets for a network may be for the host itself: a device for services holds it, or an address
-        of it at which the kernel balances a service, so that the network is one of services. Of a network on a link
+        of it at which the kernel balances a service, so that the network is one of services. Of a link's network
         only that address is one. Any other address there may be the host's name to routers, or one that several hosts
         have; the rest of the network is elsewhere then."""
         version, (first, last) = network.version, bounds(network)
@@ -257,10 +257,6 @@ class OwnAddresses:
             return False
         numbers = self._numbers[version]
         return bisect_left(numbers, first) < bisect_right(numbers, last)
-
-    @cached_property
-    def _links(self) -> Networks:
-        return Networks.of(self.links)
 
     @cached_property
     def _services(self) -> tuple[IPInterface, ...]:
@@ -278,6 +274,10 @@ class OwnAddresses:
         return {version: sorted(int(ip) for ip in services if ip.version == version) for version in (4, 6)}
 
 
+def _within(inner: tuple[int, int], outer: tuple[int, int]) -> bool:
+    return outer[0] <= inner[0] and inner[1] <= outer[1]
+
+
 def translated(
     to: Iterable[Destination], chains: Iterable[BaseChain], own: OwnAddresses, subnets: tuple[IPNetwork, ...]
 ) -> Iterator[Destination]:
@@ -288,12 +288,15 @@ def translated(
     for destination in to:
         hosts = destination.member or own.on_link(destination.network)
         local = not destination.member and own.may_be(destination.network)
+        service = not hosts and destination.network.prefixlen == destination.network.max_prefixlen
         places: dict[str, list[Place]] = {name: [] for name in _PROTOCOLS}
         taken = set(_PROTOCOLS if local else ())
         for each in translating:
-            for name in each.of(destination, subnets, local=local, all_of_it=hosts):
+            for name, takes in each.of(destination, subnets, local=local, all_of_it=hosts):
                 places[name].append(each.chain.place)
-                taken |= {name} if each.takes else set()
+                # The one host of a service may be this one.
+                to_itself = takes or (service and each.chain.place <= _ROUTING)
+                taken |= {name} if to_itself else set()
         first = {name: min(several) for name, several in places.items() if several}
         yield evolve(destination, translated=first, taken=frozenset(taken), services=not hosts)
 
@@ -303,29 +306,39 @@ class _Translation:
 
     def __init__(self, chain: BaseChain) -> None:
         self.chain = chain
-        self.takes = any(rule.takes for rules in (chain.rules, *chain.chains.values()) for rule in rules)
         self._tests = AddressTests(chain)
-        self._known: dict[object, dict[str, set[bool | None]]] = {}
+        self._takes = any(rule.takes for rules in (chain.rules, *chain.chains.values()) for rule in rules)
+        self._known: dict[object, dict[str, tuple[set[bool | None], bool]]] = {}
 
     def of(
         self, to: Destination, subnets: tuple[IPNetwork, ...], *, local: bool, all_of_it: bool
-    ) -> Iterator[str]:  # fmt: skip
-        """The protocols of which it translates packets for a destination, `all_of_it` or some. `local`: this may be the
-        host itself."""
+    ) -> Iterator[tuple[str, bool]]:  # fmt: skip
+        """The protocols of which it translates packets for a destination, `all_of_it` or some, and whether it may give
+        some to the host itself. `local`: the destination may be the host itself."""
         version, at = to.network.version, None if local else False
         alike = to.ways, version, local, self._tests.index.of(to.network)
         if alike not in self._known:
             narrowed = self._tests.narrowed("daddr", to.network)
-            self._known[alike] = {
-                name: {
-                    translates(narrowed, Packet(version, near, far, subnets, name, destination=to.network, local=at))
-                    for near, far in to.ways
-                }
-                for name in _PROTOCOLS
-            }
-        for name, answers in self._known[alike].items():
+            taking = _taking_alone(narrowed) if self._takes else None
+            self._known[alike] = {}
+            for name in _PROTOCOLS:
+                packets = [
+                    Packet(version, near, far, subnets, name, destination=to.network, local=at) for near, far in to.ways
+                ]
+                takes = taking is not None and any(translates(taking, packet) is not False for packet in packets)
+                self._known[alike][name] = {translates(narrowed, packet) for packet in packets}, takes
+        for name, (answers, takes) in self._known[alike].items():
             if True in answers or (None in answers and not all_of_it):
-                yield name
+                yield name, takes
+
+
+def _taking_alone(chain: BaseChain) -> BaseChain:
+    """A chain whose other rules translate nothing."""
+
+    def alone(rules: tuple[FilterRule, ...]) -> tuple[FilterRule, ...]:
+        return tuple(rule if rule.translates == rule.takes else evolve(rule, translates=rule.takes) for rule in rules)
+
+    return evolve(chain, rules=alone(chain.rules), chains={name: alone(rules) for name, rules in chain.chains.items()})
 
 
 def _may_translate(chain: BaseChain) -> bool:

@@ -18,6 +18,7 @@ from attrs import evolve, frozen
 
 from kilo_etcd.kernel import sysctl
 from kilo_etcd.kernel.firewall.chains import (
+    UNKNOWN_DEVICE,
     BaseChain,
     Obstacle,
     Packet,
@@ -68,11 +69,12 @@ class _Found:
 class ForwardChains:
     """Of one network namespace. Blocking. `record`: a file that says that there may be rules of ours, so that hosts
     that never had any are not searched for them; `opening`: whether chains that drop are to be opened; `own`: reads the
-    host's addresses."""
+    host's addresses; `routed`: the devices to which its routes lead what is for some networks."""
 
     def __init__(
         self, interface: str, record: Path, netfilter: Netfilter, iptables: Iptables, *, opening: bool,
         own: Callable[[], OwnAddresses] = OwnAddresses,
+        routed: Callable[[Collection[IPNetwork]], Mapping[IPNetwork, str]] = lambda networks: {},
     ) -> None:  # fmt: skip
         self._interface = interface
         self._record = record
@@ -80,6 +82,7 @@ class ForwardChains:
         self._iptables = iptables
         self._opening = opening
         self._read_own = own
+        self._routed = routed
         self._last_own: tuple[float, OwnAddresses] | None = None
         self._legacy_drops = False
         """Whether a chain of the older xtables dropped mesh traffic when it was last looked at."""
@@ -137,7 +140,7 @@ class ForwardChains:
         if plan is None:
             return ()
         last, subnets, own = self._by_destination, _subnets(plan), self._own() if plan.behind else None
-        ways = {network: own.device_to(network) for network in plan.behind} if own is not None else {}
+        ways = {} if own is None else self._ways(plan.behind, own)
         if (
             last is None
             or last.plan is not plan
@@ -159,6 +162,15 @@ class ForwardChains:
             obstacles = destination_obstacles(chains, translated(to, translating, own, subnets), sent, subnets)
             last = self._by_destination = evolve(last, translating=translating, own=own, obstacles=obstacles)
         return last.obstacles
+
+    def _ways(self, networks: Collection[IPNetwork], own: OwnAddresses) -> dict[IPNetwork, str]:
+        """The devices by which networks are reached: those of links, unless a narrower route leads elsewhere."""
+        on_links = {network: own.device_to(network) for network in networks}
+        known = [network for network, device in on_links.items() if device != UNKNOWN_DEVICE]
+        routed = self._routed(known) if known else {}
+        return {
+            network: device if device == routed.get(network) else UNKNOWN_DEVICE for network, device in on_links.items()
+        }
 
     def _own(self) -> OwnAddresses:
         last, now = self._last_own, time.monotonic()

@@ -320,8 +320,10 @@ def to_rules(rule: Found, sets: Sets = lambda name: None, hook: str = "preroutin
                 ipv6 = rule.get("nfgen_family") == nft.NFPROTO_IPV6 or Condition("version", 6) in conditions
                 registers.load(attributes["NFTA_PAYLOAD_DREG"], _side(attributes, ipv6=ipv6))
             else:
-                conditions.append(Condition(name))
-                translates = translates or _writes_destination(attributes, rule, conditions)
+                writes = _writes_destination(attributes, rule, conditions)
+                translates = translates or writes
+                # Into that header it can be written in every packet.
+                conditions += () if writes else (Condition(name),)
         elif name == "fib":
             registers.load(get("NFTA_FIB_DREG", b""), _destination_type(attributes))
         elif name == "bitwise":

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import errno
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 
 from kilo_etcd.kernel.errors import NetlinkError
 from kilo_etcd.kernel.netlink import sockets
@@ -11,7 +11,7 @@ from kilo_etcd.kernel.netlink.sockets import NetlinkMessage
 from kilo_etcd.kernel.read import rtnl as replies
 from kilo_etcd.kernel.routing.policy import own_priorities, own_rules, own_tables
 from kilo_etcd.kernel.routing.rules import ForeignRule, RoutingRule
-from kilo_etcd.kernel.state import UNREACHABLE_METRIC, OwnTable, Policy, Route
+from kilo_etcd.kernel.state import UNREACHABLE_METRIC, Link, OwnTable, Policy, Route
 from kilo_etcd.kernel.write import rtnl as requests
 from kilo_etcd.model import IPNetwork
 
@@ -70,6 +70,19 @@ def routes_of(sock: sockets.Socket, version: int, table: int, names: Mapping[int
 
     _dump(sock, requests.get_routes(version, table), keep)
     return routes
+
+
+def devices_to(
+    sock: sockets.Socket, networks: Collection[IPNetwork], links: Mapping[int, Link]
+) -> dict[IPNetwork, str]:  # fmt: skip
+    """The devices by which packets for the last addresses of networks go out, of those to which a route leads. (To
+    IPv6 the first one is the host itself.)"""
+    answers = sock.ask([requests.get_route_to(network.broadcast_address) for network in networks], replies.read_way)
+    return {
+        network: links[answer[0]].name
+        for network, answer in zip(networks, answers, strict=True)
+        if not isinstance(answer, NetlinkError) and answer[0] in links
+    }
 
 
 def _dump(sock: sockets.Socket, message: NetlinkMessage, keep: Callable[[bytes], None]) -> None:
