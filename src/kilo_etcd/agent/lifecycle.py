@@ -1,10 +1,8 @@
 """How far an agent has come, from its start to its end, as one value.
 
-```
-STARTING -> FOLLOWING --------------> JOINED
-                |                       ^
-                +---> FORWARDING -------+
-```
+    STARTING -> FOLLOWING --------------> JOINED
+                    |                       ^
+                    +---> FORWARDING -------+
 
 An agent that etcd does not let join goes through FORWARDING: it forwards by what it knows. An agent may leave
 in any phase; its phase stays. Pure.
