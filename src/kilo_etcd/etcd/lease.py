@@ -11,8 +11,8 @@ etcd's gRPC proxy sends keepalives in a rhythm of its own while a stream lasts, 
 second, and answers with the next of these. The two rhythms drift apart, until a keepalive would miss its answer by a
 hair. So the interval counts from the sending of the last keepalive, which leaves the time of a second attempt, unless
 the next answer of a proxy could come too late: then it counts from the last answer. If the answer to such a keepalive
-is later than a proxy's would be, etcd itself is slow, and counts as slow until an answer comes in time. Keepalives with
-a long pause between them have a stream each, of which the proxy answers the first one at once.
+is later than a proxy's would be, etcd itself is slow, and counts as slow until an answer comes well in time. Keepalives
+with a long pause between them have a stream each, of which the proxy answers the first one at once.
 """
 
 from __future__ import annotations
@@ -35,6 +35,9 @@ PROXY_STEP = 0.55
 """Seconds by which a proxy's answer may be later than its last one was: half a second, and the way."""
 AHEAD = 0.95
 """How long the pause between a late answer and the next keepalive is, of the interval."""
+WELL = 0.95
+"""Within which part of the time an answer comes that ends what is remembered of a slow etcd. Less than the whole, since
+the answers of one that is just too slow vary."""
 STREAM_EACH = 10.0
 """Seconds between two keepalives from which on each has a stream of its own."""
 
@@ -57,8 +60,9 @@ def next_keepalive(
     # A proxy would have answered sooner after such a pause, so it is etcd that is slow.
     slow = from_answer and wait > (1 - AHEAD) * interval + PROXY_STEP
     if in_time or slow:
-        # What is remembered of a slow etcd: else the pause after each second answer would be a proxy's.
-        return NextKeepalive(sent_at + interval, from_answer=slow)
+        # What is remembered of a slow etcd: else the pause after each second answer would be a proxy's. An answer well
+        # in time ends that: the slow one may have been a single late one of a proxy, whose next ones come ever later.
+        return NextKeepalive(sent_at + interval, from_answer=slow and wait + PROXY_STEP > WELL * patience)
     return NextKeepalive(answered_at + AHEAD * interval, from_answer=True)
 
 
