@@ -6,10 +6,10 @@ a host that has seen that its claim is the oldest may use the address (`store.cl
 that of the one node whose record states it: a host keeps its address while a claim that was deleted is on its way back.
 So one write takes no address away (decisions 0024 and 0034).
 
-A node's claims are as old as its reservation (`by/<node>/reservation`) or its record, the older of the two, if that is
-younger than they are, and come after all others if it has neither. The reservation outlives the node's record, and ends
-by its lease. From then on another node may take the address, and keeps it when the former owner comes back, whose
-reservation is younger then (decision 0040).
+The claims of a node with a reservation (`by/<node>/reservation`) are as old as that or its record, the older of the
+two, if that is younger than they are. With a record alone they are as old as they are, and they come after all others
+if it has neither. The reservation outlives the node's record, and ends by its lease. From then on another node may take
+the address, and keeps it when the former owner comes back, whose reservation is younger then (decision 0040).
 
 The mesh's subnets are decided by the records: those that most nodes are in stay in force when `mesh/subnets` changes.
 Nodes whose records state nothing count too: a single record must not decide for them.
@@ -82,8 +82,8 @@ class Reservations:
         return self._registered.keys() <= self._reserved.keys()
 
     def order(self, claimant: Claimant, created: int) -> tuple[bool, int, Claimant]:
-        """The key by which claims are sorted that were created at these revisions. Names break a tie, which one
-        transaction can make."""
+        """The key by which claims are sorted that were created at these revisions: of a node without a reservation, and
+        of a peer, by that alone. Names break a tie, which one transaction can make."""
         kind, name = claimant
         since = 0
         if kind == "node" and (reserved := self._reserved.get(name)) is not None:

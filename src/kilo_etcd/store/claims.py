@@ -19,8 +19,8 @@ is older than the new claim, and the taker gives way, or it is younger, and the 
 
 Nothing is taken if that may be a living host's. In an etcd that was restored from a backup, and that no agent follows
 yet, all reservations end while the hosts go on. So an address is taken only if an agent follows this etcd whose record
-is older than the claims, if no agent lives under a claimant's name, and if all of that is still so after `PAUSE`. No
-search waits for that: it ends (`TakeLater`), and the next one is told what was unused.
+is older than the claims (the youngest of several), if no agent lives under a claimant's name, and if all of that is
+still so after `PAUSE`. No search waits for that: it ends (`TakeLater`), and the next one is told what was unused.
 
 All writes are on the condition that the node's name is as it was when the caller looked: a second host of a living
 host's name changes nothing of the first one's.
