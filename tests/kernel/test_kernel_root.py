@@ -15,7 +15,7 @@ import socket
 import subprocess
 import time
 from collections.abc import AsyncIterator, Sequence
-from contextlib import asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager
 from ipaddress import ip_address, ip_interface, ip_network
 from typing import Any, NoReturn
 
@@ -29,7 +29,18 @@ from helpers import eventually
 from helpers_load import soon
 from helpers_namespaces import is_in_force
 from kilo_etcd.agent.discover import choose_addresses
-from kilo_etcd.kernel import Kernel, KernelError, Setup, cleanup, list_addresses, open_kernel, userspace
+from kilo_etcd.kernel import (
+    PEER_PROTOCOL,
+    Kernel,
+    KernelError,
+    Setup,
+    agent_has,
+    cleanup,
+    leftovers,
+    list_addresses,
+    open_kernel,
+    userspace,
+)
 from kilo_etcd.kernel.errors import NetlinkError
 from kilo_etcd.kernel.linux import LinuxKernel
 from kilo_etcd.kernel.netlink.sockets import Listener, NetlinkMessage, Socket
@@ -849,6 +860,28 @@ async def test_a_host_with_a_new_key_knows_its_device_although_no_route_leads_th
     # Its key file is gone again.
     assert "ip link del kilo0" in " ".join(lines(await cleanup("kilo0")))
     assert "kilo0" not in sh("ip -br link")
+
+
+@pytest.mark.parametrize("restarted", [False, True])
+async def test_an_agent_that_has_nothing_to_change_writes_which_key_its_device_has(restarted: bool) -> None:
+    """As after the upgrade of an agent that wrote no such file, or after /run/kilo-etcd was emptied."""
+    underlay()
+    wanted = evolve(WORLD, routes={})
+    async with AsyncExitStack() as stack:
+        kernel = await stack.enter_async_context(agent())
+        assert (await kernel.apply(wanted)).failures == ()
+        sh("rm /run/kilo-etcd/kilo0.*public-key")
+        if restarted:
+            await stack.aclose()
+            kernel = await stack.enter_async_context(agent())
+        assert (await kernel.apply(wanted)).changes == ()
+        # A connection's cleanup leaves it to the agent.
+        assert await agent_has("kilo0", key(92))
+        assert await leftovers("kilo0", public_key=key(92), protocol=PEER_PROTOCOL) == ()
+    async with open_kernel(Setup(private_key=key(91))) as kernel:
+        await kernel.check()
+        assert (await kernel.apply(wanted)).failures == ()
+        await settled(kernel, wanted)
 
 
 @pytest.mark.parametrize("length", [24, 32])

@@ -17,7 +17,6 @@ class DeviceKeys:
 
     def __init__(self, directory: str) -> None:
         self._directory = Path(directory)
-        self._written: tuple[str, str] | None = None
 
     def _path(self, interface: str) -> Path:
         return self._directory / f"{interface}.public-key"
@@ -31,14 +30,12 @@ class DeviceKeys:
 
     def write(self, interface: str, public_key: str) -> None:
         """If that fails, the device is known by the host's key and by routes alone."""
-        if (interface, public_key) == self._written:
+        if self.read(interface) == public_key:
             return
         with suppress(OSError):
             self._directory.mkdir(parents=True, exist_ok=True)
             write_whole(self._path(interface), f"{public_key}\n".encode())
-            self._written = interface, public_key
 
     def forget(self, interface: str) -> None:
         """Remove the file. OSError."""
         self._path(interface).unlink(missing_ok=True)
-        self._written = None

@@ -139,7 +139,7 @@ class Host:
         self.protocol = protocol
         self.ipip = ipip_name(interface)
         self._record = Path(runtime_dir) / f"{interface}.sysctl.json"
-        self._device_keys = DeviceKeys(runtime_dir)
+        self.device_keys = DeviceKeys(runtime_dir)
         self._route = sockets.Socket(core.NETLINK_ROUTE)
         self._generic = wireguard.generic_socket()
         self.netfilter = Netfilter()
@@ -347,7 +347,7 @@ class Host:
 
     def _is_agents(self, name: str, state: DeviceState) -> bool:
         """Whether an agent has given the WireGuard device `name` the key that it has."""
-        return bool(state.public_key) and state.public_key == self._device_keys.read(name)
+        return bool(state.public_key) and state.public_key == self.device_keys.read(name)
 
     def check(self, backend: Backend, command: str) -> None:
         """KernelError if no plan could be brought about, as things are. Changes nothing."""
@@ -632,12 +632,7 @@ class Host:
         if link is not None and link.link.kind == "wireguard":
             device = self._kernel_device()
         assert device is not None
-        results = list(_write(device, self.interface, changes))
-        if self.protocol == ROUTE_PROTOCOL and not any(
-            isinstance(change, SetDevice) and error for change, error in results
-        ):
-            self._device_keys.write(self.interface, self._public_key)
-        yield from results
+        yield from _write(device, self.interface, changes)
 
     def _make_batch(self, group: list[Change]) -> Iterator[tuple[Change, OSError | None]]:
         changes: list[_Batched] = [c for c in group if isinstance(c, _Batched)]
@@ -812,7 +807,7 @@ class Host:
     def forget_records(self) -> None:
         """Forget which values sysctls had before us, which have been restored or are to stay, and our device's key."""
         self._record.unlink(missing_ok=True)
-        self._device_keys.forget(self.interface)
+        self.device_keys.forget(self.interface)
 
 
 def _led_to(*groups: Iterable[Route]) -> set[str]:

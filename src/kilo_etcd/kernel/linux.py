@@ -662,6 +662,9 @@ class LinuxKernel:
         """Keep what is now believed of the host."""
         observed = apply_changes(observed, made, target.interface) if made else observed
         self._host.note_ways(made)
+        if target.protocol == ROUTE_PROTOCOL and observed.link is not None and observed.public_key == target.public_key:
+            # At each apply: an agent of before may have written no file, or somebody has removed it since.
+            self._host.device_keys.write(target.interface, target.public_key)
         if observed.ipip is not None and not observed.ipip.index:
             index = next((link.index for link in self._host.links.values() if link.name == target.ipip), 0)
             observed = evolve(observed, ipip=evolve(observed.ipip, index=index))
