@@ -59,5 +59,5 @@ def test_what_of_a_record_is_no_text_is_left_out(tmp_path: Path, monkeypatch: py
     path = SetForwarding(4).path
     monkeypatch.setattr(sysctl, "_read", lambda _: "1")
     record = tmp_path / "record"
-    record.write_text(json.dumps({"namespace": sysctl._namespace(), "before": {path: ["0"], "net/../../etc/x": "0"}}))
+    record.write_text(json.dumps({"namespace": sysctl.namespace(), "before": {path: ["0"], "net/../../etc/x": "0"}}))
     assert sysctl.to_restore(record) == ()

@@ -11,10 +11,10 @@ from contextlib import suppress
 from pathlib import Path
 
 
-def write_whole(path: Path, content: bytes) -> None:
-    """Have the file hold `content`, with the mode of a new file. OSError: it is as it was."""
+def write_whole(path: Path, content: bytes, *, mode: int = 0o666) -> None:
+    """Have the file hold `content`, with `mode` less the umask. OSError: it is as it was."""
     aside = path.with_name(f".{path.name}.{secrets.token_hex(8)}")
-    handle = os.open(aside, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
+    handle = os.open(aside, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, mode)
     try:
         with os.fdopen(handle, "wb") as file:
             file.write(content)

@@ -121,7 +121,7 @@ def change_to(change: SetForwarding | AllowPings | KeepAdvertisements | LoosenRe
 
 def _store(record: Path, former: dict[str, str]) -> None:
     record.parent.mkdir(parents=True, exist_ok=True)
-    write_whole(record, json.dumps({"namespace": _namespace(), "before": former}).encode())
+    write_whole(record, json.dumps({"namespace": namespace(), "before": former}).encode())
 
 
 def to_restore(record: Path) -> tuple[RestoreSysctl, ...]:
@@ -161,14 +161,15 @@ def _write(path: str, value: str) -> None:
     (_ROOT / path).write_text(value)
 
 
-def _namespace() -> int:
+def namespace() -> int:
+    """The number of this process's network namespace."""
     return os.stat("/proc/self/ns/net").st_ino
 
 
 def _load(record: Path) -> dict[str, str]:
     try:
         data = json.loads(record.read_text())
-        if data["namespace"] != _namespace():
+        if data["namespace"] != namespace():
             return {}
         return {
             path: value
