@@ -206,6 +206,19 @@ async def test_only_its_own_record_is_deleted() -> None:
     assert NODE not in etcd
 
 
+@pytest.mark.parametrize(("whose", "kept"), [("b", True), ("a", False), (None, False)])
+async def test_without_a_record_what_another_living_host_of_the_name_has_is_not_deleted(
+    whose: str | None, kept: bool
+) -> None:
+    etcd = FakeEtcd()
+    claim = KEYS.address("a", ip_interface("10.4.0.1/16").ip)
+    etcd.put(claim, "")
+    if whose is not None:
+        etcd.put_kept(STATUS, encode(StatusRecord(public_key=wg_key(whose))))
+    await registration(etcd).delete()
+    assert (claim in etcd, STATUS in etcd) == (kept, kept)
+
+
 # --- keys under the short lease, and under none ---------------------------------------------------------------------
 
 

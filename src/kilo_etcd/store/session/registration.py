@@ -273,11 +273,16 @@ class Registration:
         self.record, self._known = None, None
 
     async def delete(self) -> None:
-        """Delete all keys of the name, unless another host's record is there. EtcdError."""
-        node_kv = await self._client.get(self._node_key)
-        if node_kv is None or self.is_own(node_kv):
-            as_it_was = absent(self._node_key) if node_kv is None else unchanged(node_kv)
-            await self._client.txn([as_it_was], [Delete(root, prefix_end(root)) for root in self._roots])
+        """Delete all keys of the name, unless another host's record is there, or its status without a record.
+        EtcdError."""
+        standing = await self.look()
+        if standing.node is None:
+            free = standing.status is None or not self._is_anothers(standing.status)
+            as_it_was = self.conditions(standing)
+        else:
+            free, as_it_was = self.is_own(standing.node), [unchanged(standing.node)]
+        if free:
+            await self._client.txn(as_it_was, [Delete(root, prefix_end(root)) for root in self._roots])
 
     # --- the task ----------------------------------------------------------------------------------------------
 
