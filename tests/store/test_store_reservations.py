@@ -632,6 +632,43 @@ async def test_a_running_host_that_comes_back_to_a_full_space_says_whose_its_add
                 assert holders(etcd) == {"host": it.addresses, "other": other.addresses}
 
 
+class ClaimsDenied(FakeClient):
+    """Of a user that may claim no address."""
+
+    async def txn(
+        self, compare: Sequence[Compare], success: Sequence[Op] = (), failure: Sequence[Op] = ()
+    ) -> TxnResult:
+        if any(isinstance(op, Put) for op in success):
+            raise PermissionDenied("etcd denies it")
+        return await super().txn(compare, success, failure)
+
+
+@pytest.mark.parametrize("refusal", [NoAddressLeft, PermissionDenied])
+async def test_a_start_that_finds_no_address_leaves_no_lease(refusal: type[Exception]) -> None:
+    etcd = FakeEtcd()
+    if refusal is NoAddressLeft:
+        fill(etcd)
+    for _ in range(20):
+        client = etcd.client() if refusal is NoAddressLeft else ClaimsDenied(etcd, "new")
+        with pytest.raises(refusal):
+            await session(client, "new").claim_addresses(FOUR)
+    assert etcd.leases() == {}
+    assert etcd.keys(KEYS.by("new")) == []
+
+
+async def test_a_start_that_is_ended_while_it_waits_for_an_unused_address_leaves_no_lease() -> None:
+    async with followed() as etcd, trio.open_nursery() as nursery:
+        fill(etcd)
+        before = etcd.leases()
+        it = session(etcd.client(), "host")
+        nursery.start_soon(it.claim_addresses, FOUR)
+        await trio.sleep(3)
+        nursery.cancel_scope.cancel()
+        with trio.CancelScope(shield=True):
+            await it.resign()
+        assert etcd.leases() == before
+
+
 async def test_a_host_that_found_no_address_looks_at_once_in_other_subnets_and_in_another_etcd() -> None:
     etcd = FakeEtcd()
     for number in (1, 2):

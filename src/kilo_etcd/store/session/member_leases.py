@@ -5,10 +5,11 @@ claims are under it too (decision 0040)."""
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import suppress
 
 import trio
 
-from kilo_etcd.etcd.api import Client, LeaseNotFound
+from kilo_etcd.etcd.api import Client, EtcdError, LeaseNotFound
 from kilo_etcd.store import claims
 from kilo_etcd.store.lease import KeptLease
 
@@ -88,6 +89,16 @@ class MemberLeases:
             if not self.reservation.id:
                 await self.reservation.grant()
         return claims.Leases(reservation=self.reservation.id)
+
+    async def end_unused_reservation(self) -> None:
+        """End the lease of the reservation if nothing is under it: no address was found. If etcd does not do it, it
+        ends by itself."""
+        reservation = self.reservation
+        if self.ephemeral or not reservation.id:
+            return
+        with suppress(EtcdError):
+            if not (await self._client.lease_time_to_live(reservation.id, keys=True)).keys:
+                await reservation.end()
 
     async def renew_ephemeral(self) -> None:
         """Let the lease of an ephemeral host last its whole length from now on: nobody keeps it while an agent starts

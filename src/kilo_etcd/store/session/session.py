@@ -481,6 +481,10 @@ class Session:
                 self._unconfirm_leases()
             except claims.NameChanged:
                 continue
+            except (claims.NoAddressLeft, PermissionDenied):
+                # An agent that ends now, and is started again and again, would leave a lease each time.
+                await self._member.end_unused_reservation()
+                raise
 
     async def _claim_again(self, deadline: float) -> None:
         """Restore the claims of this host, if it has any. NameTaken, TakeLater, NoAddressLeft, EtcdError."""
@@ -780,6 +784,9 @@ class Session:
             finally:
                 if not await self._short.end():
                     await self._registration.delete_own(own, foreign)
+                if self._addresses.lease != self._member.reservation.id:
+                    # It ends while it waits for an unused address.
+                    await self._member.end_unused_reservation()
 
     async def renew(self) -> None:
         """Leave whoever takes candidacy and status over the whole length of their lease. Never fails."""
