@@ -23,6 +23,7 @@ from kilo_etcd.kernel.state import AddRoute, Change, DeleteLink, DeleteRoute, Ho
 from kilo_etcd.model import CandidateClass, Endpoint
 from kilo_etcd.runtime import key_file
 from kilo_etcd.runtime.host_facts import HostFacts
+from kilo_etcd.store.claims import candidates
 from kilo_etcd.store.keys import Keys
 from kilo_etcd.store.records import (
     CandidateRecord,
@@ -183,6 +184,70 @@ async def test_that_this_host_lost_its_address_is_reported_until_nobody_else_cla
         world.etcd.delete(rival)
         await eventually(lambda: not sentences(lost), 10, every=0.1)
         assert world.logged("no other node claims the mesh address that this host lost") == 1
+
+
+def _claim_first(world: World, claim: str, rival: str) -> None:
+    """As if `rival` had claimed the address of a host's `claim` before it."""
+    world.etcd.delete(claim)
+    world.etcd.put(claim.replace("h1", rival), "")
+    world.etcd.put_kept(Keys().reservation(rival), "")
+
+
+def _renumbering(world: World) -> str:
+    value = world.etcd.get("/kilo-status/by/h1/status")
+    errors = () if value is None else decode_status(value).errors
+    return " ".join(error for error in errors if error.startswith("this host took mesh address"))
+
+
+async def test_that_an_address_was_lost_together_with_the_record_is_reported(world: World) -> None:
+    async with running(world) as daemon:
+        (claim,) = world.etcd.keys("/kilo/by/h1/addresses/")
+        rival, lost = claim.replace("h1", "h2"), claim.rpartition("/")[2]
+        async with daemon.session._lock:
+            world.etcd.delete("/kilo/by/h1/node")
+            world.etcd.delete("/kilo/by/h1/reservation")
+            _claim_first(world, claim, "h2")
+            daemon.session._unconfirm_leases()
+        await eventually(lambda: f"node h2 had the older claim of {lost}" in _renumbering(world), 20, every=0.1)
+        await trio.sleep(60)
+        assert f"lost {lost}: " in _renumbering(world)
+        world.etcd.delete(rival)
+        await eventually(lambda: _renumbering(world) == "", 10, every=0.1)
+
+
+async def test_that_an_address_is_another_hosts_in_an_adopted_backup_is_reported(world: World) -> None:
+    address = next(candidates("h1", ip_network("10.4.0.0/16"), lambda _each: True))
+    claim = Keys().address("h1", address)
+    _claim_first(world, claim, "h2")
+    backup = world.etcd.backup()
+    for key in world.etcd.keys("/kilo/by/h2/"):
+        world.etcd.delete(key)
+    async with running(world) as daemon:
+        assert daemon.session.addresses == (address,)
+        world.etcd.restore(backup, cluster_id=0xC7)
+        await eventually(lambda: daemon.mirror.untrusted_reason is not None, 10, every=0.1)
+        world.etcd.put(Keys().adopted, encode_adoption(world.etcd.cluster_id, "2026-11-24T00:00:00Z"))
+        await eventually(lambda: f"node h2 had the older claim of {address}" in _renumbering(world), 60, every=0.1)
+        assert daemon.session.addresses != (address,)
+
+
+async def test_addresses_that_were_lost_one_after_the_other_are_all_reported(world: World) -> None:
+    async with running(world) as daemon:
+        lost = []
+        for rival in ("h2", "h3"):
+            (claim,) = world.etcd.keys("/kilo/by/h1/addresses/")
+            lost.append(claim.rpartition("/")[2])
+            async with daemon.session._lock:
+                _claim_first(world, claim, rival)
+            await eventually(lambda: f"the older claim of {lost[-1]}" in _renumbering(world), 20, every=0.1)
+        first, second = lost
+        assert f"lost {first},{second}: node h2 had the older claim of {first}; node h3 had" in _renumbering(world)
+        world.etcd.delete(Keys().address("h2", ip_address(first)))
+        await eventually(lambda: f"lost {second}: " in _renumbering(world), 10, every=0.1)
+        # Whoever claims it now has it rightly.
+        world.etcd.put(Keys().address("h4", ip_address(first)), "")
+        world.etcd.delete(Keys().address("h3", ip_address(second)))
+        await eventually(lambda: _renumbering(world) == "", 10, every=0.1)
 
 
 async def test_a_claim_that_cannot_be_restored_shows_in_the_health_and_the_status_until_it_can(

@@ -843,7 +843,7 @@ async def test_a_record_is_no_older_than_the_key_that_it_states() -> None:
     first = session(etcd.client(), key="first")
     async with running(first):
         await first.register(record("first"))
-        await first.close()
+        await first.resign()
     before = etcd.data[NODE.encode()]
     again = session(etcd.client(), key="first")
     async with running(again):
@@ -852,7 +852,7 @@ async def test_a_record_is_no_older_than_the_key_that_it_states() -> None:
         etcd.put(NODE, encode(record("another")))
         await eventually(lambda: decode_node(etcd.get(NODE) or b"").public_key == wg_key("first"), 10)
         assert etcd.data[NODE.encode()].create_revision == before.create_revision, "it is restored with its age"
-        await again.close()
+        await again.resign()
     revision = etcd.revision
     other = session(etcd.client(), key="copied")
     async with running(other):

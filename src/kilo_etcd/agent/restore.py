@@ -17,7 +17,7 @@ from kilo_etcd.base.backoff import RepairBackoff
 from kilo_etcd.etcd import api as etcd
 from kilo_etcd.model import Granularity, IPAddress, MeshSettings, Snapshot
 from kilo_etcd.runtime.logs import Once, get_logger
-from kilo_etcd.store.addresses import named
+from kilo_etcd.store.addresses import Claimant, named
 from kilo_etcd.store.claims import NoAddressLeft
 from kilo_etcd.store.keys import Keys
 from kilo_etcd.store.mirror import Mirror
@@ -61,8 +61,9 @@ class Restorer:
         self._snapshot: Snapshot | None = None
         self._settings = MeshSettings(Granularity.LOCATION, ())
         self.renumbered: str | None = None
-        """A sentence on the addresses that this host has lost since it joined, while others claim them."""
-        self._lost_to_others: tuple[IPAddress, ...] = ()
+        """A sentence on the addresses that this host has lost since it joined, while those who had them claim them."""
+        self._lost_to: dict[IPAddress, Claimant | None] = {}
+        """Each of these addresses and who had the older claim of it; None: not known yet."""
         self.trouble: str | None = None
         """A sentence on the claim that cannot be restored."""
         self._on_news = on_news
@@ -82,7 +83,7 @@ class Restorer:
             self._settings = self._settings._replace(internal_ips=snapshot.internal_ips)
         if self._lost_claims():
             self._unclaimed.set()
-        self._forget_renumbering()
+        self._follow_renumbering()
         if self._lacks_settings():
             self._unsettled.set()
 
@@ -138,36 +139,41 @@ class Restorer:
             if addresses == before:
                 log.error("another writer deleted the claim of this host's mesh address; restored",
                           claim="; ".join(lost))  # fmt: skip
-                continue
-            self._note_renumbering(before, lost)
 
-    def _note_renumbering(self, before: tuple[IPAddress, ...], lost: tuple[str, ...]) -> None:
-        addresses = self._session.addresses
-        self._lost_to_others = tuple(address for address in before if address not in addresses)
-        holders = [(address, self._mirror.holder(address)) for address in self._lost_to_others]
-        why = [f"{named(holder)} had the older claim of {address}" for address, holder in holders if holder] or lost
-        claims = [
-            self._keys.address(holder[1], address) for address, holder in holders if holder and holder[0] == "node"
-        ]
-        now, then = (",".join(map(str, ips)) for ips in (addresses, before))
+    def _follow_renumbering(self) -> None:
+        """Say which addresses this host has lost, as long as those who had the older claims have them. A mirror that
+        has this host's new claims has seen what stood before them."""
+        self._lost_to.update(dict.fromkeys(self._session.take_lost_addresses()))
+        new = (self._keys.address(self._name, address) for address in self._session.addresses)
+        if not self._lost_to or any(self._mirror.kv(key) is None for key in new):
+            return
+        holders = {address: self._mirror.holder(address) for address in self._lost_to}
+        me = ("node", self._name)
+        self._lost_to = {
+            address: holder
+            for address, holder in holders.items()
+            if holder not in (None, me) and self._lost_to[address] in (None, holder)
+        }
+        sentence = self._renumbering() if self._lost_to else None
+        if sentence == self.renumbered:
+            return
+        self.renumbered = sentence
+        if sentence is None:
+            self._once.clear("renumbered", "no other node claims the mesh address that this host lost")
+        else:
+            self._once.error("renumbered", sentence)
+        self._on_news()
+
+    def _renumbering(self) -> str:
+        holders = [(address, holder) for address, holder in self._lost_to.items() if holder is not None]
+        why = [f"{named(holder)} had the older claim of {address}" for address, holder in holders]
+        claims = [self._keys.address(name, address) for address, (kind, name) in holders if kind == "node"]
+        now, then = (",".join(map(str, ips)) for ips in (self._session.addresses, self._lost_to))
         remedy = f"if that claim is a mistake, etcdctl del {' '.join(claims)}; " if claims else ""
-        self.renumbered = (
+        return (
             f"this host took mesh address {now} and lost {then}: {'; '.join(why)}; {remedy}see which users may write "
             f"{self._keys.by_root}"
         )
-        self._once.error("renumbered", self.renumbered)
-        self._on_news()
-
-    def _forget_renumbering(self) -> None:
-        """Once nobody else claims what this host has lost. A mirror that has this host's new claims has seen what
-        stood before them."""
-        new = (self._keys.address(self._name, address) for address in self._session.addresses)
-        if self.renumbered is None or any(self._mirror.kv(key) is None for key in new):
-            return
-        if {self._mirror.holder(address) for address in self._lost_to_others} <= {None, ("node", self._name)}:
-            self.renumbered, self._lost_to_others = None, ()
-            self._once.clear("renumbered", "no other node claims the mesh address that this host lost")
-            self._on_news()
 
     def _claimed(self) -> None:
         self._once.clear("claim", "this host's mesh address is claimed again")

@@ -46,6 +46,8 @@ class MeshAddresses:
         self._subnets: tuple[IPNetwork, ...] = ()
         self.addresses: tuple[IPAddress, ...] = ()
         """The mesh addresses that this host has claimed."""
+        self._lost: tuple[IPAddress, ...] = ()
+        """Those that it has lost to others, as far as nobody has asked for them yet."""
         self.lease = 0
         """What their reservation is under."""
         self._unused: claims.Unused | None = None
@@ -118,9 +120,15 @@ class MeshAddresses:
         self.lease = leases.reservation
         if not before or before == self.addresses:
             return False
+        self._lost += tuple(address for address in before if address not in self.addresses)
         now, then = (",".join(map(str, addresses)) for addresses in (self.addresses, before))
         self._log.error("mesh address lost to an older claim; another one was claimed", lost=then, address=now)
         return True
+
+    def take_lost(self) -> tuple[IPAddress, ...]:
+        """Those that were lost to others since this was last asked."""
+        lost, self._lost = self._lost, ()
+        return lost
 
     def check(self, subnets: tuple[IPNetwork, ...], doubted: bool, generation: int) -> None:
         """TakeLater, NoAddressLeft: as the last search ended, if it is too early for another one of the kind in the

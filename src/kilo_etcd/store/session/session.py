@@ -209,6 +209,10 @@ class Session:
         """The mesh addresses that this host has claimed; its record states them."""
         return self._addresses.addresses
 
+    def take_lost_addresses(self) -> tuple[IPAddress, ...]:
+        """Those that this host has lost to others since this was last asked, whatever had them claimed again."""
+        return self._addresses.take_lost()
+
     @property
     def candidacy(self) -> Candidacy | None:
         """As what this host stands, or will as soon as etcd can be told."""
@@ -770,7 +774,8 @@ class Session:
     # --- the end -----------------------------------------------------------------------------------------------
 
     async def resign(self) -> None:
-        """Give candidacy and status up and end the short lease; the registration stays. EtcdError."""
+        """Give candidacy and status up and end the short lease; the registration stays: a stopped host is a member.
+        EtcdError."""
         async with self._lock:
             self._candidacy.leave()
             self._published.clear()
@@ -793,10 +798,6 @@ class Session:
         with suppress(EtcdError), trio.move_on_after(RENEW_SECONDS):
             await self._short.renew()
             await self._member.renew_ephemeral()
-
-    async def close(self) -> None:
-        """The same as `resign`: a stopped host stays a member."""
-        await self.resign()
 
     async def forget(self) -> None:
         """Leave the mesh: every key of this host goes, address claims too. The operator's labels stay. EtcdError."""
