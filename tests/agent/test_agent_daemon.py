@@ -17,6 +17,7 @@ from attrs import evolve
 from helpers import eventually
 from kilo_etcd import kernel
 from kilo_etcd.agent import status
+from kilo_etcd.agent.troubles import HostTrouble
 from kilo_etcd.etcd import api as etcd
 from kilo_etcd.kernel.firewall.table import ReplaceTable
 from kilo_etcd.kernel.state import AddRoute, Change, DeleteLink, DeleteRoute, HostAddress
@@ -284,6 +285,31 @@ async def test_a_claim_that_cannot_be_restored_shows_in_the_health_and_the_statu
             await eventually(lambda: world.metrics.health() is not None, 10, every=0.1)
             world.etcd.put(claim, "")
             await eventually(lambda: world.metrics.health() is None, 20, every=0.1)
+
+
+async def test_a_claim_that_cannot_be_restored_is_not_said_to_stand_because_etcd_is_away(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def refuse(*_args: object, **_rest: object) -> None:
+        await trio.lowlevel.checkpoint()
+        raise etcd.PermissionDenied("user kilo may not write there")
+
+    again = "this host's mesh address is claimed again"
+    async with running(world) as daemon:
+        (claim,) = world.etcd.keys("/kilo/by/h1/addresses/")
+        with monkeypatch.context() as patched:
+            patched.setattr(daemon.session, "claim_addresses", refuse)
+            world.etcd.delete(claim)
+            await eventually(lambda: daemon.troubles.of(HostTrouble.CLAIM) != (), 10, every=0.1)
+            world.client.cut()
+            await eventually(lambda: not daemon.session.registered, 3600, every=1)
+            await trio.sleep(60)
+            assert daemon.troubles.of(HostTrouble.CLAIM) != ()
+            assert world.logged(again) == 0
+        world.client.mend()
+        await eventually(lambda: daemon.troubles.of(HostTrouble.CLAIM) == (), 120, every=0.1)
+        assert claim in world.etcd
+        assert world.logged(again) == 1
 
 
 async def test_whoever_deletes_a_claim_for_ever_is_not_fought_for_ever(world: World) -> None:

@@ -116,6 +116,9 @@ class Restorer:
             # A writer that deletes it again and again is not answered each time at once: the address stays this host's
             # meanwhile.
             await trio.sleep(backoff.pause(trio.current_time()))
+            while self.trouble is not None and not self._session.registered:  # noqa: ASYNC110 - rare, and nobody tells
+                # Whether the claims stand is not known before etcd has been asked.
+                await trio.sleep(RETRY_SECONDS)
             lost, before = self._lost_claims(), self._session.addresses
             if not lost:
                 self._claimed()
