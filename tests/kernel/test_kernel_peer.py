@@ -135,12 +135,21 @@ async def test_a_cleanup_takes_only_what_is_its_interfaces() -> None:
         assert sh("ip route show") + sh("ls /run/wireguard") == ""
 
 
+async def veth_that_is_up(*ends: str) -> None:
+    """A pair of devices of which nothing changes any more: the kernel brings links up, and gives them addresses, by and
+    by."""
+    sh(f"ip link add {ends[0]} type veth peer name {ends[1]}")
+    for end in ends:
+        sh(f"ip link set {end} addrgenmode none && ip link set {end} up")
+    await eventually(lambda: sh("ip -br link").count(" UP ") == 2, 30, what="both ends up")
+
+
 @pytest.mark.root
 @pytest.mark.usefixtures("own_namespaces")
 @pytest.mark.parametrize("kind", ["leader", "member"])
 async def test_the_cleanup_of_a_connection_takes_nothing_of_an_agent_with_the_same_interface(kind: str) -> None:
-    sh("ip link add eth9 type veth peer name eth8; ip addr add 192.168.9.1/24 dev eth9; ip link set eth9 up")
-    sh("ip link set eth8 up; ip route add default via 192.168.9.254")
+    await veth_that_is_up("eth9", "eth8")
+    sh("ip addr add 192.168.9.1/24 dev eth9; ip route add default via 192.168.9.254")
     wanted = plan(via("10.5.0.0/16", "192.168.9.5"), unreachable_routes=("10.4.0.0/16",))
     if kind == "leader":
         wanted = evolve(
@@ -518,11 +527,7 @@ def exit_state() -> str:
 @pytest.mark.root
 @pytest.mark.usefixtures("own_namespaces")
 async def test_an_exit_route_is_set_up_repaired_and_removed_on_a_real_kernel() -> None:
-    sh("ip link add eth0 type veth peer eth1")
-    for end in ("eth0", "eth1"):
-        sh(f"ip link set {end} addrgenmode none && ip link set {end} up")
-    # The kernel brings a new link up by and by.
-    await eventually(lambda: sh("ip -br link").count(" UP ") == 2, 30, what="both ends up")
+    await veth_that_is_up("eth0", "eth1")
     sh("ip address add 192.168.9.1/24 dev eth0 && ip route add default via 192.168.9.77")
     before = sh("ip rule; ip -6 rule; ip route show table all")
     setup = Setup(interface="kilo-a", private_key=PRIVATE, protocol=PEER_PROTOCOL)
@@ -582,10 +587,7 @@ MEMBER = evolve(NODE, exit_route=evolve(EXIT, by=(via("0.0.0.0/0", "192.168.9.77
 @pytest.mark.root
 @pytest.mark.usefixtures("own_namespaces")
 async def test_a_nodes_exit_route_lets_answers_bypass_it_and_is_blocked_without_its_device() -> None:
-    sh("ip link add eth0 type veth peer eth1")
-    for end in ("eth0", "eth1"):
-        sh(f"ip link set {end} addrgenmode none && ip link set {end} up")
-    await eventually(lambda: sh("ip -br link").count(" UP ") == 2, 30, what="both ends up")
+    await veth_that_is_up("eth0", "eth1")
     sh("ip address add 192.168.9.1/24 dev eth0 && ip route add default via 192.168.9.77")
     sh("ip address add 2001:db8:9::1/64 dev eth0 nodad && ip -6 route add default via 2001:db8:9::77")
     await in_force("2001:db8:9::1")
