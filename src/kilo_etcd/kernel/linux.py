@@ -126,91 +126,62 @@ async def cleanup(
     routes. What an agent with another interface has made stays; with the protocol of connections, so does all that an
     agent with this one has. KernelError.
     """
-    return await _ask_kernel(lambda: _cleanup(_host_of(interface, public_key, uapi_dir, runtime_dir, protocol)))
+    return await _ask_host(_cleanup, interface, public_key, protocol, uapi_dir=uapi_dir, runtime_dir=runtime_dir)
 
 
 async def leftovers(interface: str, *, public_key: str | None = None, protocol: int) -> tuple[Change, ...]:
     """What `cleanup` would make. KernelError."""
-
-    def read() -> tuple[Change, ...]:
-        host = _host_of(interface, public_key, "/var/run/wireguard", "/run/kilo-etcd", protocol)
-        try:
-            return host.leftovers()
-        finally:
-            host.close()
-
-    return await _ask_kernel(read)
+    return await _ask_host(Host.leftovers, interface, public_key, protocol)
 
 
 async def peers_of(interface: str, public_key: str) -> PeerActivity:
     """What WireGuard knows of the peers of a connection; nothing if there is no such device. KernelError."""
-
-    def read() -> PeerActivity:
-        host = _host_of(interface, public_key, "/var/run/wireguard", "/run/kilo-etcd", PEER_PROTOCOL)
-        try:
-            return host.peer_activity()
-        finally:
-            host.close()
-
-    return await _ask_kernel(read)
+    return await _ask_host(Host.peer_activity, interface, public_key, PEER_PROTOCOL)
 
 
 async def other_agent(interface: str, *, public_key: str | None = None) -> str:
     """The WireGuard device of an agent of this host that has another interface than this; empty: there is none.
     `public_key` is this host's. KernelError."""
-
-    def read() -> str:
-        host = _host_of(interface, public_key, "/var/run/wireguard", "/run/kilo-etcd", ROUTE_PROTOCOL)
-        try:
-            return host.other_agent(host.observe())
-        finally:
-            host.close()
-
-    return await _ask_kernel(read)
+    return await _ask_host(lambda host: host.other_agent(host.observe()), interface, public_key, ROUTE_PROTOCOL)
 
 
 async def agent_has(interface: str, public_key: str | None) -> bool:
     """Whether an interface is an agent's, and not that of a connection with `public_key`. KernelError."""
+    return await _ask_host(lambda host: host.agent_has(host.observe()), interface, public_key, PEER_PROTOCOL)
 
-    def read() -> bool:
-        host = _host_of(interface, public_key, "/var/run/wireguard", "/run/kilo-etcd", PEER_PROTOCOL)
+
+async def _ask_host(
+    question: Callable[[Host], _T], interface: str, public_key: str | None, protocol: int, **directories: str
+) -> _T:
+    """The answer of the host of an interface. KernelError."""
+
+    def ask() -> _T:
+        # Only agents ever add rules for forwarding.
+        agents = protocol == ROUTE_PROTOCOL
+        host = Host(interface, public_key=public_key or "", forward_rules=agents, protocol=protocol, **directories)
         try:
-            return host.agent_has(host.observe())
+            return question(host)
         finally:
             host.close()
 
-    return await _ask_kernel(read)
-
-
-def _host_of(interface: str, public_key: str | None, uapi_dir: str, runtime_dir: str, protocol: int) -> Host:
-    return Host(
-        interface,
-        uapi_dir,
-        runtime_dir,
-        public_key=public_key or "",
-        forward_rules=protocol == ROUTE_PROTOCOL,  # Only agents ever add rules for forwarding.
-        protocol=protocol,
-    )
+    return await _ask_kernel(ask)
 
 
 def _cleanup(host: Host) -> tuple[Change, ...]:
-    try:
-        if not may_change_the_network():
-            raise KernelError(f"nothing was cleaned up: {NO_PERMISSION}")
-        all_made: list[Change] = []
-        for _ in range(_ROUNDS):
-            changes = host.leftovers()
-            if not changes:
-                if not host.agent_has(host.observe()):
-                    host.forget_records()
-                break
-            made, failed = host.make(changes)
-            all_made.extend(made)
-            if failed and not made:
-                raise KernelError(failed[0][1].text)
-        return tuple(all_made)
-    finally:
-        host.close()
+    if not may_change_the_network():
+        raise KernelError(f"nothing was cleaned up: {NO_PERMISSION}")
+    all_made: list[Change] = []
+    for _ in range(_ROUNDS):
+        changes = host.leftovers()
+        if not changes:
+            if not host.agent_has(host.observe()):
+                host.forget_records()
+            break
+        made, failed = host.make(changes)
+        all_made.extend(made)
+        if failed and not made:
+            raise KernelError(failed[0][1].text)
+    return tuple(all_made)
 
 
 async def list_addresses() -> HostAddresses:
