@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from kilo_etcd.base.namespaces import network_namespace
 from kilo_etcd.base.wholefile import write_whole
 from kilo_etcd.kernel import sysctl
 from kilo_etcd.kernel.state import SetForwarding
@@ -59,5 +60,5 @@ def test_what_of_a_record_is_no_text_is_left_out(tmp_path: Path, monkeypatch: py
     path = SetForwarding(4).path
     monkeypatch.setattr(sysctl, "_read", lambda _: "1")
     record = tmp_path / "record"
-    record.write_text(json.dumps({"namespace": sysctl.namespace(), "before": {path: ["0"], "net/../../etc/x": "0"}}))
+    record.write_text(json.dumps({"namespace": network_namespace(), "before": {path: ["0"], "net/../../etc/x": "0"}}))
     assert sysctl.to_restore(record) == ()

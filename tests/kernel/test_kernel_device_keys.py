@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from kilo_etcd.kernel import sysctl
+from kilo_etcd.kernel import device_keys
 from kilo_etcd.kernel.device_keys import DeviceKeys
 
 KEY, OTHER = "A" * 43 + "=", "B" * 43 + "="
@@ -23,7 +23,7 @@ def test_network_namespaces_with_one_directory_and_one_name_do_not_meet(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def enter(namespace: int) -> None:
-        monkeypatch.setattr(sysctl, "namespace", lambda: namespace)
+        monkeypatch.setattr(device_keys, "network_namespace", lambda: namespace)
 
     keys = DeviceKeys(str(tmp_path / "run"))
     for namespace, key in ((1, KEY), (2, OTHER)):

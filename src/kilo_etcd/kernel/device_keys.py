@@ -13,9 +13,9 @@ import os
 from contextlib import suppress
 from pathlib import Path
 
+from kilo_etcd.base.namespaces import network_namespace
 from kilo_etcd.base.regularfile import NotRegular, open_regular
 from kilo_etcd.base.wholefile import write_whole
-from kilo_etcd.kernel import sysctl
 
 _MOST = 64
 """Bytes of a file that is read; a key has 44."""
@@ -28,7 +28,7 @@ class DeviceKeys:
         self._directory = Path(directory)
 
     def _path(self, interface: str) -> Path:
-        return self._directory / f"{interface}.{sysctl.namespace()}.public-key"
+        return self._directory / f"{interface}.{network_namespace()}.public-key"
 
     def read(self, interface: str) -> str:
         """Empty: no agent has given the device a key, or which one cannot be read or believed."""

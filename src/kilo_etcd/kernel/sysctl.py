@@ -21,6 +21,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from kilo_etcd.base import descriptors
+from kilo_etcd.base.namespaces import network_namespace
 from kilo_etcd.base.wholefile import write_whole
 from kilo_etcd.kernel.state import (
     AllowPings,
@@ -121,7 +122,7 @@ def change_to(change: SetForwarding | AllowPings | KeepAdvertisements | LoosenRe
 
 def _store(record: Path, former: dict[str, str]) -> None:
     record.parent.mkdir(parents=True, exist_ok=True)
-    write_whole(record, json.dumps({"namespace": namespace(), "before": former}).encode())
+    write_whole(record, json.dumps({"namespace": network_namespace(), "before": former}).encode())
 
 
 def to_restore(record: Path) -> tuple[RestoreSysctl, ...]:
@@ -161,15 +162,10 @@ def _write(path: str, value: str) -> None:
     (_ROOT / path).write_text(value)
 
 
-def namespace() -> int:
-    """The number of this process's network namespace."""
-    return os.stat("/proc/self/ns/net").st_ino
-
-
 def _load(record: Path) -> dict[str, str]:
     try:
         data = json.loads(record.read_text())
-        if data["namespace"] != namespace():
+        if data["namespace"] != network_namespace():
             return {}
         return {
             path: value

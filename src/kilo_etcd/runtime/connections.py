@@ -19,6 +19,7 @@ import attrs
 from attrs import field, frozen
 from attrs.validators import ge, instance_of, lt, optional
 
+from kilo_etcd.base.namespaces import network_namespace
 from kilo_etcd.base.wholefile import write_whole
 from kilo_etcd.runtime.lock_file import RUNTIME_DIR
 
@@ -102,7 +103,7 @@ def read_all(directory: Path = RUNTIME_DIR) -> tuple[ConnectionFile, ...]:
         names = sorted(os.listdir(directory))
     except FileNotFoundError:
         return ()
-    form = re.compile(rf"connection\.(.+)\.{_namespace()}\.json")
+    form = re.compile(rf"connection\.(.+)\.{network_namespace()}\.json")
     readings = (read(match[1], directory) for name in names if (match := form.fullmatch(name)))
     return tuple(connection for connection in readings if connection is not None)
 
@@ -117,8 +118,4 @@ def _decoded(content: bytes) -> ConnectionFile | None:
 
 
 def _path(interface: str, directory: Path) -> Path:
-    return directory / f"connection.{interface}.{_namespace()}.json"
-
-
-def _namespace() -> int:
-    return os.stat("/proc/self/ns/net").st_ino
+    return directory / f"connection.{interface}.{network_namespace()}.json"

@@ -15,6 +15,7 @@ from hashlib import sha256
 from pathlib import Path
 
 from kilo_etcd.base import descriptors
+from kilo_etcd.base.namespaces import network_namespace
 
 RUNTIME_DIR = Path("/run/kilo-etcd")
 
@@ -69,7 +70,7 @@ def _connection_lock(kind: str, resource: str) -> str:
 
 
 def _lock_path(name: str, directory: Path) -> Path:
-    return directory / f"{name}.{os.stat('/proc/self/ns/net').st_ino}.lock"
+    return directory / f"{name}.{network_namespace()}.lock"
 
 
 @contextmanager
