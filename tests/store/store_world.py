@@ -4,13 +4,18 @@ from __future__ import annotations
 
 import json
 from base64 import b64encode
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from hashlib import sha256
 from typing import Any
+
+import trio
 
 from kilo_etcd.etcd.api import Event, EventType, Header, KeyValue
 from kilo_etcd.model import Endpoint
 from kilo_etcd.store.keys import Keys
 from kilo_etcd.store.records import NodeRecord, encode, parse_interface, parse_networks
+from kilo_etcd.store.session.session import Session
 from kilo_etcd.store.view import View
 
 KEYS = Keys()
@@ -18,6 +23,16 @@ KEYS = Keys()
 
 def wg_key(name: str) -> str:
     return b64encode(sha256(name.encode()).digest()).decode()
+
+
+@asynccontextmanager
+async def running(*sessions: Session) -> AsyncIterator[None]:
+    """Keep the leases of these while in the block."""
+    async with trio.open_nursery() as nursery:
+        for each in sessions:
+            await nursery.start(each.run)
+        yield
+        nursery.cancel_scope.cancel()
 
 
 def record(name: str, **fields: Any) -> NodeRecord:

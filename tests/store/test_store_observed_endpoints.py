@@ -6,8 +6,8 @@ import pytest
 import trio
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from store_world import KEYS, World, record, wg_key
-from test_store_session import member, running, session
+from store_world import KEYS, World, record, running, wg_key
+from test_store_session import member, session
 
 from helpers import examples
 from kilo_etcd.model import Endpoint

@@ -14,7 +14,7 @@ import pytest
 import trio
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from store_world import KEYS, record, wg_key
+from store_world import KEYS, record, running, wg_key
 from structlog.testing import capture_logs
 
 from helpers import eventually, examples
@@ -54,19 +54,10 @@ async def joined(etcd: FakeEtcd, name: str, subnets: tuple[IPNetwork, ...] = FOU
 
 
 @asynccontextmanager
-async def alive(*sessions: Session) -> AsyncIterator[None]:
-    async with trio.open_nursery() as nursery:
-        for each in sessions:
-            await nursery.start(each.run)
-        yield
-        nursery.cancel_scope.cancel()
-
-
-@asynccontextmanager
 async def followed(**options: Any) -> AsyncIterator[FakeEtcd]:
     """An etcd that the agent of `first` follows, which joined before all others and has an address elsewhere."""
     etcd = FakeEtcd(**options)
-    async with alive(await joined(etcd, "first", ELSEWHERE)):
+    async with running(await joined(etcd, "first", ELSEWHERE)):
         yield etcd
 
 
@@ -98,7 +89,7 @@ async def test_an_unused_claim_is_kept_for_twice_forget_after_and_taken_only_if_
         await trio.sleep(AGES)
         spare = await joined(etcd, "spare", subnets)
         assert spare.addresses[0] not in {each.addresses[0] for each in gone}, "one is free, so nothing is taken"
-        async with alive(spare):
+        async with running(spare):
             with capture_logs() as logs:
                 new = await joined(etcd, "new", subnets)
             (former,) = [each._name for each in gone if each.addresses == new.addresses]
@@ -136,7 +127,7 @@ async def test_a_living_host_keeps_its_address_for_ever() -> None:
     async with followed() as etcd:
         clients = [Counting(etcd, f"host-{number}") for number in range(2)]
         hosts = [session(client, client.name) for client in clients]
-        async with alive(*hosts):
+        async with running(*hosts):
             for each in hosts:
                 await each.claim_addresses(FOUR)
                 await each.register(record(each._name))
@@ -158,7 +149,7 @@ async def test_a_reservation_is_refreshed_whenever_another_lease_could_not_be_ke
     etcd = FakeEtcd()
     client = Counting(etcd, "host")
     it = session(client, "host")
-    async with alive(it):
+    async with running(it):
         await it.claim_addresses(FOUR)
         await it.register(record("host"))
         reservation = etcd.data[KEYS.reservation("host").encode()].lease
@@ -176,7 +167,7 @@ async def test_a_reservation_is_refreshed_whenever_another_lease_could_not_be_ke
 async def test_a_reservation_whose_lease_was_ended_is_put_again() -> None:
     etcd = FakeEtcd()
     it = await joined(etcd, "host")
-    async with alive(it):
+    async with running(it):
         await etcd.client().revoke_lease(etcd.data[KEYS.reservation("host").encode()].lease)
         assert KEYS.reservation("host") not in etcd
         await trio.sleep(FORGET_AFTER / 2)
@@ -195,7 +186,7 @@ async def test_the_former_owner_comes_back_and_takes_another_address(confined: b
         assert await new.claim_addresses(FOUR) == former.addresses
         await new.register(record("new"))
         assert (KEYS.address("former", former.addresses[0]) in etcd) is confined
-        async with alive(new, other):
+        async with running(new, other):
             assert holders(etcd) == {"new": new.addresses, "other": other.addresses}
             told = f"{former.addresses[0]}, which it had, is that of node new since etcd's revision"
             with pytest.raises(NoAddressLeft, match=told), capture_logs() as logs:
@@ -223,7 +214,7 @@ async def test_a_host_whose_claim_was_deleted_has_its_address_again_if_that_is_f
 async def test_an_address_may_be_taken_any_number_of_times_by_hosts_that_delete_no_other_claims() -> None:
     async with followed() as etcd:
         keeps = await joined(etcd, "keeps")
-        async with alive(keeps):
+        async with running(keeps):
             for number in range(60):
                 it = session(Confined(etcd, f"worker-{number}"), f"worker-{number}")
                 await it.claim_addresses(FOUR)
@@ -240,7 +231,7 @@ async def test_nothing_is_taken_beside_agents_that_know_no_reservations_if_the_o
         former = await joined(etcd, "former")
         await trio.sleep(AGES)
         older = await joined(etcd, "older")
-        async with alive(older):
+        async with running(older):
             etcd.delete(KEYS.reservation("older"))
             new = session(Confined(etcd, "new") if confined else etcd.client(), "new")
             if confined:
@@ -259,7 +250,7 @@ async def test_in_an_etcd_that_no_earlier_agent_follows_nothing_is_taken() -> No
     etcd = FakeEtcd()
     hosts = [await joined(etcd, f"host-{number}") for number in range(2)]
     await trio.sleep(AGES)
-    async with alive(await joined(etcd, "newcomer", ELSEWHERE)):
+    async with running(await joined(etcd, "newcomer", ELSEWHERE)):
         assert not [key for key in etcd.keys("/kilo/by/host") if "/addresses/" not in key], "kept for nobody"
         with pytest.raises(
             NoAddressLeft, match="2 of these are kept for nobody, and not taken, since no agent follows"
@@ -335,7 +326,7 @@ async def test_a_second_host_of_a_living_hosts_name_changes_nothing_of_it(epheme
     for of_the_living in (False, True):
         etcd = FakeEtcd()
         living = await joined(etcd, "web", ephemeral=of_the_living)
-        async with alive(living):
+        async with running(living):
             await living.put_status(StatusRecord(public_key=wg_key("web"), location=""))
             before = {key: etcd.data[key.encode()] for key in of(etcd, "web")}
             second = Session(
@@ -366,7 +357,7 @@ async def test_a_second_host_of_the_name_changes_nothing_if_the_first_one_comes_
     second = Session(
         Overtaken(etcd), KEYS, "web", wg_key("second"), forget_after=FORGET_AFTER, ephemeral=ephemeral, lease_ttl=2
     )
-    async with alive(again):
+    async with running(again):
         with pytest.raises(NameTaken):
             await second.claim_addresses(FOUR, doubted=True)
         kvs = [etcd.data[key.encode()] for key in (KEYS.address("web", first.addresses[0]), KEYS.reservation("web"))]
@@ -413,7 +404,7 @@ async def test_a_host_that_waits_for_an_unused_address_writes_all_else_meanwhile
     async with followed() as etcd:
         it = await joined(etcd, "host", (ip_network("10.8.0.0/30"),))
         fill(etcd)
-        async with alive(it), trio.open_nursery() as nursery:
+        async with running(it), trio.open_nursery() as nursery:
             nursery.start_soon(it.claim_addresses, FOUR)
             await trio.sleep(3)
             with trio.fail_after(1):
@@ -448,7 +439,7 @@ async def test_a_running_host_that_lost_its_address_waits_for_an_unused_one_with
         client = etcd.client()
         it = await joined(etcd, "host")
         it = session(client, "host")
-        async with alive(it):
+        async with running(it):
             await it.claim_addresses(FOUR)
             await it.register(record("host"))
             client.cut()
@@ -537,7 +528,7 @@ async def test_what_was_unused_a_moment_ago_is_not_taken_before_its_time() -> No
 
 
 async def test_two_hosts_that_wait_while_one_address_comes_free_share_out_what_there_is() -> None:
-    async with followed() as etcd, alive(await joined(etcd, "kept")), trio.open_nursery() as nursery:
+    async with followed() as etcd, running(await joined(etcd, "kept")), trio.open_nursery() as nursery:
         last = next(address for address in map(ip_address, ("10.4.0.1", "10.4.0.2")) if address not in held(etcd))
         etcd.put(KEYS.address("gone", last), "")
         waiting = [session(etcd.client(), name) for name in ("one", "two")]
@@ -571,7 +562,7 @@ async def test_a_host_whose_new_address_could_not_be_put_on_record_states_it_lat
     refuses = False
     etcd = FakeEtcd()
     it = session(Refusing(etcd), "host")
-    async with alive(it):
+    async with running(it):
         await it.claim_addresses(FOUR)
         await it.register(record("host"))
         refuses = True
@@ -595,7 +586,7 @@ async def test_a_reservation_under_no_lease_counts_for_nothing(confined: bool) -
         gone = await joined(etcd, "gone")
         etcd.put(KEYS.reservation("gone"), "")
         other = await joined(etcd, "other")
-        async with alive(other):
+        async with running(other):
             await trio.sleep(AGES)
             new = session(Confined(etcd, "new") if confined else etcd.client(), "new")
             assert await new.claim_addresses(FOUR) == gone.addresses
@@ -612,13 +603,13 @@ async def test_a_running_host_that_comes_back_to_a_full_space_says_whose_its_add
     async with followed() as etcd:
         client = etcd.client()
         it, other = session(client, "host"), await joined(etcd, "other")
-        async with alive(it, other):
+        async with running(it, other):
             await it.claim_addresses(FOUR)
             await it.register(record("host"))
             client.cut()
             await trio.sleep(AGES)
             new = await joined(etcd, "new")
-            async with alive(new):
+            async with running(new):
                 client.calls.clear()
                 client.mend()
                 await trio.sleep(3600)
@@ -798,7 +789,7 @@ async def test_of_many_hosts_that_take_unused_addresses_at_once_few_meet(confine
 
 @pytest.mark.parametrize("confined", [False, True])
 async def test_of_hosts_that_race_for_the_last_unused_address_one_has_it(confined: bool) -> None:
-    async with followed(delay=0.01) as etcd, alive(await joined(etcd, "kept")):
+    async with followed(delay=0.01) as etcd, running(await joined(etcd, "kept")):
         gone = await joined(etcd, "gone")
         await trio.sleep(AGES)
         racers = [session(Confined(etcd, n) if confined else etcd.client(), n) for n in ("r1", "r2", "r3", "r4")]
@@ -840,7 +831,7 @@ def of(etcd: FakeEtcd, name: str) -> list[str]:
 async def test_record_claim_and_status_of_an_ephemeral_host_go_with_its_short_lease() -> None:
     etcd = FakeEtcd()
     it = await joined(etcd, "brief", ephemeral=True)
-    async with alive(it):
+    async with running(it):
         await it.put_status(StatusRecord(public_key=wg_key("brief"), location=""))
         await trio.sleep(600)
         assert len(of(etcd, "brief")) == 4
@@ -862,7 +853,7 @@ async def test_an_ephemeral_host_that_loses_etcd_for_longer_than_its_lease_joins
     client = etcd.client()
     it = session(client, "brief", ephemeral=True)
     mirror = Mirror(client, KEYS)
-    async with alive(it), trio.open_nursery() as nursery:
+    async with running(it), trio.open_nursery() as nursery:
         await nursery.start(mirror.run)
         await it.claim_addresses(FOUR)
         await it.register(record("brief"))
@@ -892,7 +883,7 @@ async def test_a_restart_within_the_lease_goes_on_with_what_is_there() -> None:
         await first.renew()
     revision = etcd.revision
     again = await joined(etcd, "brief", ephemeral=True)
-    async with alive(again):
+    async with running(again):
         await trio.sleep(60)
         assert again.addresses == first.addresses
         assert etcd.revision == revision
@@ -906,7 +897,7 @@ async def test_a_permanent_host_may_become_ephemeral_and_the_other_way_round(fir
     await before.resign()
     it = await joined(etcd, "host", ephemeral=not first)
     assert it.addresses == before.addresses
-    async with alive(it):
+    async with running(it):
         await trio.sleep(60)
         assert holders(etcd) == {"host": it.addresses}
     await trio.sleep(60)
@@ -944,7 +935,7 @@ async def test_a_host_that_leaves_for_good_leaves_nothing() -> None:
     for ephemeral in (False, True):
         etcd = FakeEtcd()
         it = await joined(etcd, "host", ephemeral=ephemeral)
-        async with alive(it):
+        async with running(it):
             await it.put_status(StatusRecord(public_key=wg_key("host"), location=""))
             await it.forget()
             await trio.sleep(60)
@@ -963,7 +954,7 @@ async def test_an_ephemeral_host_is_kept_when_a_changed_record_cannot_be_written
     etcd = FakeEtcd()
     client = etcd.client()
     it = session(client, "brief", ephemeral=True)
-    async with alive(it):
+    async with running(it):
         await it.claim_addresses(FOUR)
         await it.register(record("brief"))
         client.refuse(Full("no space"), reads=False)
@@ -1020,7 +1011,7 @@ async def test_no_two_hosts_have_one_address_whatever_happens(
                 for address in it.addresses:
                     assert view.holder(address) == ("node", it._name), (it, address)
 
-    async with alive(first), trio.open_nursery() as nursery:
+    async with running(first), trio.open_nursery() as nursery:
         for what, number, seconds in schedule:
             if what in ("start", "ephemeral") and number not in agents:
                 nursery.start_soon(agent, number, what == "ephemeral")

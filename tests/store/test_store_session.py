@@ -13,7 +13,7 @@ import pytest
 import structlog
 import trio
 from attrs import evolve
-from store_world import KEYS, record, wg_key
+from store_world import KEYS, record, running, wg_key
 
 from helpers import eventually
 from kilo_etcd.etcd.api import Compare, Op, PermissionDenied, Put, TxnResult, Unavailable
@@ -47,15 +47,6 @@ SUBNETS = (ip_network("10.4.0.0/16"),)
 
 def session(client: FakeClient, name: str = "a", key: str = "a", **options: Any) -> Session:
     return Session(client, KEYS, name, wg_key(key), **options)
-
-
-@asynccontextmanager
-async def running(*sessions: Session) -> AsyncIterator[None]:
-    async with trio.open_nursery() as nursery:
-        for each in sessions:
-            await nursery.start(each.run)
-        yield
-        nursery.cancel_scope.cancel()
 
 
 @asynccontextmanager
