@@ -275,7 +275,7 @@ class Daemon:
         resets = PeerResets(applier, self._reconciler)
 
         def forward_again() -> None:
-            # What kept this host from forwarding is gone: it stands as before.
+            # Nothing keeps this host from forwarding any more, so it may lead again.
             candidacy.release()
             prober.try_again()
             nudge()
@@ -380,7 +380,7 @@ class Daemon:
 
     @property
     def state(self) -> HostState:
-        """What this host has planned, and what of it is in its kernel."""
+        """The newest plan of this host, and how much of it is in force."""
         return self._snapshot_applier.state
 
     def _log(self) -> Logger:

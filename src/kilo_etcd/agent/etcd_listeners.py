@@ -130,7 +130,7 @@ class EtcdListeners:
         try:
             members = Members.of(await self._client.members())
         except etcd.EtcdError as error:
-            # That etcd does not answer is said elsewhere, and may end soon.
+            # If etcd does not answer, another part of the agent reports that.
             if self.members is None and not isinstance(error, etcd.Unavailable):
                 self.note_trouble(f"{MEMBERS_UNKNOWN} ({error})")
             return False

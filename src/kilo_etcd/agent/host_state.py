@@ -1,4 +1,4 @@
-"""What one host has planned, and what of it is in its kernel: one frozen value after the other."""
+"""The newest plan of a host, and how much of it is in force, as a frozen value."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class HostState:
     revision: int = 0
     """That of the snapshot that was last applied."""
     failures: tuple[str, ...] = ()
-    """What of the plan is not in force, or why the newest snapshot is not."""
+    """Sentences: which parts of the plan are not in force, or why the newest snapshot cannot be applied."""
     programmed: bool = False
     """Whether the kernel could be programmed the last time."""
     ready: bool = False

@@ -36,7 +36,7 @@ class State:
     revision: int
     """The last one applied."""
     failures: tuple[str, ...]
-    """What of the plan is not in force."""
+    """Which parts of the plan are not in force."""
     errors: tuple[str, ...]
     """All that is wrong with this host, failures among it."""
     programmed: bool

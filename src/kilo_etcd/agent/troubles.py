@@ -21,7 +21,7 @@ class HostTrouble(Enum):
     SETTINGS = auto()
     """Flags that contradict the mesh's settings."""
     PLAN = auto()
-    """What of the plan is not in force."""
+    """Which parts of the plan are not in force."""
     NAMES = auto()
     """Other names with this host's key."""
     FORWARDING = auto()

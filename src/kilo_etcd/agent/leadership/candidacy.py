@@ -56,7 +56,7 @@ class CandidacyTask:
         return self._hold_down.until if trio.current_time() < self._hold_down.until else None
 
     def release(self) -> None:
-        """What kept this host from forwarding is gone: end its hold-down."""
+        """End the hold-down, since nothing keeps this host from forwarding any more."""
         self._released = True
 
     def follow(self, topology: Topology) -> None:
